@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""What the compilers make of the kernels, for GPUs that are not there: `python -m bench codegen`.
+
+Compiles every launch of the matrix in `codegen_promises.py` in child processes, prints a table, and exits with 1 if a
+kernel breaks a promise. Needs no GPU.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+from .codegen_promises import (
+    ARCHS,
+    DEFAULT_DTYPES,
+    DTYPES,
+    OPS,
+    broken,
+    cases,
+    interior_loop,
+    is_wide_access,
+    resident_warps,
+)
+
+HEADERS = [
+    "kernel", "arch", "dtype", "layout", "registers", "warps\n/SM", "spills", "shared\nbytes", "instruc-\ntions",
+    "in the\nloop", "128-bit", "other", "verdict",
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _environment():
+    """Children compile (kernels decorated under TRITON_INTERPRET cannot be), and read no stale binaries."""
+    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    with tempfile.TemporaryDirectory(prefix="dpb_triton_codegen_") as cache:
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def _compile(group):
+    """{case: its records, one a kernel} of a group of cases; runs in a child."""
+    return {case: _compile_case(case) for case in group}
+
+
+def _compile_case(case):
+    import torch
+    import triton
+
+    from .codegen_compile import compile_launches
+
+    def launch():
+        OPS[case.op].launch(getattr(torch, DTYPES[case.dtype]), **case.options)
+
+    record = asdict(case) | {"triton": triton.__version__}
+    try:
+        reports = [asdict(report) for report in compile_launches(launch, case.arch)]
+    except Exception as error:  # whatever a compiler throws is a finding
+        return [record | {"kernel": case.op, "error": f"{type(error).__name__}: {error}"}]
+    for report in reports:
+        kind = OPS[case.op].streams.get(report["kernel"])
+        report["interior"] = interior_loop(report["loops"], kind) if kind and case.is_wide else None
+    return [record | report for report in reports]
+
+
+def compile_all(matrix, jobs):
+    """The records of all cases, in the order of the matrix."""
+    groups, found = {}, {}
+    for case in matrix:  # layouts often share a kernel, which one process compiles and reads once
+        groups.setdefault((case.op, case.dtype, case.arch), []).append(case)
+    longest_first = sorted(groups.values(), key=len, reverse=True)
+    with _environment(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, group) for group in longest_first]
+        with tqdm(total=len(matrix), desc="compile", unit="launch", disable=None) as progress:
+            for future in as_completed(futures):
+                found |= future.result()
+                progress.update(len(found) - progress.n)
+    return [record for case in matrix for record in found[case]]
+
+
+def _accesses(loop):
+    """Global accesses in a loop: (of 16 bytes, others)."""
+    found = {name: count for name, count in loop["counts"].items() if "." in name}
+    wide = sum(count for name, count in found.items() if is_wide_access(name))
+    return wide, sum(found.values()) - wide
+
+
+def _row(record):
+    row = [record["kernel"], record["arch"], record["dtype"], record["layout"]]
+    verdict = "; ".join(broken(record)) or "ok"
+    if "error" in record:
+        return [*row, *[None] * 8, verdict[:80]]
+    row += [record["registers"], resident_warps(record), record["spills"] + record["scalar_spills"]]
+    row += [record["shared"], record["instructions"]]
+    loop = record["interior"]
+    row += [loop["instructions"], *_accesses(loop)] if loop else [None] * 3
+    return [*row, verdict]
+
+
+def _check_archs(context, parameter, archs):
+    for arch in archs:
+        if not arch.startswith(("sm_", "gfx")):
+            raise click.BadParameter(f"expected sm_NN or gfxNNN, got {arch!r}")
+    return archs
+
+
+@click.command()
+@click.option("--arch", "archs", multiple=True, default=ARCHS, show_default=True, callback=_check_archs,
+              help="Any sm_NN or gfxNNN that Triton compiles for.")  # fmt: skip
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPES,
+              show_default=True)  # fmt: skip
+@click.option("--kernel", "ops", multiple=True, type=click.Choice(list(OPS)), default=list(OPS), show_default=True)
+@click.option("--layout", "layouts", multiple=True,
+              type=click.Choice(list(dict.fromkeys(name for op in OPS.values() for name in op.layouts))),
+              help="All unless given: aligned and ragged for every dtype, the others for the first.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",
+              help="Compile for this many queries and keys instead of the layouts.")  # fmt: skip
+@click.option("--block", type=(int, int), default=None, metavar="M N", help="Another window than the launchers' own.")
+@click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it there.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
+def codegen(archs, dtypes, ops, layouts, shapes, block, jobs, path, check):
+    """Compile the Triton kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
+    records = compile_all(cases(archs, dtypes, ops, layouts, shapes, block), jobs)
+    for record in records:
+        record["broken"] = broken(record)
+    triton = records[0]["triton"] if records else "?"
+    click.echo(f"triton {triton}, python {sys.version.split()[0]}, {datetime.now(timezone.utc):%Y-%m-%d}, no GPU used")
+    click.echo(tabulate([_row(record) for record in records], headers=HEADERS))
+    if path:
+        path.write_text(json.dumps({"triton": triton, "records": records}, indent=1))
+    failures = sum(bool(record["broken"]) for record in records)
+    click.echo(f"{len(records)} kernels, {failures} break a promise")
+    if check and failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    codegen()

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+"""Dynamic position bias for PyTorch: a small MLP maps every distance to one attention bias per head.
+
+The letters, the same in every file:
+    i, j      numbers of queries and keys
+    x, y      positions of a query and a key in their own order, from 0
+    offset    position of query 0 relative to key 0; j - i when the queries are the last i of j positions
+    distance  |x + offset - y|, signed: x + offset - y
+    n         length of a table: distances 0 .. n - 1
+    table     (heads, n), or signed (heads, 2n - 1): the bias of each distance
+    bias      (heads, i, j): the table expanded
+"""
+
+from . import reference
+from .autograd import ExpandBias, ReduceBias
+from .functional import expand_bias
+from .module import DynamicPositionBias
+from .plot import plot_bias
+
+__version__ = "0.1.0"
+__all__ = ["DynamicPositionBias", "ExpandBias", "ReduceBias", "expand_bias", "plot_bias", "reference"]

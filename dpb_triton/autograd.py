@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""The derivatives: expand and reduce are linear and each other's transpose.
+
+The Functions save sizes only. They are also the operators' Autograd kernels, so that a graph which calls an operator
+directly (torch.export's, a user's) trains too; torch's default would be a gradient that is silently missing.
+"""
+
+import torch
+
+from . import ops
+
+
+class ExpandBias(torch.autograd.Function):
+    """`expand_bias` on checked arguments: apply(table, i, j, offset, signed, dtype, suffix) -> bias (heads, i, j).
+
+    `dtype` is the table's unless given, `suffix` names a backend's operators (`ops.SUFFIXES`). Backward is
+    `ReduceBias`, whose backward is `ExpandBias`: derivatives of any order. No jvp and no setup_context: Dynamo refuses
+    a Function with the one, and the other costs more than the operator's whole call.
+    """
+
+    @staticmethod
+    def forward(ctx, table, i, j, offset, signed=False, dtype=None, suffix=""):
+        ctx.width, ctx.dtype = table.shape[1], table.dtype
+        ctx.options = offset, signed, suffix
+        return ops.get("expand", suffix)(table, i, j, offset, signed, dtype or table.dtype)
+
+    @staticmethod
+    def backward(ctx, dbias):
+        offset, signed, suffix = ctx.options
+        n = (ctx.width + 1) // 2 if signed else ctx.width
+        dtable = ReduceBias.apply(dbias, n, offset, signed, ctx.dtype, suffix)
+        return dtable, None, None, None, None, None, None
+
+
+class ReduceBias(torch.autograd.Function):
+    """The transpose of `ExpandBias`: apply(dbias, n, offset, signed, dtype, suffix) -> dtable.
+
+    dbias (heads, i, j) of any strides -> (heads, n) or, signed, (heads, 2n - 1): the sum over each distance, in
+    float32 (float64 if either dtype is), rounded to `dtype` (dbias' unless given) once.
+    """
+
+    @staticmethod
+    def forward(ctx, dbias, n, offset, signed=False, dtype=None, suffix=""):
+        ctx.grid, ctx.dtype = dbias.shape[1:], dbias.dtype
+        ctx.options = offset, signed, suffix
+        return ops.get("reduce", suffix)(dbias, n, offset, signed, dtype or dbias.dtype)
+
+    @staticmethod
+    def backward(ctx, dtable):
+        i, j = ctx.grid
+        offset, signed, suffix = ctx.options
+        return ExpandBias.apply(dtable, i, j, offset, signed, ctx.dtype, suffix), None, None, None, None, None
+
+
+def _autograd_kernel(function, name, suffix):
+    def kernel(keyset, tensor, *args):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return function.apply(tensor, *args, suffix)
+        return ops.get(name, suffix).redispatch(keyset & torch._C._after_autograd_keyset, tensor, *args)
+
+    return kernel
+
+
+for _function, _name in ((ExpandBias, "expand"), (ReduceBias, "reduce")):
+    for _suffix in ops.SUFFIXES.values():
+        ops.LIBRARY.impl(_name + _suffix, _autograd_kernel(_function, _name, _suffix), "Autograd", with_keyset=True)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""What every public function asks of its arguments: one check each, naming the argument, the value, the expectation.
+
+Symbolic ints (torch.compile, torch.export) pass; comparisons on them become guards.
+"""
+
+import numbers
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def constant_under_compile(function):
+    """Have torch.compile call `function` once, at compile time, and keep its result.
+
+    What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def check_int(name, value, minimum=None):
+    """`value` as an int (a SymInt stays one), at least `minimum`. bool is not an int here, numpy's integers are."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+        value = int(value)
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_flag(name, value):
+    """`value`, True or False and nothing that merely behaves like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def check_dtype(name, value):
+    """`value`, one of the floating dtypes that the kernels know."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {value!r} of type {type(value).__name__}")
+    if value not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value}")
+    return value
+
+
+def check_tensor(name, value, shape):
+    """`value`, a dense floating tensor with as many dimensions as `shape` has names."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a Tensor ({', '.join(shape)}), got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got layout {value.layout}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.dim() != len(shape):
+        raise ValueError(f"{name} must have {len(shape)} dimensions ({', '.join(shape)}), got shape {_show(value)}")
+    return value
+
+
+def check_grid(i, j, offset):
+    """i, j and the offset of the first query, j - i unless given."""
+    i, j = check_int("i", i, 0), check_int("j", j, 0)
+    if offset is not None:
+        return i, j, check_int("offset", offset)
+    if j < i:
+        raise ValueError(
+            f"j must be at least i, because the i queries are the last of the j positions; got i = {i}, j = {j} "
+            "(give an offset to place the queries elsewhere)"
+        )
+    return i, j, j - i
+
+
+def check_table(table, signed):
+    """`table`'s length n: its distances are 0 .. n - 1, signed ones -(n - 1) .. n - 1."""
+    check_tensor("table", table, ("heads", "2 n - 1" if signed else "n"))
+    heads, width = table.shape
+    if heads < 1:
+        raise ValueError(f"table must have at least one head, got shape {_show(table)}")
+    if not signed:
+        return width
+    if width % 2 == 0 and width != 0:
+        raise ValueError(f"a signed table must have an odd number of columns (2 n - 1), got shape {_show(table)}")
+    return (width + 1) // 2
+
+
+def check_distances(table, n, i, j, offset):
+    """Every |x + offset - y| of the grid is inside a table of length n."""
+    if i > 0 and j > 0 and (i + offset > n or j - offset > n):
+        needed = max(i + offset, j - offset)
+        raise ValueError(
+            f"table is too short: i = {i}, j = {j}, offset = {offset} need the distances 0 to {needed - 1}, "
+            f"a table of shape {_show(table)} holds 0 to {n - 1}"
+        )
+
+
+def _show(tensor):
+    return f"{tuple(tensor.shape)}"

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Expand and reduce in plain torch, for the CPU and for any device without a kernel of its own.
+
+Row x of a head's bias is a slice of that head's table laid out over the signed distances, so expanding is one copy of
+rows. Reducing sums along diagonals, which in a view whose row stride is one element longer are columns:
+
+    dbias        view with row stride + 1         what leaves the view, summed aside
+    a b c d      a b c d                          row r's last columns and row r + 1's first ones:
+    e f g h        f g h e'      e' = e, next     with R rows a block these are R - 1 rows of R,
+    i j k l          k l i' j'   diagonal block   two masked sums each
+
+Both are wrapped in opaque ops (`ops.py`): sizes that torch.compile keeps symbolic would be specialised in here.
+"""
+
+import torch
+
+# Rows a block. From 32 rows on, adding a block's sums is cheap beside making them; more rows have larger edges, and
+# torch copies a block of bf16 to fp32 before it sums, which should stay in the cache.
+BLOCK_ROWS = 32
+
+
+def mirror(table, i, j, offset, signed):
+    """The table over c = y - x + i - 1, (heads, i + j - 1): bias[h, x, y] = mirror[h, i - 1 - x + y]."""
+    distance = torch.arange(offset + i - 1, offset - j, -1, device=table.device)
+    return table.index_select(1, distance + table.shape[1] // 2 if signed else distance.abs())
+
+
+def expand(table, i, j, offset, signed, dtype):
+    """(heads, n) or, signed, (heads, 2n - 1) -> (heads, i, j) in `dtype`, contiguous."""
+    heads = table.shape[0]
+    if heads * i * j == 0:
+        return table.new_empty((heads, i, j), dtype=dtype)
+    rows = mirror(table.to(dtype), i, j, offset, signed).view(-1).unfold(0, j, 1)
+    x = torch.arange(i - 1, -1, -1, device=table.device)
+    index = (torch.arange(heads, device=table.device)[:, None] * (i + j - 1) + x).view(-1)
+    return rows.index_select(0, index).view(heads, i, j)
+
+
+def _add_blocks(dbias, sums):
+    """Add the diagonals of blocks of rows, (heads, blocks, rows, j) with rows <= j, to sums over y - x + i - 1."""
+    heads, blocks, rows, j = dbias.shape
+    stride_h, _, stride_x, stride_y = dbias.stride()
+    for block in range(blocks):
+        inside = dbias[:, block].as_strided((heads, rows, j - rows + 1), (stride_h, stride_x + stride_y, stride_y))
+        first = (blocks - block) * rows - 1
+        sums[:, first : first + j - rows + 1] += inside.sum(1, dtype=sums.dtype)
+
+    # [row r's last columns | row r + 1's first ones], as if the rows were adjacent in memory
+    edge = torch.cat([dbias[..., :-1, j - rows + 1 :], dbias[..., 1:, : rows - 1]], 3)
+    diagonals = edge.as_strided((heads, blocks, rows - 1, rows), (*edge.stride()[:2], edge.stride(2) + 1, 1))
+    row = torch.arange(rows, device=dbias.device)
+    is_left = row[:-1, None] + row >= rows - 1
+    # torch.where, not a product with the mask: an Inf must stay on its own diagonal
+    left = torch.where(is_left, diagonals, 0).sum(2, dtype=sums.dtype)[..., 1:]
+    right = torch.where(is_left, 0, diagonals).sum(2, dtype=sums.dtype)[..., :-1]
+    # the blocks' corners meet different diagonals, later blocks earlier ones
+    corner = (heads, blocks, rows - 1), (sums.stride(0), rows, 1)
+    sums.as_strided(*corner, sums.storage_offset()).add_(left.flip(1))
+    sums.as_strided(*corner, sums.storage_offset() + j).add_(right.flip(1))
+
+
+def reduce(dbias, n, offset, signed, dtype):
+    """(heads, i, j) of any strides -> (heads, n) or, signed, (heads, 2n - 1) in `dtype`."""
+    heads, i, j = dbias.shape
+    accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
+    dtable = dbias.new_zeros((heads, max(2 * n - 1, 0) if signed else n), dtype=accumulator)
+    if dbias.numel():
+        sums = dbias.new_zeros((heads, i + j - 1), dtype=accumulator)
+        rows = min(BLOCK_ROWS, j)
+        last = i % rows
+        if i >= rows:
+            _add_blocks(dbias[:, : i - last].unflatten(1, (-1, rows)), sums[:, last:])
+        if last:
+            _add_blocks(dbias[:, None, i - last :], sums)
+        distance = torch.arange(offset + i - 1, offset - j, -1, device=dbias.device)
+        dtable.index_add_(1, distance + n - 1 if signed else distance.abs(), sums)
+    return dtable.to(dtype)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""The public functions on tables: arguments checked, backend chosen, derivatives attached."""
+
+import torch
+from torch.autograd import forward_ad
+
+from . import ops, reference
+from .autograd import ExpandBias
+from .checks import check_distances, check_dtype, check_flag, check_grid, check_table, constant_under_compile
+
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+
+
+@constant_under_compile
+def why_not(backend: str, device_type: str) -> str | None:
+    """None if `backend` can serve tensors on `device_type`, else the reason, for people."""
+    if backend == "torch":
+        return None
+    if backend in ("cpp", "cuda"):
+        needed = {"cpp": "cpu", "cuda": "cuda"}[backend]
+        if device_type != needed:
+            return f"serves {needed} tensors only"
+        return ops.why_no_csrc(backend)
+    if not ops.has_triton():
+        return "Triton is not installed (pip install 'dpb_triton[triton]')"
+    if device_type != "cuda" and not ops.is_interpreting():
+        return "serves cuda tensors only, unless TRITON_INTERPRET=1 is set before the first use"
+    return None
+
+
+def check_backend(backend, device_type):
+    """The operators' suffix for `backend` on that device; None leaves the choice to the dispatcher."""
+    if backend is None:
+        return ""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if why_not(backend, device_type) is not None:
+        reasons = "; ".join(f"{name!r} {why_not(name, device_type) or 'is available'}" for name in BACKENDS)
+        raise ValueError(f"backend={backend!r} is not available for {device_type} tensors: {reasons}")
+    return ops.SUFFIXES[backend]
+
+
+def _is_transformed(table):
+    """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(table).tangent is not None
+
+
+def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=None):
+    """bias[h, x, y] = table[h, |x + offset - y|]: a table of distances as a position bias.
+
+    Args:
+        table: (heads, n), one number per head and distance; with `signed` (heads, 2n - 1), indexed by
+            x + offset - y + n - 1. float16, bfloat16, float32 or float64.
+        i, j: numbers of queries and keys.
+        offset: position of the first query relative to the first key, any integer. Default j - i: the queries are
+            the last i of the j positions.
+        signed: whether the table tells past (positive distances) from future.
+        dtype: of the result; the table's unless given. The table is rounded to it once.
+        backend: None takes the fastest that is there; "torch", "cpp", "triton" or "cuda" takes that one or raises.
+
+    Returns:
+        (heads, i, j), contiguous, differentiable any number of times with respect to the table, whose gradient is
+        summed in float32 (float64 for float64) and rounded once. Deterministic.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: negative i or j, j < i without an offset, a distance outside the table, a table of another rank,
+            a backend that is not available (the message says why each is not).
+        RuntimeError: inside a torch.func transform, or with a forward-mode tangent on the table, and a backend other
+            than "torch". An opaque operator would give a silently wrong jvp there.
+
+    The formula is that of CrossFormer's dynamic position bias (Wang et al. 2021, arXiv:2108.00154) for sequences, as
+    in zeta's and x-transformers' classes.
+    """
+    i, j, offset = check_grid(i, j, offset)
+    check_flag("signed", signed)
+    n = check_table(table, signed)
+    check_distances(table, n, i, j, offset)
+    dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
+    suffix = check_backend(backend, table.device.type)
+    if _is_transformed(table):
+        if backend == "torch":
+            return reference.expand(table, i, j, offset=offset, signed=signed, dtype=dtype)
+        raise RuntimeError(
+            f"expand_bias with backend={backend!r} supports neither torch.func transforms (grad, vmap, jvp, …) nor "
+            "forward-mode derivatives: ask for backend='torch', which is then made of plain torch operations"
+        )
+    return ExpandBias.apply(table, i, j, offset, signed, dtype, suffix)

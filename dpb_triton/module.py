@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""DynamicPositionBias: an MLP over the distance, one bias per head."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from .checks import check_dtype, check_flag, check_grid, check_int, constant_under_compile
+from .functional import expand_bias
+
+
+def _is_autocast(device_type):
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@constant_under_compile
+def _is_tf32(device_type):
+    """Whether float32 matrix products keep 11 bits of their factors: positions beyond 2,048 would share a distance."""
+    return device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class DynamicPositionBias(nn.Module):
+    """bias[h, x, y] = MLP(|x + offset - y|)[h]: a learned position bias that any length can ask for.
+
+    Drop-in for `zeta.nn.DynamicPositionBias`: same constructor, same `forward(i, j)`, same state_dict keys, same
+    numbers. Only the unique distances go through the MLP, and the MLP always runs in float32 (float64 for float64
+    parameters), also under autocast and for bfloat16 parameters: the distances of long sequences are no bfloat16
+    numbers. The result is rounded once, at the end.
+
+    Args:
+        dim: width of the MLP's hidden layers.
+        heads: number of attention heads.
+        depth: number of hidden layers; zeta has 2.
+        norm: LayerNorm after each hidden Linear, the first without bias, as in x-transformers.
+        log_distance: feed sign(distance) * log(|distance| + 1) instead of the distance.
+        signed: tell past (positive distances) from future, as x-transformers does; else only |distance| counts.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value, and what was expected.
+
+    The formula is CrossFormer's dynamic position bias (Wang et al. 2021, arXiv:2108.00154, section 3.3) for
+    sequences.
+    """
+
+    def __init__(self, dim, heads, *, depth=2, norm=False, log_distance=False, signed=False, device=None, dtype=None):
+        super().__init__()
+        self.dim, self.heads, self.depth = (
+            check_int("dim", dim, 1),
+            check_int("heads", heads, 1),
+            check_int("depth", depth, 1),
+        )
+        self.norm, self.log_distance = check_flag("norm", norm), check_flag("log_distance", log_distance)
+        self.signed = check_flag("signed", signed)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
+
+        options = {"device": device, "dtype": dtype}
+        layers = []
+        for layer in range(depth):
+            layers.append(nn.Linear(dim if layer else 1, dim, **options))
+            if norm:
+                layers.append(nn.LayerNorm(dim, bias=layer > 0, **options))
+            layers.append(nn.SiLU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(dim, heads, **options))
+
+    @property
+    def device(self):
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    def table(self, n):
+        """The bias of each distance, the curve per head: (heads, n), with `signed` (heads, 2n - 1).
+
+        float32, or float64 for float64 parameters, whatever the autocast state; where TF32 is allowed the MLP runs in
+        float64. Column d belongs to distance d, of a
+        signed table to distance d - (n - 1). What `expand_bias` takes.
+        """
+        n = check_int("n", n, 0)
+        device, dtype = self.device, self._table_dtype()
+        mlp_dtype = torch.float64 if _is_tf32(device.type) else dtype
+        with torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else nullcontext():
+            if self.signed:
+                distance = torch.arange(2 * n - 1 if n > 0 else 0, dtype=mlp_dtype, device=device) - (n - 1)
+            else:
+                distance = torch.arange(n, dtype=mlp_dtype, device=device)
+            if self.log_distance:
+                distance = distance.sign() * (distance.abs() + 1).log()
+            rows = self._mlp_in(mlp_dtype, rearrange(distance, "n -> n 1"))
+            return rearrange(rows, "n heads -> heads n").to(dtype).contiguous()
+
+    def forward(self, i, j, *, offset=None, dtype=None, backend=None):
+        """The bias of i queries and j keys, (heads, i, j), contiguous.
+
+        Args:
+            i, j: numbers of queries and keys.
+            offset: position of the first query relative to the first key, any integer. Default j - i: the queries
+                are the last i of the j positions.
+            dtype: of the result. Default: autocast's where it is enabled, else the parameters'.
+            backend: as in `expand_bias`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `expand_bias`.
+        """
+        n = j if offset is None else None
+        i, j, offset = check_grid(i, j, offset)
+        if n is None:
+            n = max(i + offset, j - offset) if i > 0 and j > 0 else 0
+        if dtype is None:
+            dtype = next(self.parameters()).dtype
+            if _is_autocast(self.device.type) and dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(self.device.type)
+        return expand_bias(self.table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
+
+    def extra_repr(self):
+        return (
+            f"dim={self.dim}, heads={self.heads}, depth={self.depth}, norm={self.norm}, "
+            f"log_distance={self.log_distance}, signed={self.signed}"
+        )
+
+    def _table_dtype(self):
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+
+    def _mlp_in(self, dtype, x):
+        """The MLP computed in `dtype`; the layers may be any modules."""
+        parameters = dict(self.mlp.named_parameters())
+        if all(parameter.dtype == dtype for parameter in parameters.values()):
+            return self.mlp(x)
+        parameters = {name: parameter.to(dtype) for name, parameter in parameters.items()}
+        return torch.func.functional_call(self.mlp, parameters, (x,))
+
+    @classmethod
+    def from_x_transformers(
+        cls, state_dict, *, heads=None, dim=None, depth=None, norm=None, log_distance=False, prefix=""
+    ):
+        """A module with the weights, and so the numbers, of an x-transformers `DynamicPositionBias`.
+
+        Args:
+            state_dict: of that module, or of a model that holds it at `prefix` (for x-transformers' decoders
+                "attn_layers.rel_pos.").
+            heads, dim, depth, norm: read off the state_dict; one that is given must agree with it.
+            log_distance: as the module was built; a state_dict does not tell.
+
+        Raises:
+            TypeError: state_dict is no mapping.
+            ValueError: the state_dict holds no such module, or another than the arguments say.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+        weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix + "mlp.")}
+        found_depth = sum(key.endswith(".0.weight") for key in weights)
+        last = weights.get(f"mlp.{found_depth}.weight")
+        if found_depth == 0 or last is None or last.dim() != 2:
+            raise ValueError(
+                f"state_dict must hold an x-transformers DynamicPositionBias at prefix {prefix!r} (keys "
+                f"{prefix}mlp.0.0.weight … {prefix}mlp.DEPTH.weight), got the keys {sorted(state_dict)[:8]} …"
+            )
+        found = {
+            "heads": last.shape[0],
+            "dim": last.shape[1],
+            "depth": found_depth,
+            "norm": "mlp.0.1.gamma" in weights or "mlp.0.1.weight" in weights,
+        }
+        for name, value in {"heads": heads, "dim": dim, "depth": depth, "norm": norm}.items():
+            if value is not None and value != found[name]:
+                raise ValueError(f"{name} must be {found[name]}, as in the state_dict, got {value!r}")
+
+        module = cls(**found, log_distance=log_distance, signed=True, device=last.device, dtype=last.dtype)
+        if "mlp.0.1.bias" in weights:  # older versions have a bias in the first LayerNorm too
+            module.mlp[1] = nn.LayerNorm(found["dim"], device=last.device, dtype=last.dtype)
+        stride = 3 if found["norm"] else 2  # Linear, (LayerNorm), SiLU
+        renamed = {}
+        for key, value in weights.items():
+            _, layer, *rest = key.split(".")
+            inner = int(rest[0]) if len(rest) == 2 else 0
+            renamed[f"mlp.{int(layer) * stride + inner}.{rest[-1].replace('gamma', 'weight')}"] = value
+        module.load_state_dict(renamed)
+        return module

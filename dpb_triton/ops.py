@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""The operators: their schemas, their fake kernels, and who implements which.
+
+    op                            keys
+    dpb_triton::expand, reduce    CUDA: Triton, else csrc/'s kernels    CPU: csrc/'s, if built    otherwise: torch
+    …_torch                       every device: torch                                             backend="torch"
+    …_triton                      every device: Triton (on the CPU its interpreter)               backend="triton"
+    …_cuda                        CUDA: csrc/'s kernels                                           backend="cuda"
+
+All are opaque to torch.compile: one node for all lengths, nothing of the body traced. Only torch is imported here,
+Triton on first use. Their derivatives are in `autograd.py`.
+"""
+
+import importlib
+import importlib.util
+
+import torch
+
+from . import cpu
+
+SCHEMAS = {
+    "expand": "(Tensor table, SymInt i, SymInt j, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
+    "reduce": "(Tensor dbias, SymInt n, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
+}
+# A backend's operators; "" is the dispatcher's choice, which on the CPU is "cpp" whenever that is available.
+SUFFIXES = {"torch": "_torch", "triton": "_triton", "cuda": "_cuda", "cpp": ""}
+
+LIBRARY = torch.library.Library("dpb_triton", "DEF")
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether the kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1 when they were first imported)."""
+    from .kernels import expand as kernels
+
+    return kernels.IS_INTERPRETED
+
+
+def load_csrc() -> str | None:
+    """Load the compiled half (csrc/). None, or why it is not there."""
+    try:
+        importlib.import_module("dpb_triton._C")
+    except ImportError as error:
+        return f"the compiled extension is not loaded: {error}"
+    return None
+
+
+def why_no_csrc(backend: str) -> str | None:
+    """None if the compiled half holds `backend` ("cpp" or "cuda"), else the reason."""
+    key = {"cpp": "CPU", "cuda": "CUDA"}[backend]
+    if CSRC_ERROR or torch._C._dispatch_has_kernel_for_dispatch_key(f"dpb_triton::expand{SUFFIXES[backend]}", key):
+        return CSRC_ERROR
+    return f"the compiled extension was built without {key} kernels"
+
+
+def get(name: str, suffix: str):
+    """The overload to call: `expand` or `reduce` of a backend."""
+    return OPERATORS[name + suffix]
+
+
+def _triton_expand(table, i, j, offset, signed, dtype):
+    from .kernels import expand as kernels
+
+    with torch.cuda.device_of(table):
+        return kernels.expand(table, i, j, offset, signed, dtype)
+
+
+def _triton_reduce(dbias, n, offset, signed, dtype):
+    from .kernels import expand as kernels
+
+    with torch.cuda.device_of(dbias):
+        return kernels.reduce(dbias, n, offset, signed, dtype)
+
+
+def _fake_expand(table, i, j, offset, signed, dtype):
+    return table.new_empty((table.shape[0], i, j), dtype=dtype)
+
+
+def _fake_reduce(dbias, n, offset, signed, dtype):
+    # 2 n - 1 columns, none for n = 0; a symbolic n is never 0 (torch specialises 0 and 1)
+    width = 2 * n - 1 if signed and not (isinstance(n, int) and n == 0) else n
+    return dbias.new_empty((dbias.shape[0], width), dtype=dtype)
+
+
+TORCH = {"expand": cpu.expand, "reduce": cpu.reduce}
+TRITON = {"expand": _triton_expand, "reduce": _triton_reduce}
+FAKE = {"expand": _fake_expand, "reduce": _fake_reduce}
+
+OPERATORS = {}
+
+for _name, _schema in SCHEMAS.items():
+    for _suffix in SUFFIXES.values():
+        LIBRARY.define(_name + _suffix + _schema)
+        torch.library.register_fake(f"dpb_triton::{_name}{_suffix}", FAKE[_name], lib=LIBRARY)
+        OPERATORS[_name + _suffix] = getattr(torch.ops.dpb_triton, _name + _suffix).default
+    LIBRARY.impl(_name, TORCH[_name], "CompositeExplicitAutograd")
+    LIBRARY.impl(_name + "_torch", TORCH[_name], "CompositeExplicitAutograd")
+    LIBRARY.impl(_name + "_triton", TRITON[_name], "CompositeExplicitAutograd")
+
+# The compiled kernels claim the CPU key of `expand` and `reduce` and the CUDA key of `…_cuda` when they are loaded.
+CSRC_ERROR = load_csrc()
+
+for _name in SCHEMAS:
+    if has_triton():
+        LIBRARY.impl(_name, TRITON[_name], "CUDA")
+    elif why_no_csrc("cuda") is None:
+        LIBRARY.impl(_name, OPERATORS[_name + "_cuda"], "CUDA")

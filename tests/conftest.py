@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""One suite for every machine: `--device cpu` (default) runs the Triton kernels in their interpreter, `--device cuda`
+on the GPU. A backend that a machine lacks is skipped, with its reason in the summary."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU here")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        own = {"cpu": "cpp", "cuda": "cuda"}[metafunc.config.getoption("--device")]
+        metafunc.parametrize("backend", ("torch", "triton", own), indirect=True)
+
+
+@pytest.fixture
+def backend(request, device):
+    """Each backend that serves tensors on `device`, skipped where it is not built or installed."""
+    from dpb_triton.functional import why_not
+
+    reason = why_not(request.param, device)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

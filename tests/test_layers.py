@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What imports what, and that the package works in a fresh process without its optional halves."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dpb_triton"
+# Each file may import from those after it, never from those before.
+LAYERS = ["plot", "module", "functional", "autograd", "ops", "kernels", "cpu", "checks", "reference"]
+
+
+def imports(path):
+    """The package's files that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.glob("*.py")) + sorted(PACKAGE.glob("kernels/*.py")), ids=lambda p: p.name
+)
+def test_imports_point_down(path):
+    if path.name in ("__init__.py", "__main__.py") and path.parent == PACKAGE:
+        return
+    layer = path.parent.name if path.parent != PACKAGE else path.stem
+    below = LAYERS[LAYERS.index(layer) + 1 :]
+    assert imports(path) <= set(below) | ({layer} if path.parent != PACKAGE else set())
+
+
+def run(code, **environment):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {names!r} or name in {names!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}} (blocked)', name=name)
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {names!r} else find_spec(name, package)
+"""
+
+USE = """
+import torch, dpb_triton
+module = dpb_triton.DynamicPositionBias(8, 2)
+bias = module(5, 9)
+bias.sum().backward()
+assert torch.equal(bias, dpb_triton.reference.expand(module.table(9), 5, 9))
+"""
+
+
+@pytest.mark.parametrize(
+    "names", [("triton",), ("dpb_triton._C",), ("triton", "dpb_triton._C", "matplotlib", "numpy")], ids=str
+)
+def test_works_without(names):
+    result = run(BLOCK.format(names=names) + USE)
+    assert result.returncode == 0, result.stderr
+
+
+def test_says_what_is_missing():
+    code = (
+        BLOCK.format(names=("triton", "dpb_triton._C", "matplotlib"))
+        + USE
+        + """
+for call in (lambda: dpb_triton.expand_bias(torch.ones(1, 3), 2, 3, backend='triton'),
+             lambda: dpb_triton.plot_bias(module, 4)):
+    try:
+        call()
+    except (ValueError, ImportError) as error:
+        print(error)
+"""
+    )
+    result = run(code)
+    assert "Triton is not installed (pip install 'dpb_triton[triton]')" in result.stdout, result.stderr
+    assert "pip install 'dpb_triton[plot]'" in result.stdout
+
+
+def test_import_touches_neither_cuda_nor_triton():
+    code = "import sys, torch; before = set(sys.modules); import dpb_triton; new = set(sys.modules) - before\n"
+    result = run(code + "assert not torch.cuda.is_initialized(); assert not any(m.startswith('triton') for m in new)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_triton_without_interpreter_refuses_cpu_tensors():
+    code = "import torch, dpb_triton\ndpb_triton.expand_bias(torch.ones(1, 3), 2, 3, backend='triton')"
+    result = run(code)
+    assert "unless TRITON_INTERPRET=1 is set before the first use" in result.stderr
+    assert run(code, TRITON_INTERPRET="1").returncode == 0

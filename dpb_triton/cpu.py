@@ -9,14 +9,17 @@ rows. Reducing sums along diagonals, which in a view whose row stride is one ele
     e f g h        f g h e'      e' = e, next     with R rows a block these are R - 1 rows of R,
     i j k l          k l i' j'   diagonal block   two masked sums each
 
-Both are wrapped in opaque ops (`ops.py`): sizes that torch.compile keeps symbolic would be specialised in here.
+Blocks are short, since a sum over few rows reads each as one stream; the sums of a group of blocks, which again lie on
+diagonals, are then summed the same way. Both functions are wrapped in opaque ops (`ops.py`): sizes that torch.compile
+keeps symbolic would be specialised in here.
 """
 
 import torch
 
-# Rows a block. From 32 rows on, adding a block's sums is cheap beside making them; more rows have larger edges, and
-# torch copies a block of bf16 to fp32 before it sums, which should stay in the cache.
-BLOCK_ROWS = 32
+# Rows a block and blocks a group. Measured at 8 x 2048^2 in fp32 on 2 threads, in times of a plain sum: 1.7; groups of
+# 8 blocks 2.0, one block a group 2.9, blocks of 32 rows and no groups 2.6. A group bounds what is held aside: its sums,
+# and for bf16 its rows, which torch copies to fp32 before it sums them.
+BLOCK_ROWS, GROUP = 8, 16
 
 
 def mirror(table, i, j, offset, signed):
@@ -39,14 +42,24 @@ def expand(table, i, j, offset, signed, dtype):
 def _add_blocks(dbias, sums):
     """Add the diagonals of blocks of rows, (heads, blocks, rows, j) with rows <= j, to sums over y - x + i - 1."""
     heads, blocks, rows, j = dbias.shape
-    stride_h, _, stride_x, stride_y = dbias.stride()
-    for block in range(blocks):
-        inside = dbias[:, block].as_strided((heads, rows, j - rows + 1), (stride_h, stride_x + stride_y, stride_y))
-        first = (blocks - block) * rows - 1
-        sums[:, first : first + j - rows + 1] += inside.sum(1, dtype=sums.dtype)
+    stride_h, stride_b, stride_x, stride_y = dbias.stride()
+    columns, pad = j - rows + 1, (GROUP - 1) * rows
+    padded = sums.new_zeros((heads, GROUP, pad + columns + pad))
+    for group in range(0, blocks, GROUP):
+        size = min(GROUP, blocks - group)
+        inside = dbias[:, group : group + size].as_strided(
+            (heads, size, rows, columns), (stride_h, stride_b, stride_x + stride_y, stride_y)
+        )
+        torch.sum(inside, 2, dtype=sums.dtype, out=padded[:, :size, pad : pad + columns])
+        lag = (size - 1) * rows  # of the group's first block behind its last
+        shifted = padded.as_strided(
+            (heads, size, columns + lag), (padded.stride(0), padded.stride(1) + rows, 1), pad - lag
+        )
+        first = (blocks - group - size + 1) * rows - 1
+        sums[:, first : first + columns + lag] += shifted.sum(1)
 
     # [row r's last columns | row r + 1's first ones], as if the rows were adjacent in memory
-    edge = torch.cat([dbias[..., :-1, j - rows + 1 :], dbias[..., 1:, : rows - 1]], 3)
+    edge = torch.cat([dbias[..., :-1, columns:], dbias[..., 1:, : rows - 1]], 3)
     diagonals = edge.as_strided((heads, blocks, rows - 1, rows), (*edge.stride()[:2], edge.stride(2) + 1, 1))
     row = torch.arange(rows, device=dbias.device)
     is_left = row[:-1, None] + row >= rows - 1

@@ -71,7 +71,7 @@ def test_repeats_bit_for_bit(backend, device):
 
 
 def test_low_precision_is_summed_in_float32(device, backend):
-    """bf16 at 2,048 tokens: eager's gradient, a scatter in bf16, is off by more than ten; fp32 sums by rounding."""
+    """bf16 at 2,048 tokens: eager's gradient, on the CPU a scatter in bf16, is off by over ten; ours by rounding."""
     n = 2048 if backend != "triton" or device == "cuda" else 256  # the interpreter takes minutes at 2,048
     torch.manual_seed(0)
     dbias = torch.randn(8, n, n, device=device).bfloat16()
@@ -79,8 +79,8 @@ def test_low_precision_is_summed_in_float32(device, backend):
     ours = ReduceBias.apply(dbias, n, 0, False, torch.float32, SUFFIXES[backend])
     assert (ours - exact).abs().max() < 1e-3
 
-    rows = torch.zeros(n, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
-    eager = rearrange(rows[reference.distance(n, n, 0, device).abs()], "i j h -> h i j")
-    eager.backward(dbias)
-    error = (rows.grad.mT - exact).abs().max()
-    assert error > (10 if n == 2048 else 1)
+    if device == "cpu":
+        rows = torch.zeros(n, 8, dtype=torch.bfloat16, requires_grad=True)
+        eager = rearrange(rows[reference.distance(n, n, 0).abs()], "i j h -> h i j")
+        eager.backward(dbias)
+        assert (rows.grad.mT - exact).abs().max() > (10 if n == 2048 else 1)

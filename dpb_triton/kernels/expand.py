@@ -34,6 +34,7 @@ import triton.language as tl
 
 # A wide, flat window: 512 bytes of a row per warp for 2-byte types, one table window in 64 registers. 128 x 128 tiles
 # need 145-255 registers and spill when ragged (python -m bench codegen prints the counts).
+# fp64 windows are half as wide: their registers are twice as many.
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 4
 # Programs to aim at: enough to fill any GPU several times, few enough that the gather of the window stays unseen.
 PROGRAMS = 2048
@@ -222,12 +223,14 @@ def _fold_kernel(partial_ptr, dtable_ptr, n, offset, n_bands, n_chunks,
 IS_INTERPRETED = not isinstance(_expand_kernel, triton.JITFunction)
 
 
-def _cut(heads, i, j, block_n, rows):
+def _cut(heads, i, j, dtype, block_n, rows):
+    """The grid and the constants of a launch: (bands, row chunks, block_n, rows)."""
+    block_n = block_n or (BLOCK_N // 2 if dtype == torch.float64 else BLOCK_N)
     rows = rows or rows_per_program(heads, i, j)
-    return triton.cdiv(j + rows, block_n), triton.cdiv(i, rows), rows
+    return triton.cdiv(j + rows, block_n), triton.cdiv(i, rows), block_n, rows
 
 
-def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=BLOCK_N, rows=None):
+def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the expansion. `block_m`, `block_n`, `rows` (powers of two) are there for tests of small shapes.
 
     table (heads, n) or, signed, (heads, 2n - 1) -> out (heads, i, j) in `dtype`, contiguous.
@@ -237,7 +240,7 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=BLOCK
     if out.numel() == 0:
         return out
     vec = VECTOR_BYTES // out.element_size()
-    n_bands, n_chunks, rows = _cut(heads, i, j, block_n, rows)
+    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, dtype, block_n, rows)
     _expand_kernel[(n_bands * n_chunks * heads,)](
         table.to(dtype).contiguous(), out, i, j, (width + 1) // 2 if signed else width, offset, n_bands, n_chunks,
         SIGNED=signed, VEC=vec, SHIFT=0 if j % vec == 0 else vec - 1,
@@ -246,7 +249,7 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=BLOCK
     return out
 
 
-def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=BLOCK_N, rows=None):
+def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the reduction; the transpose of `expand`, with the same options for tests.
 
     dbias (heads, i, j) of any strides -> dtable (heads, n) or, signed, (heads, 2n - 1) in `dtype`.
@@ -271,8 +274,8 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=BLOCK_N,
     is_aligned = not (start or j % vec or stride_x % vec or stride_h % vec)
     shift = 0 if is_aligned else vec - 1
 
-    n_bands, n_chunks, rows = _cut(heads, i, j, block_n, rows)
     accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
+    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, accumulator, block_n, rows)
     partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=accumulator, device=dbias.device)
     dtable = torch.empty((heads, width), dtype=accumulator, device=dbias.device)
     _reduce_kernel[(n_bands * n_chunks * heads,)](

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+# `make bench` and `make test` work on a fresh clone: they make .venv when there is none.
+# `make PY=python3 …` uses an existing environment in place and downloads nothing.
+
+TORCH   ?= 2.13.0
+TRITON  ?= 3.7.1
+ifdef PY
+  PYTHON := $(PY)
+  READY  :=
+else
+  PYTHON := .venv/bin/python
+  READY  := .venv/.ready
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install bench test check codegen lint format gpu clean
+
+help:  ## print the targets
+	@grep -hE '^[a-z]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# torch first: with it installed, nothing below asks the registry for another one
+.venv/.ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) setuptools==81.0.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check triton==$(TRITON)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(READY)  ## make .venv: torch, triton, this package in place, the development tools
+
+bench: $(READY)  ## the position bias against eager, compiled eager and this machine's limit
+	$(PYTHON) -m bench expand
+
+test: $(READY)  ## the suite: kernels in Triton's interpreter, code generation offline
+	$(PYTHON) -m pytest -q -n 2
+
+check: lint test  ## lint, suite, and the bench's smoke run: the command before a push, and CI's
+	$(PYTHON) -m bench expand --smoke
+
+codegen: $(READY)  ## compile the kernels for sm_80, sm_90, sm_100, gfx942; table of registers and accesses
+	$(PYTHON) -m bench codegen
+
+lint: $(READY)  ## ruff, as pinned
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(READY)  ## let ruff rewrite
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+gpu:  ## suite and bench on this machine's GPU, with the torch installed there: nothing is downloaded
+	$(or $(PY),python3) -m bench gpu
+
+clean:  ## remove .venv and caches
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench expand|codegen|gpu|table`: measure, read compiled kernels, all that needs a GPU, a run's tables."""
+
+import click
+
+from .codegen import codegen
+from .expand import expand
+from .gpu import gpu
+from .report import table
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli():
+    """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
+
+
+for command in (expand, codegen, gpu, table):
+    cli.add_command(command)
+
+if __name__ == "__main__":
+    cli(prog_name="python -m bench")

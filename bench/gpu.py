@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench gpu`: all that needs a GPU in one command of under 10 minutes, on the torch that is installed.
+
+The suite on the device, then `python -m bench expand` over 1k to 16k, each part a process of its own with a time
+limit. One JSON under bench/results/, rewritten after every part: a part that fails is reported and the rest goes on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from .environment import ROOT, describe, one_line
+from .report import expand_table
+
+LENGTHS = (1024, 2047, 4096, 8191, 8192, 16383, 16384)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and where it leaves its JSON, if it does."""
+
+    name: str
+    arguments: tuple
+    seconds: int
+    writes_json: bool = False
+
+
+def parts(device, lengths=LENGTHS):
+    """The parts in order of worth: a machine may be taken away."""
+    seqs = [word for length in lengths for word in ("--seq", str(length))]
+    tests = ("-m", "pytest", "-q", "-x", "--device", device, "--maxfail=20", "-p", "no:cacheprovider", "tests")
+    found = [Part("tests", tests, 240)]
+    for dtype in ("bf16", "fp32"):
+        arguments = (
+            "-m",
+            "bench",
+            "expand",
+            "--device",
+            device,
+            "--dtype",
+            dtype,
+            "--rounds",
+            "3",
+            "--seconds",
+            "0.05",
+        )
+        found.append(Part(f"expand {dtype}", (*arguments, *seqs), 150, writes_json=True))
+    return found
+
+
+def run_part(part):
+    """{"ok", "seconds", "exit", "tail", "result"} of a part; never raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, *part.arguments, *(("--json", str(path)) if part.writes_json else ())]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, timeout=part.seconds, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)  # fmt: skip
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or ""
+            code, output = None, output.decode(errors="replace") if isinstance(output, bytes) else output
+        record = {"name": part.name, "exit": code, "ok": code == 0, "seconds": round(time.monotonic() - begin, 1)}
+        record["limit_seconds"] = part.seconds
+        record["tail"] = output[-6000:]
+        if path.exists():
+            record["result"] = json.loads(path.read_text())
+    return record
+
+
+def write(path, report):
+    """Replace the file in one step: a machine that goes away leaves the last whole report."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def run_all(todo, path, environment):
+    """Run the parts, print each one's outcome, keep the file up to date; whether all went well."""
+    report = {"bench": "gpu", "environment": environment, "parts": []}
+    for part in todo:
+        click.echo(f"{part.name}: running, at most {part.seconds} s")
+        record = run_part(part)
+        report["parts"].append(record)
+        write(path, report)
+        outcome = (
+            "ok" if record["ok"] else "stopped at its limit" if record["exit"] is None else f"exit {record['exit']}"
+        )
+        click.echo(f"{part.name}: {outcome}, {record['seconds']} s")
+        if not record["ok"] or not part.writes_json:
+            click.echo("\n".join(record["tail"].strip().splitlines()[-15:]))
+        if "result" in record:
+            click.echo(expand_table(record["result"]))
+    click.echo(f"wrote {path}")
+    return all(record["ok"] for record in report["parts"])
+
+
+@click.command()
+@click.option(
+    "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Default: bench/results/DEVICE-DATE.json"
+)
+def gpu(path):
+    """Suite, bench and results on this machine's GPU; exits with 1 if a part failed, with 2 if there is no GPU."""
+    if not torch.cuda.is_available():
+        click.echo(f"no GPU: torch {torch.__version__} sees none (torch.cuda.is_available() is False)", err=True)
+        sys.exit(2)
+    environment = describe("cuda")
+    click.echo(one_line(environment))
+    name = re.sub(r"[^a-z0-9]+", "-", f"{environment['device']} {environment['date'][:16]}".lower()).strip("-")
+    path = path or ROOT / "bench" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.exit(0 if run_all(parts("cuda"), path, environment) else 1)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""Peak memory of a call beyond what was there before it."""
+
+import ctypes
+import ctypes.util
+import gc
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+
+
+def peak_mib(call, device):
+    """MiB that the call needed at its peak, its result included; None where the system does not tell.
+
+    CUDA: torch's own count. CPU: the kernel's count of resident pages, whose maximum Linux lets a process reset; it
+    misses nothing that was touched, whoever allocated it, but knows whole pages only.
+    """
+    call()  # what the first call keeps (caches, workspaces) is not the call's need
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    return _resident_peak(call)
+
+
+def _status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def _resident_peak(call):
+    try:
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # freed memory must not hide an allocation
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+        before = _status("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return None
+    result = call()
+    peak = _status("VmHWM") - before
+    del result
+    return max(peak, 0.0)

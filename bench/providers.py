@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""Who computes the position bias: the eager formula, the same compiled, and this library on each of its backends."""
+
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config
+from einops import rearrange
+
+from dpb_triton import DynamicPositionBias, expand_bias, reference
+from dpb_triton.functional import why_not
+
+PEERS = ("eager", "compiled eager")
+
+
+def eager_expand(rows, n):
+    """The expansion of zeta's class: rows (n, heads) of the MLP, indexed by an (n, n) matrix of distances."""
+    return rearrange(rows[reference.distance(n, n, 0, rows.device).abs()], "i j h -> h i j")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`expand(table (heads, n), n) -> (heads, n, n)`, and the module's forward."""
+
+    name: str
+    expand: object
+    forward: object  # forward(module, n)
+
+
+EAGER = Provider("eager", lambda table, n: eager_expand(table.mT, n), lambda module, n: module(n, n))
+
+
+def providers(device, peers, backends):
+    """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
+    found, absent = [], {}
+    if "eager" in peers:
+        found.append(EAGER)
+    if "compiled eager" in peers:
+        torch._functorch.config.donated_buffer = False  # backward is timed again and again on one graph
+        compiled = torch.compile(eager_expand, dynamic=True)
+        module = torch.compile(lambda module, n: module(n, n), dynamic=True)
+        provider = Provider("compiled eager", lambda table, n: compiled(table.mT, n), module)
+        reason = _why_not_compiled(provider, device)
+        if reason:
+            absent["compiled eager"] = reason
+        else:
+            found.append(provider)
+    for backend in backends:
+        reason = why_not(backend, device)
+        if reason is None and backend == "triton" and device == "cpu":
+            reason = "only its interpreter runs on a CPU, which is for correctness"
+        if reason:
+            absent[backend] = reason
+            continue
+        found.append(
+            Provider(
+                f"dpb {backend}",
+                lambda table, n, backend=backend: expand_bias(table, n, n, backend=backend),
+                lambda module, n, backend=backend: module(n, n, backend=backend),
+            )
+        )
+    return found, absent
+
+
+def _why_not_compiled(provider, device):
+    table = torch.zeros((1, 4), device=device, requires_grad=True)
+    try:
+        provider.expand(table, 4).sum().backward()
+    except Exception as error:  # no compiler, no headers, …: the report says which
+        return f"torch.compile failed: {str(error).strip().splitlines()[0][:100]}"
+    return None
+
+
+def modules(heads, dim, device):
+    """{is_ours: module} with the same weights."""
+    eager = reference.EagerDynamicPositionBias(dim, heads).to(device)
+    ours = DynamicPositionBias(dim, heads).to(device)
+    ours.load_state_dict(eager.state_dict())
+    return {True: ours, False: eager}

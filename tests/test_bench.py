@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""The bench measures what is right, says FAIL of what is wrong, and writes what it prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the bench needs the extra `bench`")
+
+from click.testing import CliRunner  # noqa: E402
+
+from bench import expand as bench_expand  # noqa: E402
+from bench import gpu as bench_gpu  # noqa: E402
+from bench.__main__ import cli  # noqa: E402
+from bench.memory import peak_mib  # noqa: E402
+from bench.providers import EAGER, Provider  # noqa: E402
+from bench.report import expand_table  # noqa: E402
+from bench.timing import Time, measure  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["expand", "--smoke", "--device", "cpu", "--peer", "eager", "--backend", "torch"]
+
+
+def test_smoke_run_writes_json_table_and_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    done = CliRunner().invoke(cli, [*QUICK, "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["environment"]["torch"] == torch.__version__
+    assert {record["provider"] for record in result["records"]} == {
+        "eager", "dpb torch", "limit: fill", "limit: clone", "limit: sum",
+    }  # fmt: skip
+    for record in result["records"]:
+        assert record["wrong"] is None
+        assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
+    assert expand_table(result).strip() in done.output
+    assert "| dtype" in expand_table(result, style="github").replace("|   dtype", "| dtype")
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+    wrong = Provider("dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2)
+    monkeypatch.setattr(bench_expand, "providers", lambda *_: ([EAGER, wrong], {"cuda": "no reason"}))
+    done = CliRunner().invoke(cli, QUICK)
+    assert done.exit_code == 1
+    lines = [line for line in done.output.splitlines() if "dpb wrong" in line]
+    assert len(lines) == 6  # three directions, two lengths
+    assert all("FAIL" in line and "off by" in line for line in lines)
+    assert "absent: cuda: no reason" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["expand", "--dtype", "int8"], "int8"),
+        (["expand", "--seq", "0"], "0"),
+        (["expand", "--heads", "-1"], "-1"),
+        (["expand", "--backend", "tpu"], "tpu"),
+        (["expand", "--device", "cuda"], "torch sees no GPU"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_bad_options_are_named(arguments, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 2
+    assert words in done.output
+
+
+def test_ratios_are_the_median_of_pairs():
+    ours, theirs = Time([1.0, 2.0, 4.0]), Time([3.0, 8.0, 8.0])
+    assert ours.ratio(theirs) == 3.0
+    times = measure({"a": lambda: None, "b": lambda: sum(range(20_000))}, "cpu", rounds=3, seconds=0.001)
+    assert len(times["a"].rounds) == 3
+    assert times["a"].ratio(times["b"]) > 1
+
+
+def test_peak_memory_is_the_calls_own():
+    def call():
+        aside = torch.ones(64 * 2**18)  # 64 MiB
+        return aside.sum()
+
+    assert 60 < peak_mib(call, "cpu") < 80
+    assert peak_mib(lambda: None, "cpu") < 5
+
+
+def test_gpu_command_without_a_gpu_says_so_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(cli, ["gpu"])
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1 and "no GPU" in done.output
+
+
+def test_gpu_parts_run_fail_and_time_out_and_the_report_survives(tmp_path):
+    """A rehearsal on the CPU: the same parts with the same options, and two that go wrong."""
+    python = bench_gpu.Part("prints", ("-c", "print('hello')"), 60)
+    fails = bench_gpu.Part("fails", ("-c", "raise SystemExit(3)"), 60)
+    hangs = bench_gpu.Part("hangs", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2)
+    _, real, _ = bench_gpu.parts("cpu", lengths=(33,))
+    real = bench_gpu.Part(real.name, (*real.arguments, "--peer", "eager"), real.seconds, real.writes_json)
+    path = tmp_path / "report.json"
+    assert not bench_gpu.run_all([fails, python, hangs, real], path, {"device": "none"})
+    report = json.loads(path.read_text())
+    outcomes = {part["name"]: (part["ok"], part["exit"]) for part in report["parts"]}
+    assert outcomes == {"fails": (False, 3), "prints": (True, 0), "hangs": (False, None), "expand bf16": (True, 0)}
+    assert report["parts"][1]["tail"] == "hello\n"
+    assert report["parts"][2]["tail"] == "begun\n"
+    assert report["parts"][3]["result"]["records"]
+    assert sum(part.seconds for part in bench_gpu.parts("cuda")) <= 600
+
+
+def test_gpu_test_command_is_one_that_pytest_takes():
+    tests = bench_gpu.parts("cpu")[0]
+    command = [sys.executable, *tests.arguments, "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Every code block of the README runs, and its tables are those of the files they name."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+
+
+def test_the_blocks_are_of_known_kinds():
+    assert {language for language, _ in BLOCKS} == {"text", "python", "sh"}
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="one block draws (extra: plot)")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), scope)
+    assert scope["shard"].shape == (8, 32, 128)
+    assert scope["per_head"].shape == (8, 16, 32)
+    assert (tmp_path / "bias.png").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, tmp_path):
+    """`make` targets dry (this is one of them); everything else for real."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        words.insert(1, "--dry-run")
+    elif words[0] == "python":
+        words[0] = sys.executable
+        pytest.importorskip("click", reason="the bench needs the extra `bench`")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+def test_tables_are_those_of_the_files():
+    pytest.importorskip("tabulate", reason="the tables need the extra `bench`")
+    import json
+
+    from bench.report import expand_table
+
+    tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
+    assert tables
+    for path, table in tables:
+        result = json.loads((ROOT / path).read_text())
+        assert table.strip() == expand_table(result, style="github").strip()
+        assert (ROOT / path).name in README
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

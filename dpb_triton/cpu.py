@@ -36,7 +36,7 @@ def expand(table, i, j, offset, signed, dtype):
     rows = mirror(table.to(dtype), i, j, offset, signed).view(-1).unfold(0, j, 1)
     x = torch.arange(i - 1, -1, -1, device=table.device)
     index = (torch.arange(heads, device=table.device)[:, None] * (i + j - 1) + x).view(-1)
-    return rows.index_select(0, index).view(heads, i, j)
+    return torch.embedding(rows, index).view(heads, i, j)  # copies rows, a little faster than index_select
 
 
 def _add_blocks(dbias, sums):

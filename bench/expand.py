@@ -8,7 +8,6 @@ or cloned (CPU) for forward, the gradient summed for backward.
 
 import copy
 import gc
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,18 @@ import click
 import torch
 from tqdm import tqdm
 
-from dpb_triton import reference
+from dpb_triton import ReduceBias, reference
 from dpb_triton.functional import BACKENDS
+from dpb_triton.ops import SUFFIXES
 
 from .environment import describe, one_line
 from .memory import peak_mib
 from .providers import EAGER, PEERS, modules, providers
-from .report import expand_table, plot_expand
+from .report import expand_table, plot_expand, write_json
 from .timing import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULT_SEQS = {"cpu": (512, 1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}
+DEFAULT_SEQS = {"cpu": (1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}
 DIM = 64  # of the module's MLP
 DIRECTIONS = ("forward", "backward", "module")
 
@@ -40,11 +40,6 @@ class Shape:
     dtype: str
     heads: int
     n: int
-
-    @property
-    def gigabytes(self):
-        """Bytes of the bias, 1e9."""
-        return self.heads * self.n**2 * DTYPES[self.dtype].itemsize / 1e9
 
 
 class Cells:
@@ -75,7 +70,7 @@ class Cells:
 
     def module(self, provider):
         """Forward and backward of the whole module, MLP included; a bf16 gradient for a bf16 bias."""
-        module = self.modules[provider.name.startswith("dpb")]
+        module = self.modules[provider.backend is not None]
         dtype = DTYPES[self.shape.dtype]
         autocast = partial(torch.autocast, self.device, dtype, enabled=dtype != torch.float32)
 
@@ -87,6 +82,13 @@ class Cells:
             return module.mlp[0].weight.grad
 
         return call
+
+    def replayed(self, direction, provider):
+        """What a CUDA graph captures: the operator alone; autograd would run on the stream of another graph."""
+        if direction == "forward":
+            return self.forward(provider)
+        suffix = SUFFIXES[provider.backend]
+        return partial(ReduceBias.apply, self.dbias, self.shape.n, 0, False, self.dbias.dtype, suffix)
 
     def limits(self):
         """What the bytes alone cost: {direction: {name: call}}."""
@@ -134,10 +136,28 @@ class Cells:
         return self.exact[direction]
 
 
+def _add_times(records, times, limits, prefix):
+    """Write the times, and what follows from them, into the records of one shape and direction."""
+    for record in records:
+        name = record["provider"].removeprefix("limit: ")
+        if name not in times:
+            continue
+        time = times[name]
+        record[prefix + "ms"] = time.median
+        record[prefix + "ms_p20"], record[prefix + "ms_p80"] = time.spread
+        if limits:
+            gigabytes = record["heads"] * record["n"] ** 2 * DTYPES[record["dtype"]].itemsize / 1e9
+            record[prefix + "gb_s"] = gigabytes / time.median * 1e3
+            record[prefix + "of_limit"] = {limit: time.ratio(times[limit]) for limit in limits}
+        if "eager" in times:
+            record[prefix + "x_eager"] = time.ratio(times["eager"])
+
+
 def _measure_shape(shape, options, found, progress):
     """The records of one shape."""
     device = options["device"]
     cells = Cells(shape, device)
+    ours = {provider.name: provider for provider in found if provider.backend}
     records = []
     for direction in DIRECTIONS:
         make = getattr(cells, direction)
@@ -156,26 +176,15 @@ def _measure_shape(shape, options, found, progress):
                 right.pop(provider.name, None)
             records.append(record)
             progress.update()
-        kinds = [device] + (["graph"] if device == "cuda" and direction != "module" else [])
-        for kind in kinds:
-            calls = limits | ({n: c for n, c in right.items() if n.startswith("dpb")} if kind == "graph" else right)
-            times = measure(calls, kind, options["rounds"], options["seconds"])
-            fastest = min(limits, key=lambda name: times[name].median) if limits else None
-            for name in limits if kind == device else ():
-                records.append({**vars(shape), "direction": direction, "provider": f"limit: {name}", "wrong": None})
-            for record in records:
-                name = record["provider"].removeprefix("limit: ")
-                if record["direction"] != direction or name not in times:
-                    continue
-                time, prefix = times[name], "graph_" if kind == "graph" else ""
-                record[prefix + "ms"] = time.median
-                record[prefix + "ms_p20"], record[prefix + "ms_p80"] = time.spread
-                if direction != "module":
-                    record[prefix + "gb_s"] = shape.gigabytes / time.median * 1e3
-                if fastest:
-                    record[prefix + "of_limit"] = {limit: time.ratio(times[limit]) for limit in limits}
-                if "eager" in times:
-                    record[prefix + "x_eager"] = time.ratio(times["eager"])
+        records += [{**vars(shape), "direction": direction, "provider": f"limit: {n}", "wrong": None} for n in limits]
+        mine = [record for record in records if record["direction"] == direction]
+        _add_times(mine, measure(limits | right, device, options["rounds"], options["seconds"]), limits, "")
+        if device == "cuda" and direction != "module":
+            calls = limits | {name: cells.replayed(direction, p) for name, p in ours.items() if name in right}
+            try:
+                _add_times(mine, measure(calls, "graph", options["rounds"], options["seconds"]), limits, "graph_")
+            except RuntimeError as error:  # a call that cannot be captured is a finding, not the end
+                mine[0]["graph_error"] = str(error)[:300]
         del right
         gc.collect()
     return records
@@ -192,9 +201,9 @@ def _measure_shape(shape, options, found, progress):
     "seqs",
     multiple=True,
     type=click.IntRange(1),
-    help="Queries and keys; default: 512, 1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU.",
+    help="Queries and keys; default: 1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU.",
 )
-@click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), default=PEERS, show_default=True)
+@click.option("--peer", "peers", multiple=True, type=click.Choice([*PEERS, "none"]), default=PEERS, show_default=True)
 @click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), default=BACKENDS, show_default=True)
 @click.option(
     "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Every round times all calls once."
@@ -223,14 +232,14 @@ def expand(device, dtypes, heads, seqs, peers, backends, rounds, seconds, smoke,
     shapes = [Shape(dtype, heads, n) for dtype in dtypes for n in seqs or DEFAULT_SEQS[device]]
     options = {"device": device, "rounds": rounds, "seconds": seconds}
     records = []
+    result = {"bench": "expand", "environment": environment, "absent": absent, "records": records}
     total = len(shapes) * len(DIRECTIONS) * len(found)
     with tqdm(total=total, unit="cell", disable=None, leave=False) as progress:
         for shape in shapes:
             records += _measure_shape(shape, options, found, progress)
-    result = {"bench": "expand", "environment": environment, "absent": absent, "records": records}
+            if path:
+                write_json(path, result)  # a run that is cut off leaves the lengths it has done
     click.echo(expand_table(result))
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
     if picture:
         plot_expand(result).savefig(picture)
         click.echo(f"wrote {picture}")

@@ -5,6 +5,7 @@ The suite on the device, then `python -m bench expand` over 1k to 16k, each part
 limit. One JSON under bench/results/, rewritten after every part: a part that fails is reported and the rest goes on.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import click
 import torch
 
 from .environment import ROOT, describe, one_line
-from .report import expand_table
+from .report import expand_table, write_json
 
 LENGTHS = (1024, 2047, 4096, 8191, 8192, 16383, 16384)
 
@@ -35,25 +36,19 @@ class Part:
 
 
 def parts(device, lengths=LENGTHS):
-    """The parts in order of worth: a machine may be taken away."""
-    seqs = [word for length in lengths for word in ("--seq", str(length))]
-    tests = ("-m", "pytest", "-q", "-x", "--device", device, "--maxfail=20", "-p", "no:cacheprovider", "tests")
+    """The parts in order of worth: a machine may be taken away. The longest lengths come alone, without the peers."""
+    workers = ("-n", str(min(8, os.cpu_count()))) if importlib.util.find_spec("xdist") else ()
+    tests = ("-m", "pytest", "-q", *workers, "--device", device, "--maxfail=20", "-p", "no:cacheprovider", "tests")
     found = [Part("tests", tests, 240)]
     for dtype in ("bf16", "fp32"):
-        arguments = (
-            "-m",
-            "bench",
-            "expand",
-            "--device",
-            device,
-            "--dtype",
-            dtype,
-            "--rounds",
-            "3",
-            "--seconds",
-            "0.05",
-        )
-        found.append(Part(f"expand {dtype}", (*arguments, *seqs), 150, writes_json=True))
+        common = ("-m", "bench", "expand", "--device", device, "--dtype", dtype, "--rounds", "2", "--seconds", "0.03")
+        for name, chosen, options in (
+            ("", [n for n in lengths if n <= 8192], ()),
+            (" long", [n for n in lengths if n > 8192], ("--peer", "none")),
+        ):
+            if chosen:
+                seqs = [word for length in chosen for word in ("--seq", str(length))]
+                found.append(Part(f"expand {dtype}{name}", (*common, *options, *seqs), 90, writes_json=True))
     return found
 
 
@@ -79,13 +74,6 @@ def run_part(part):
     return record
 
 
-def write(path, report):
-    """Replace the file in one step: a machine that goes away leaves the last whole report."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def run_all(todo, path, environment):
     """Run the parts, print each one's outcome, keep the file up to date; whether all went well."""
     report = {"bench": "gpu", "environment": environment, "parts": []}
@@ -93,7 +81,7 @@ def run_all(todo, path, environment):
         click.echo(f"{part.name}: running, at most {part.seconds} s")
         record = run_part(part)
         report["parts"].append(record)
-        write(path, report)
+        write_json(path, report)
         outcome = (
             "ok" if record["ok"] else "stopped at its limit" if record["exit"] is None else f"exit {record['exit']}"
         )

@@ -25,6 +25,7 @@ class Provider:
     name: str
     expand: object
     forward: object  # forward(module, n)
+    backend: str | None = None  # of this library
 
 
 EAGER = Provider("eager", lambda table, n: eager_expand(table.mT, n), lambda module, n: module(n, n))
@@ -57,6 +58,7 @@ def providers(device, peers, backends):
                 f"dpb {backend}",
                 lambda table, n, backend=backend: expand_bias(table, n, n, backend=backend),
                 lambda module, n, backend=backend: module(n, n, backend=backend),
+                backend,
             )
         )
     return found, absent

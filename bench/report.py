@@ -7,6 +7,14 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
+
+def write_json(path, result):
+    """Replace the file in one step: whoever is cut off leaves the last whole result."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
+
+
 HEADERS = {
     "dtype": "dtype",
     "n": "seq",

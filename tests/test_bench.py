@@ -44,7 +44,9 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
 
 
 def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
-    wrong = Provider("dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2)
+    wrong = Provider(
+        "dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2, "torch"
+    )
     monkeypatch.setattr(bench_expand, "providers", lambda *_: ([EAGER, wrong], {"cuda": "no reason"}))
     done = CliRunner().invoke(cli, QUICK)
     assert done.exit_code == 1
@@ -101,7 +103,7 @@ def test_gpu_parts_run_fail_and_time_out_and_the_report_survives(tmp_path):
     python = bench_gpu.Part("prints", ("-c", "print('hello')"), 60)
     fails = bench_gpu.Part("fails", ("-c", "raise SystemExit(3)"), 60)
     hangs = bench_gpu.Part("hangs", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2)
-    _, real, _ = bench_gpu.parts("cpu", lengths=(33,))
+    _, real, *_ = bench_gpu.parts("cpu", lengths=(33, 9000))
     real = bench_gpu.Part(real.name, (*real.arguments, "--peer", "eager"), real.seconds, real.writes_json)
     path = tmp_path / "report.json"
     assert not bench_gpu.run_all([fails, python, hangs, real], path, {"device": "none"})

@@ -123,13 +123,13 @@ class Cells:
     def _exact(self, direction):
         """The gradient in float64, and eager's at this precision."""
         if direction not in self.exact:
-            heads = [reference.reduce(head[None].double(), self.shape.n) for head in self.dbias]
-            exact = torch.cat(heads)
             if direction == "backward":
+                heads = [reference.reduce(head[None].double(), self.shape.n) for head in self.dbias]
+                exact = torch.cat(heads)
                 (eager,) = self.backward(EAGER)()
             else:
                 module = copy.deepcopy(self.modules[True]).double()
-                module.table(self.shape.n).backward(exact)
+                module.table(self.shape.n).backward(self._exact("backward")[0])
                 exact = module.mlp[0].weight.grad
                 eager = self.module(EAGER)().clone()
             self.exact[direction] = exact, eager

@@ -69,6 +69,10 @@ def expand_table(result, style="simple", directions=tuple(TITLES)):
         table = tabulate([[row[name] for name in columns] for row in rows], [HEADERS[name] for name in columns],
                          tablefmt=style, disable_numparse=True, colalign=["right"] * len(columns))  # fmt: skip
         parts.append(f"{TITLES[direction]}\n\n{table}")
+    for record in result["records"]:
+        if "graph_error" in record:
+            shape = f"{record['dtype']} {record['n']} {record['direction']}"
+            parts.append(f"no CUDA graph: {shape}: {record['graph_error']}")
     parts += [f"absent: {name}: {reason}" for name, reason in result["absent"].items()]
     return "\n" + "\n\n".join(parts)
 

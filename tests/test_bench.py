@@ -41,6 +41,8 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert expand_table(result).strip() in done.output
     assert "| dtype" in expand_table(result, style="github").replace("|   dtype", "| dtype")
     assert (tmp_path / "r.png").stat().st_size > 10_000
+    result["records"][0]["graph_error"] = "operation not permitted"
+    assert "no CUDA graph: fp32 33 forward: operation not permitted" in expand_table(result)
 
 
 def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):

@@ -13,16 +13,17 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test check codegen lint format gpu clean
+.PHONY: help install bench test check codegen lint format wheel wheel-test gpu clean
 
 help:  ## print the targets
-	@grep -hE '^[a-z]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # torch first: with it installed, nothing below asks the registry for another one
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) setuptools==81.0.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) setuptools==81.0.0 ninja
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check triton==$(TRITON)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" \
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -39,14 +40,30 @@ check: lint test  ## lint, suite, and the bench's smoke run: the command before 
 
 codegen: $(READY)  ## compile the kernels for sm_80, sm_90, sm_100, gfx942; table of registers and accesses
 	$(PYTHON) -m bench codegen
+	$(PYTHON) -m bench codegen --csrc
 
-lint: $(READY)  ## ruff, as pinned
+wheel: $(READY)  ## the sdist and the wheel, in dist/: one binary for Python >= 3.10 and torch >= 2.10
+	PATH="$(dir $(abspath $(PYTHON))):$$PATH" DPB_TRITON_CSRC=1 $(PYTHON) -m build --no-isolation
+
+wheel-test: wheel  ## that wheel in a fresh environment without a compiler
+	rm -rf build/wheel-test
+	python3 -m venv build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	build/wheel-test/bin/python -m pip install --quiet --disable-pip-version-check $$(ls -t dist/*.whl | head -1)
+	cp tests/smoke.py build/wheel-test/
+	cd build/wheel-test && PATH=/nowhere bin/python smoke.py
+
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp)
+
+lint: $(READY)  ## ruff and clang-format, as pinned
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(CSRC)
 
-format: $(READY)  ## let ruff rewrite
+format: $(READY)  ## let them rewrite
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+	$(dir $(PYTHON))clang-format -i $(CSRC)
 
 gpu:  ## suite and bench on this machine's GPU, with the torch installed there: nothing is downloaded
 	$(or $(PY),python3) -m bench gpu

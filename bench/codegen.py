@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the compilers make of the kernels, for GPUs that are not there: `python -m bench codegen`.
 
-Compiles every launch of the matrix in `codegen_promises.py` in child processes, prints a table, and exits with 1 if a
-kernel breaks a promise. Needs no GPU.
+Compiles every launch of the matrix in `codegen_promises.py` in child processes, or with --csrc the CUDA kernels of
+csrc/, prints a table, and exits with 1 if a kernel breaks a promise. Needs no GPU.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from .codegen_cuda import compile_cuda, nvcc
 from .codegen_promises import (
     ARCHS,
     DEFAULT_DTYPES,
@@ -132,12 +133,18 @@ def _check_archs(context, parameter, archs):
 @click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",
               help="Compile for this many queries and keys instead of the layouts.")  # fmt: skip
 @click.option("--block", type=(int, int), default=None, metavar="M N", help="Another window than the launchers' own.")
+@click.option("--csrc", "is_csrc", is_flag=True, help="csrc/'s CUDA kernels instead of the Triton ones; needs nvcc.")
 @click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it there.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
-def codegen(archs, dtypes, ops, layouts, shapes, block, jobs, path, check):
-    """Compile the Triton kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
-    records = compile_all(cases(archs, dtypes, ops, layouts, shapes, block), jobs)
+def codegen(archs, dtypes, ops, layouts, shapes, block, is_csrc, jobs, path, check):
+    """Compile the kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
+    if is_csrc and nvcc() is None:
+        raise click.UsageError("--csrc needs nvcc: set CUDA_HOME or put it on PATH")
+    if is_csrc:
+        records = compile_cuda(archs, jobs)
+    else:
+        records = compile_all(cases(archs, dtypes, ops, layouts, shapes, block), jobs)
     for record in records:
         record["broken"] = broken(record)
     triton = records[0]["triton"] if records else "?"

@@ -163,7 +163,7 @@ def broken(record):
         found.append(f"{record['registers']} registers x {record['threads']} threads do not fit")
     if record["shared"] > shared_limit(record["arch"]):
         found.append(f"{record['shared']} bytes of shared memory, more than {shared_limit(record['arch'])}")
-    kind = OPS[record["op"]].streams.get(record["kernel"])
+    kind = record["streams"] if "streams" in record else OPS[record["op"]].streams.get(record["kernel"])
     if kind and record["is_wide"]:
         found += _broken_interior(record["interior"], kind)
     return found

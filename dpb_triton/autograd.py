@@ -22,7 +22,7 @@ class ExpandBias(torch.autograd.Function):
     def forward(ctx, table, i, j, offset, signed=False, dtype=None, suffix=""):
         ctx.width, ctx.dtype = table.shape[1], table.dtype
         ctx.options = offset, signed, suffix
-        return ops.get("expand", suffix)(table, i, j, offset, signed, dtype or table.dtype)
+        return ops.call("expand", suffix, table, i, j, offset, signed, dtype or table.dtype)
 
     @staticmethod
     def backward(ctx, dbias):
@@ -43,7 +43,7 @@ class ReduceBias(torch.autograd.Function):
     def forward(ctx, dbias, n, offset, signed=False, dtype=None, suffix=""):
         ctx.grid, ctx.dtype = dbias.shape[1:], dbias.dtype
         ctx.options = offset, signed, suffix
-        return ops.get("reduce", suffix)(dbias, n, offset, signed, dtype or dbias.dtype)
+        return ops.call("reduce", suffix, dbias, n, offset, signed, dtype or dbias.dtype)
 
     @staticmethod
     def backward(ctx, dtable):
@@ -56,7 +56,7 @@ def _autograd_kernel(function, name, suffix):
     def kernel(keyset, tensor, *args):
         if torch.is_grad_enabled() and tensor.requires_grad:
             return function.apply(tensor, *args, suffix)
-        return ops.get(name, suffix).redispatch(keyset & torch._C._after_autograd_keyset, tensor, *args)
+        return ops.OPERATORS[name + suffix].redispatch(keyset & torch._C._after_autograd_keyset, tensor, *args)
 
     return kernel
 

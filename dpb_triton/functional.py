@@ -87,4 +87,6 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
             f"expand_bias with backend={backend!r} supports neither torch.func transforms (grad, vmap, jvp, …) nor "
             "forward-mode derivatives: ask for backend='torch', which is then made of plain torch operations"
         )
-    return ExpandBias.apply(table, i, j, offset, signed, dtype, suffix)
+    if table.requires_grad and torch.is_grad_enabled():
+        return ExpandBias.apply(table, i, j, offset, signed, dtype, suffix)
+    return ops.call("expand", suffix, table, i, j, offset, signed, dtype)

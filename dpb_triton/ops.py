@@ -13,6 +13,7 @@ Triton on first use. Their derivatives are in `autograd.py`.
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -41,10 +42,13 @@ def is_interpreting() -> bool:
 
 
 def load_csrc() -> str | None:
-    """Load the compiled half (csrc/). None, or why it is not there."""
+    """Load the compiled half (csrc/). None, or why it is not there: the reason that `setup.py` left, if it did."""
     try:
         importlib.import_module("dpb_triton._C")
     except ImportError as error:
+        reason = Path(__file__).with_name("_C.txt")
+        if isinstance(error, ModuleNotFoundError) and reason.exists():
+            return f"the compiled extension was not built: {reason.read_text().strip()}"
         return f"the compiled extension is not loaded: {error}"
     return None
 
@@ -57,9 +61,15 @@ def why_no_csrc(backend: str) -> str | None:
     return f"the compiled extension was built without {key} kernels"
 
 
-def get(name: str, suffix: str):
-    """The overload to call: `expand` or `reduce` of a backend."""
-    return OPERATORS[name + suffix]
+def call(name: str, suffix: str, *args):
+    """`expand` or `reduce` of a backend, below autograd, which the caller has seen to.
+
+    Not through autograd's key, whose kernel is in Python: that detour costs as much as a small operator.
+    """
+    if torch.compiler.is_compiling():
+        return OPERATORS[name + suffix](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return OPERATORS[name + suffix](*args)
 
 
 def _triton_expand(table, i, j, offset, signed, dtype):

@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: MIT
+// The band algorithm, thread by thread: what every thread of the CUDA kernels (band_cuda.cu) loads, adds and stores.
+//
+//   expand   bias[h, x, y] = table[h, |x + offset - y|]
+//   reduce   dtable[h, d]  = sum of dbias[h, x, y] over all (x, y) with |x + offset - y| = d
+//
+//              y ->                      every 45-degree line holds one number, so a window of
+//         +-----------------------+      BLOCK_M x BLOCK_N keeps its values while it moves
+//    x    |[=======]              |      BLOCK_M rows down and BLOCK_M columns right
+//    |    |   [=======]           |
+//    v    |      [=======]  <- one band: the windows of one block of threads
+//         |         [=======]     |
+//         +-----------------------+
+//
+// A block owns a band inside one chunk of `rows` rows of one head. Expand gathers its window into registers once; its
+// loop is stores only. Reduce adds windows in registers, and sums along the diagonals once, through shared memory.
+// Accesses have 16 bytes for any j: row m of the window is shifted right by s_m, to the next 16-byte boundary. Rows
+// BLOCK_M apart have the same s_m because BLOCK_M is a multiple of the vector, and so have all bands because BLOCK_N
+// is. A window's rows are dealt to the warps in turn; a lane holds one vector of every 32.
+//
+// Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host, where each store is
+// checked. The arithmetic is that of dpb_triton/kernels/expand.py.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define DPB_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DPB_HOST_DEVICE inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define DPB_UNROLL _Pragma("unroll")
+#else
+#define DPB_UNROLL
+#endif
+
+namespace dpb_triton {
+namespace band {
+
+constexpr int BLOCK_M = 16, LANES = 32, WARPS = 4, THREADS = LANES * WARPS;
+constexpr int WARP_ROWS = BLOCK_M / WARPS;  // rows of a window that a warp holds
+constexpr int VECTOR_BYTES = 16;
+constexpr int64_t PROGRAMS = 2048;  // blocks to aim at: enough for any GPU, few enough that the gather stays unseen
+
+// What depends on the size of an element. Windows of 8-byte elements are half as wide: the registers are as many.
+template <class T>
+struct Shape {
+  static constexpr int VEC = VECTOR_BYTES / static_cast<int>(sizeof(T));
+  static constexpr int BLOCK_N = sizeof(T) == 8 ? 128 : 256;
+  static constexpr int VECTORS = BLOCK_N / (LANES * VEC);  // of a row that a lane holds
+  static constexpr int SHIFT = VEC - 1;                    // the largest shift of a row
+  static_assert(BLOCK_M % VEC == 0 && BLOCK_N % (LANES * VEC) == 0 && BLOCK_M + SHIFT <= BLOCK_N, "");
+};
+
+template <class T>
+struct alignas(VECTOR_BYTES) Vector {
+  T element[Shape<T>::VEC];
+};
+
+DPB_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+DPB_HOST_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// How a tensor (heads, i, j) is cut into blocks of threads, from the shape alone.
+struct Cut {
+  int64_t i, j, rows, bands, chunks;  // rows of a chunk
+  int64_t block_n, shift;             // of the Shape
+
+  DPB_HOST_DEVICE int64_t blocks(int64_t heads) const {
+    return bands * chunks * heads;
+  }
+};
+
+template <class T>
+Cut cut(int64_t heads, int64_t i, int64_t j) {
+  constexpr int64_t block_n = Shape<T>::BLOCK_N;
+  const double ideal = static_cast<double>(heads) * static_cast<double>(i) * static_cast<double>(j) /
+                       static_cast<double>(block_n * PROGRAMS);
+  int64_t rows = 64;
+  while (rows < 1024 && static_cast<double>(rows) * 1.4142 < ideal) {  // to the nearest power of two
+    rows *= 2;
+  }
+  return {i, j, rows, ceil_div(j + rows, block_n), ceil_div(i, rows), block_n, Shape<T>::SHIFT};
+}
+
+// One block's band: rows row .. row + rows - 1 of `head`, its first window beginning in `column`, <= 0 on the left.
+struct Band {
+  int64_t head, row, rows, column, index, chunk;
+};
+
+template <class T>
+DPB_HOST_DEVICE Band band_of(const Cut& cut, int64_t block) {
+  const int64_t index = block % cut.bands, chunk = block / cut.bands % cut.chunks;
+  const int64_t row = chunk * cut.rows;
+  return {block / (cut.bands * cut.chunks),     row,   clamp(cut.i - row, 0, cut.rows),
+          index * Shape<T>::BLOCK_N - cut.rows, index, chunk};
+}
+
+// The steps at which the window enters the row, lies inside it, is inside no more, and has left the row.
+struct Steps {
+  int64_t enter, inside, outside, leave;
+};
+
+template <class T>
+DPB_HOST_DEVICE Steps steps_of(const Band& band, int64_t j) {
+  const int64_t right = j - band.column - Shape<T>::SHIFT - Shape<T>::BLOCK_N + BLOCK_M;
+  const int64_t leave = ceil_div(clamp(j - band.column, 0, band.rows), BLOCK_M);
+  int64_t inside = clamp(BLOCK_M - 1 - band.column, 0, INT64_MAX) / BLOCK_M;
+  inside = inside < leave ? inside : leave;
+  const int64_t enter = clamp(BLOCK_M - band.column - Shape<T>::SHIFT - Shape<T>::BLOCK_N, 0, INT64_MAX) / BLOCK_M;
+  return {enter, inside, clamp(clamp(right, 0, band.rows) / BLOCK_M, inside, leave), leave};
+}
+
+// Where the first window of a thread lies. `start` is the element of (head, row, 0), counted from a 16-byte boundary.
+template <class T>
+struct Place {
+  int64_t start, stride_x, stride_y, column;
+  int warp, lane;
+
+  DPB_HOST_DEVICE static int row(int warp, int q) {
+    return warp + q * WARPS;
+  }
+  DPB_HOST_DEVICE int row(int q) const {
+    return row(warp, q);
+  }
+  // first column, within the window, of the lane's vector v
+  DPB_HOST_DEVICE int first(int v) const {
+    return (v * LANES + lane) * Shape<T>::VEC;
+  }
+  DPB_HOST_DEVICE int shift_of_row(int m) const {
+    return static_cast<int>(-(start + m * stride_x) & Shape<T>::SHIFT);  // the column is a multiple of VEC
+  }
+  // element of (row q, the lane's first vector) at step 0
+  DPB_HOST_DEVICE int64_t origin(int q, int shift) const {
+    return start + row(q) * stride_x + (column + shift + first(0)) * stride_y;
+  }
+  DPB_HOST_DEVICE int64_t step() const {
+    return BLOCK_M * (stride_x + stride_y);
+  }
+};
+
+// Calls visit(q, v, element, y) for the lane's vectors of the window at step k that lie in the rows; `y` is the
+// vector's first column, which may be outside [0, j).
+template <class T, class F>
+DPB_HOST_DEVICE void for_each_vector(const Place<T>& place, const int (&shift)[WARP_ROWS], int64_t k, int64_t rows,
+                                     F&& visit) {
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    if (k * BLOCK_M + place.row(q) < rows) {
+      DPB_UNROLL
+      for (int v = 0; v < Shape<T>::VECTORS; ++v) {
+        const int64_t y = place.column + k * BLOCK_M + shift[q] + place.first(v);
+        const int64_t element =
+            place.origin(q, shift[q]) + k * place.step() + v * (LANES * Shape<T>::VEC) * place.stride_y;
+        visit(q, v, element, y);
+      }
+    }
+  }
+}
+
+// ---- expand
+
+// table[h, index] at table[h * stride_h + index * stride_d]; T is any type of the element's size, bits are moved.
+template <class T>
+struct Table {
+  const T* data;
+  int64_t n, offset, stride_h, stride_d;
+  bool is_signed;
+
+  // The parts of a window that no step shows may lie outside the table.
+  DPB_HOST_DEVICE T at(int64_t head, int64_t x, int64_t y) const {
+    const int64_t distance = x + offset - y;
+    const int64_t magnitude = distance < 0 ? -distance : distance;
+    if (magnitude >= n) {
+      return T{};
+    }
+    return data[head * stride_h + (is_signed ? distance + n - 1 : magnitude) * stride_d];
+  }
+};
+
+// What one thread does. Memory::store(T* address, value) takes a Vector<T> at a 16-byte boundary, or a T.
+template <class Memory, class T>
+DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut, int64_t block, int thread) {
+  using S = Shape<T>;
+  const Band band = band_of<T>(cut, block);
+  const Steps steps = steps_of<T>(band, cut.j);
+  const Place<T> place{(band.head * cut.i + band.row) * cut.j, cut.j, 1, band.column, thread / LANES, thread % LANES};
+
+  int shift[WARP_ROWS];
+  Vector<T> window[WARP_ROWS][S::VECTORS];
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    shift[q] = place.shift_of_row(place.row(q));
+    DPB_UNROLL
+    for (int v = 0; v < S::VECTORS; ++v) {
+      DPB_UNROLL
+      for (int e = 0; e < S::VEC; ++e) {
+        window[q][v].element[e] =
+            table.at(band.head, band.row + place.row(q), band.column + shift[q] + place.first(v) + e);
+      }
+    }
+  }
+
+  const int64_t interior = steps.outside - steps.inside;
+  for (int64_t edge = steps.enter; edge < steps.leave - interior; ++edge) {
+    const int64_t k = edge < steps.inside ? edge : edge + interior;
+    for_each_vector(place, shift, k, band.rows, [&](int q, int v, int64_t element, int64_t y) {
+      if (y >= 0 && y + S::VEC <= cut.j) {
+        Memory::store(out + element, window[q][v]);
+      } else {
+        DPB_UNROLL
+        for (int e = 0; e < S::VEC; ++e) {
+          if (y + e >= 0 && y + e < cut.j) {
+            Memory::store(out + element + e, window[q][v].element[e]);
+          }
+        }
+      }
+    });
+  }
+
+  T* to[WARP_ROWS];
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    to[q] = out + place.origin(q, shift[q]) + steps.inside * place.step();
+  }
+  for (int64_t k = steps.inside; k < steps.outside; ++k) {
+    DPB_UNROLL
+    for (int q = 0; q < WARP_ROWS; ++q) {
+      DPB_UNROLL
+      for (int v = 0; v < S::VECTORS; ++v) {
+        Memory::store(to[q] + v * LANES * S::VEC, window[q][v]);
+      }
+      to[q] += place.step();
+    }
+  }
+}
+
+// ---- reduce
+
+// dbias[h, x, y] is data[lead + h * stride_h + x * stride_x + y * stride_y], data being at a 16-byte boundary. UNIT
+// says that stride_y is 1: only then there are vectors, else a lane's elements are loaded one by one.
+template <class T>
+struct Gradient {
+  const T* data;
+  int64_t lead, stride_h, stride_x, stride_y;
+};
+
+template <class A, class T>
+struct Sums {
+  A element[WARP_ROWS][Shape<T>::VECTORS][Shape<T>::VEC];
+};
+
+template <bool UNIT, class T>
+DPB_HOST_DEVICE Place<T> gradient_place(const Gradient<T>& dbias, const Band& band, int thread) {
+  return {dbias.lead + band.head * dbias.stride_h + band.row * dbias.stride_x,
+          dbias.stride_x,
+          UNIT ? 1 : dbias.stride_y,
+          band.column,
+          thread / LANES,
+          thread % LANES};
+}
+
+template <bool UNIT, class T>
+DPB_HOST_DEVICE int gradient_shift(const Place<T>& place, int m) {
+  return UNIT ? place.shift_of_row(m) : 0;
+}
+
+template <class A, class T, class Widen>
+DPB_HOST_DEVICE void add_vector(A (&sums)[Shape<T>::VEC], const Vector<T>& loaded, Widen widen) {
+  DPB_UNROLL
+  for (int e = 0; e < Shape<T>::VEC; ++e) {
+    sums[e] += A(widen(loaded.element[e]));
+  }
+}
+
+// The steps at which whole windows lie inside the rows.
+template <class Memory, class A, class T, class Widen>
+DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<T>& place, const int (&shift)[WARP_ROWS],
+                                         const Steps& steps, Widen widen, Sums<A, T>& sums) {
+  using S = Shape<T>;
+  const T* from[WARP_ROWS];
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    from[q] = data + place.origin(q, shift[q]) + steps.inside * place.step();
+  }
+  for (int64_t k = steps.inside; k < steps.outside; ++k) {
+    Vector<T> loaded[WARP_ROWS][S::VECTORS];  // all on their way before the first is added
+    DPB_UNROLL
+    for (int q = 0; q < WARP_ROWS; ++q) {
+      DPB_UNROLL
+      for (int v = 0; v < S::VECTORS; ++v) {
+        loaded[q][v] = Memory::template load<Vector<T>>(from[q] + v * LANES * S::VEC);
+      }
+      from[q] += place.step();
+    }
+    DPB_UNROLL
+    for (int q = 0; q < WARP_ROWS; ++q) {
+      DPB_UNROLL
+      for (int v = 0; v < S::VECTORS; ++v) {
+        add_vector<A, T>(sums.element[q][v], loaded[q][v], widen);
+      }
+    }
+  }
+}
+
+// Adds the windows along the band, elementwise. Memory::load<Vector<T>>(address) and Memory::load<T>(address);
+// widen(T) gives what is added.
+template <class Memory, bool UNIT, class A, class T, class Widen>
+DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread, Widen widen,
+                                       Sums<A, T>& sums) {
+  using S = Shape<T>;
+  const Band band = band_of<T>(cut, block);
+  const Steps steps = steps_of<T>(band, cut.j);
+  const Place<T> place = gradient_place<UNIT>(dbias, band, thread);
+
+  int shift[WARP_ROWS];
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    shift[q] = gradient_shift<UNIT>(place, place.row(q));
+    DPB_UNROLL
+    for (int v = 0; v < S::VECTORS; ++v) {
+      DPB_UNROLL
+      for (int e = 0; e < S::VEC; ++e) {
+        sums.element[q][v][e] = A(0);
+      }
+    }
+  }
+
+  const int64_t interior = UNIT ? steps.outside - steps.inside : 0;
+  for (int64_t edge = steps.enter; edge < steps.leave - interior; ++edge) {
+    const int64_t k = UNIT && edge >= steps.inside ? edge + interior : edge;
+    for_each_vector(place, shift, k, band.rows, [&](int q, int v, int64_t element, int64_t y) {
+      if (UNIT && y >= 0 && y + S::VEC <= cut.j) {
+        add_vector<A, T>(sums.element[q][v], Memory::template load<Vector<T>>(dbias.data + element), widen);
+      } else {
+        DPB_UNROLL
+        for (int e = 0; e < S::VEC; ++e) {
+          if (y + e >= 0 && y + e < cut.j) {
+            sums.element[q][v][e] += A(widen(Memory::template load<T>(dbias.data + element + e * place.stride_y)));
+          }
+        }
+      }
+    });
+  }
+  if constexpr (UNIT) {
+    accumulate_interior<Memory>(dbias.data, place, shift, steps, widen, sums);
+  }
+}
+
+// One block's sums side by side, and each row's anchor: the diagonal of its first element, never negative.
+template <class A, class T>
+struct SharedWindow {
+  A element[BLOCK_M][Shape<T>::BLOCK_N];
+  int anchor[BLOCK_M];
+};
+
+template <bool UNIT, class A, class T>
+DPB_HOST_DEVICE void share_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread,
+                                  const Sums<A, T>& sums, SharedWindow<A, T>& shared) {
+  const Place<T> place = gradient_place<UNIT>(dbias, band_of<T>(cut, block), thread);
+  DPB_UNROLL
+  for (int q = 0; q < WARP_ROWS; ++q) {
+    DPB_UNROLL
+    for (int v = 0; v < Shape<T>::VECTORS; ++v) {
+      DPB_UNROLL
+      for (int e = 0; e < Shape<T>::VEC; ++e) {
+        shared.element[place.row(q)][place.first(v) + e] = sums.element[q][v][e];
+      }
+    }
+  }
+  if (thread < BLOCK_M) {
+    shared.anchor[thread] = thread + Shape<T>::SHIFT - gradient_shift<UNIT>(place, thread);
+  }
+}
+
+// Sums along the block's diagonals into its columns of `partial` [heads][chunks][2][bands * BLOCK_N]: diagonal t, and
+// diagonal t - BLOCK_N, which lies left of the window's first element. Bands from right to left, so that the fold finds
+// a chunk's sums in the order of the distance.
+template <class A, class T>
+DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cut& cut, int64_t block, int thread,
+                                      A* partial) {
+  constexpr int N = Shape<T>::BLOCK_N;
+  const int64_t span = cut.bands * N;
+  partial += block / cut.bands * 2 * span + (cut.bands - 1 - block % cut.bands) * N;
+  for (int t = thread; t < N; t += THREADS) {
+    A lower = 0, upper = 0;
+    DPB_UNROLL
+    for (int m = 0; m < BLOCK_M; ++m) {  // selected, never multiplied by a mask: an Inf stays on its own diagonal
+      const int column = shared.anchor[m] - t;
+      if (column >= 0) {
+        lower += shared.element[m][column];
+      } else {
+        upper += shared.element[m][column + N];
+      }
+    }
+    partial[t] = lower;
+    partial[span + t] = upper;
+  }
+}
+
+// The sum over the chunks, in order, at one signed distance of one head, whose sums `partial` is.
+template <class A>
+DPB_HOST_DEVICE A sum_of_chunks(const A* partial, const Cut& cut, int64_t distance, int64_t offset) {
+  const int64_t span = cut.bands * cut.block_n;
+  A total = 0;
+  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+    const int64_t slot = distance - offset - (chunk + 1) * cut.rows + cut.shift + span;
+    if (slot >= cut.block_n && slot < span + cut.block_n) {
+      total += partial[slot - cut.block_n];
+    }
+    if (slot >= 0 && slot < span) {
+      total += partial[span + slot];
+    }
+    partial += 2 * span;
+  }
+  return total;
+}
+
+// dtable[head, column].
+template <class A>
+DPB_HOST_DEVICE A fold_thread(const A* partial, const Cut& cut, int64_t head, int64_t column, int64_t n, int64_t offset,
+                              bool is_signed) {
+  partial += head * cut.chunks * 2 * cut.bands * cut.block_n;
+  if (is_signed) {
+    return sum_of_chunks(partial, cut, column - (n - 1), offset);
+  }
+  A total = sum_of_chunks(partial, cut, column, offset);
+  if (column > 0) {  // distance 0 has one sign only
+    total += sum_of_chunks(partial, cut, -column, offset);
+  }
+  return total;
+}
+
+}  // namespace band
+}  // namespace dpb_triton

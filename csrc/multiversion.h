@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT
+// One source, several instruction sets: the binary runs on any x86-64 and uses AVX2 or AVX-512 where the machine has
+// it.
+#pragma once
+
+#include <utility>
+
+// DPB_BASELINE: for a test that compares the versions
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(DPB_BASELINE)
+#define DPB_X86 1
+#define DPB_INLINE inline __attribute__((always_inline))
+#elif defined(__GNUC__) || defined(__clang__)
+#define DPB_INLINE inline __attribute__((always_inline))
+#else
+#define DPB_INLINE inline
+#endif
+
+namespace dpb_triton {
+
+#ifdef DPB_X86
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa host_isa() {
+  static const Isa isa =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+          ? Isa::avx512
+      : __builtin_cpu_supports("avx2") ? Isa::avx2
+                                       : Isa::baseline;
+  return isa;
+}
+
+template <class Body, class... Args>
+__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void run_avx512(Args... args) {
+  Body::run(args...);
+}
+
+template <class Body, class... Args>
+__attribute__((target("avx2"))) void run_avx2(Args... args) {
+  Body::run(args...);
+}
+#endif
+
+// Body::run(args…), compiled for this machine. `run` must be DPB_INLINE, so that it is compiled inside each version.
+template <class Body, class... Args>
+void multiversion(Args... args) {
+#ifdef DPB_X86
+  switch (host_isa()) {
+    case Isa::avx512:
+      return run_avx512<Body>(args...);
+    case Isa::avx2:
+      return run_avx2<Body>(args...);
+    default:
+      break;
+  }
+#endif
+  Body::run(args...);
+}
+
+}  // namespace dpb_triton

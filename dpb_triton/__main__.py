@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""`python -m dpb_triton`: what is installed, which backends can run here and why the others cannot, what is chosen."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, ops
+from .functional import BACKENDS, why_not
+
+
+def version_of(package):
+    """The installed version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def chosen(device_type):
+    """The backend that `backend=None` takes for tensors on that device."""
+    preferred = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}[device_type]
+    return next(backend for backend in preferred if why_not(backend, device_type) is None)
+
+
+def main():
+    """Print it."""
+    print(f"dpb_triton {__version__} in {ops.__file__.rpartition('/')[0]}")
+    triton = version_of("triton") if ops.has_triton() else "not installed"
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
+    if torch.cuda.is_available():
+        print(f"cuda: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}")
+    else:
+        is_cpu_build = not (torch.version.cuda or torch.version.hip)
+        print("cuda: torch sees no GPU" + (" (a CPU build of torch)" if is_cpu_build else ""))
+    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for device_type in ("cpu", "cuda"):
+        print(f"\n{device_type} tensors: {chosen(device_type)!r} is chosen")
+        for backend in BACKENDS:
+            print(f"  {backend:<7} {why_not(backend, device_type) or 'available'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,14 @@
 #define DPB_INLINE inline
 #endif
 
+#if defined(__clang__)
+#define DPB_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define DPB_UNROLL _Pragma("GCC unroll 8")
+#else
+#define DPB_UNROLL
+#endif
+
 namespace dpb_triton {
 
 #ifdef DPB_X86

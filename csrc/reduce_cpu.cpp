@@ -37,38 +37,48 @@ int64_t rows_per_chunk(int64_t heads, int64_t i) {
 template <class T, class A>
 struct AddRows {
   static DPB_INLINE void run(A* __restrict sums, const T* __restrict rows, int64_t stride, int64_t columns) {
+    DPB_UNROLL
     for (int64_t t = 0; t < LAST; ++t) {  // the few diagonals at either end that not every row meets
       A left = 0, right = 0;
+      DPB_UNROLL
       for (int64_t r = LAST - t; r <= LAST; ++r) {
         left += widen(rows[r * stride + r - (LAST - t)]);
       }
+      DPB_UNROLL
       for (int64_t r = 0; r < LAST - t; ++r) {
         right += widen(rows[r * stride + columns + r - (LAST - t)]);
       }
       sums[t] += left;
       sums[columns + t] += right;
     }
-    // up to a cache line's beginning in the sums: they are stored too, and a store across two lines counts twice
     int64_t u = LAST;
-    u += static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(sums + u)) % 64 / sizeof(A));
-    u = std::min(u, columns);
-    add(sums, rows, stride, LAST, u);
-    for (; u + LINE <= columns; u += LINE) {
-      for (int64_t r = ROWS_PER_PASS; r < 2 * ROWS_PER_PASS;
-           ++r) {  // the next pass' rows, on their way to the L2 cache
-        prefetch(reinterpret_cast<uintptr_t>(rows) + (r * stride + u) * sizeof(T));
-      }
-      add(sums, rows, stride, u, u + LINE);
+    if (reinterpret_cast<uintptr_t>(sums + u) % 64 != 0 && u + PIECE <= columns) {
+      add<PIECE>(sums + u, rows + u, stride);  // up to a cache line: a store across two counts twice
+      u += PIECE;
     }
-    add(sums, rows, stride, u, columns);
+    for (; u + LINE <= columns; u += LINE) {
+      for (int64_t r = ROWS_PER_PASS; r < 2 * ROWS_PER_PASS; ++r) {
+        prefetch(reinterpret_cast<uintptr_t>(rows) + (r * stride + u) * sizeof(T));  // the next pass, to the L2 cache
+      }
+      add<LINE>(sums + u, rows + u, stride);
+    }
+    for (; u + PIECE <= columns; u += PIECE) {
+      add<PIECE>(sums + u, rows + u, stride);
+    }
+    for (; u < columns; ++u) {
+      add<1>(sums + u, rows + u, stride);
+    }
   }
 
  private:
   static constexpr int64_t LAST = ROWS_PER_PASS - 1;
   static constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line
 
-  static DPB_INLINE void add(A* __restrict sums, const T* __restrict rows, int64_t stride, int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
+  static constexpr int64_t PIECE = 8;
+
+  template <int64_t COUNT>
+  static DPB_INLINE void add(A* __restrict sums, const T* __restrict rows, int64_t stride) {
+    for (int64_t u = 0; u < COUNT; ++u) {
       sums[u] += tree<0, ROWS_PER_PASS>(rows + u, stride);
     }
   }
@@ -95,15 +105,17 @@ struct Gradient {
   int64_t heads, i, j, stride_h, stride_x, stride_y;
 };
 
-// One chunk: sums[y - x + rows - 1] over its rows x and all columns y.
+// One chunk: sums[y - x + rows - 1] over its rows x and all columns y. The rows that do not fill a pass come first, so
+// that every pass begins a multiple of ROWS_PER_PASS before the end.
 template <class T, class A>
 void add_chunk(const Gradient& dbias, int64_t head, int64_t first, int64_t rows, A* sums) {
   std::fill(sums, sums + rows + dbias.j - 1, A(0));
   const T* row = static_cast<const T*>(dbias.data) + head * dbias.stride_h + first * dbias.stride_x;
   const bool is_unit = dbias.stride_y == 1;
   std::unique_ptr<T[]> copy(is_unit ? nullptr : new T[ROWS_PER_PASS * dbias.j]);
+  const int64_t singles = dbias.j < ROWS_PER_PASS ? rows : rows % ROWS_PER_PASS;
   for (int64_t x = 0; x < rows;) {
-    const int64_t pass = rows - x >= ROWS_PER_PASS && dbias.j >= ROWS_PER_PASS ? ROWS_PER_PASS : 1;
+    const int64_t pass = x < singles ? 1 : ROWS_PER_PASS;
     const T* source = row + x * dbias.stride_x;
     int64_t stride = dbias.stride_x;
     if (!is_unit) {  // a broadcast gradient, or columns far apart
@@ -127,16 +139,27 @@ void add_chunk(const Gradient& dbias, int64_t head, int64_t first, int64_t rows,
   }
 }
 
-// The chunks' sums, [heads][chunks][rows + j - 1], the last chunk of a head with fewer rows.
+// The chunks' sums, [heads][chunks][length], of which a chunk uses rows + j - 1, the last one of a head fewer.
 template <class A>
 struct Partial {
-  const A* data;
+  A* data;
   int64_t chunks, rows, i, j;
+
+  // The element that a pass' vectors begin with, LAST behind the first, is the first of a cache line.
+  static constexpr int64_t LEAD = 1, LINE = 64 / sizeof(A);
+  static_assert((LEAD + ROWS_PER_PASS - 1) * sizeof(A) % 32 == 0);
+
+  int64_t length() const {
+    return (LEAD + rows + j - 1 + LINE - 1) / LINE * LINE;
+  }
+  A* sums(int64_t task) const {
+    return data + task * length() + LEAD;
+  }
 
   // total[d - first] += the sum at signed distance sign * d, for d in [first, last)
   void add(int64_t head, int64_t offset, int64_t sign, int64_t first, int64_t last, A* total) const {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const A* sums = data + (head * chunks + chunk) * (rows + j - 1);
+      const A* from = sums(head * chunks + chunk);
       const int64_t height = std::min(rows, i - chunk * rows);
       // distance = x + offset - y, the column is y - (x - chunk * rows) + height - 1
       const int64_t zero = offset + chunk * rows + height - 1;  // the column of distance 0
@@ -150,11 +173,11 @@ struct Partial {
       const int64_t begin = std::max(first, low), end = std::min(last, high + 1);
       if (sign > 0) {
         for (int64_t d = begin; d < end; ++d) {
-          total[d - first] += sums[zero - d];
+          total[d - first] += from[zero - d];
         }
       } else {
         for (int64_t d = begin; d < end; ++d) {
-          total[d - first] += sums[zero + d];
+          total[d - first] += from[zero + d];
         }
       }
     }
@@ -185,20 +208,19 @@ void fold(const Partial<A>& partial, int64_t head, int64_t n, int64_t offset, bo
 
 template <class T, class A>
 void reduce_as(const Gradient& dbias, Tensor& dtable, int64_t n, int64_t offset, bool is_signed, int64_t sign) {
-  const int64_t rows = std::min(rows_per_chunk(dbias.heads, dbias.i), dbias.i);
-  const int64_t chunks = (dbias.i + rows - 1) / rows, length = rows + dbias.j - 1;
+  const int64_t rows = std::min(rows_per_chunk(dbias.heads, dbias.i), dbias.i), chunks = (dbias.i + rows - 1) / rows;
+  Partial<A> partial{nullptr, chunks, rows, dbias.i, dbias.j};
   constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  Tensor scratch = empty(dtable, {dbias.heads * chunks, length}, type);
-  A* sums = static_cast<A*>(scratch.mutable_data_ptr());
+  Tensor scratch = empty(dtable, {dbias.heads * chunks, partial.length()}, type);
+  partial.data = static_cast<A*>(scratch.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, BYTES_PER_THREAD / (rows * dbias.j * static_cast<int64_t>(sizeof(T))));
   torch::stable::parallel_for(0, dbias.heads * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % chunks * rows;
-      add_chunk<T, A>(dbias, task / chunks, first, std::min(rows, dbias.i - first), sums + task * length);
+      add_chunk<T, A>(dbias, task / chunks, first, std::min(rows, dbias.i - first), partial.sums(task));
     }
   });
 
-  const Partial<A> partial{sums, chunks, rows, dbias.i, dbias.j};
   const int64_t width = table_width(n, is_signed), blocks = (width + FOLD_BLOCK - 1) / FOLD_BLOCK;
   void* out = dtable.mutable_data_ptr();
   with_type(dtable.scalar_type(), [&](auto to) {

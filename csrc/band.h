@@ -32,9 +32,9 @@
 #endif
 
 #ifdef __CUDA_ARCH__
-#define DPB_UNROLL _Pragma("unroll")
+#define DPB_DEVICE_UNROLL _Pragma("unroll")
 #else
-#define DPB_UNROLL
+#define DPB_DEVICE_UNROLL
 #endif
 
 namespace dpb_triton {
@@ -151,10 +151,10 @@ struct Place {
 template <class T, class F>
 DPB_HOST_DEVICE void for_each_vector(const Place<T>& place, const int (&shift)[WARP_ROWS], int64_t k, int64_t rows,
                                      F&& visit) {
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
     if (k * BLOCK_M + place.row(q) < rows) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int v = 0; v < Shape<T>::VECTORS; ++v) {
         const int64_t y = place.column + k * BLOCK_M + shift[q] + place.first(v);
         const int64_t element =
@@ -195,12 +195,12 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
 
   int shift[WARP_ROWS];
   Vector<T> window[WARP_ROWS][S::VECTORS];
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
     shift[q] = place.shift_of_row(place.row(q));
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int v = 0; v < S::VECTORS; ++v) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int e = 0; e < S::VEC; ++e) {
         window[q][v].element[e] =
             table.at(band.head, band.row + place.row(q), band.column + shift[q] + place.first(v) + e);
@@ -215,7 +215,7 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
       if (y >= 0 && y + S::VEC <= cut.j) {
         Memory::store(out + element, window[q][v]);
       } else {
-        DPB_UNROLL
+        DPB_DEVICE_UNROLL
         for (int e = 0; e < S::VEC; ++e) {
           if (y + e >= 0 && y + e < cut.j) {
             Memory::store(out + element + e, window[q][v].element[e]);
@@ -226,14 +226,14 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
   }
 
   T* to[WARP_ROWS];
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
     to[q] = out + place.origin(q, shift[q]) + steps.inside * place.step();
   }
   for (int64_t k = steps.inside; k < steps.outside; ++k) {
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int q = 0; q < WARP_ROWS; ++q) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int v = 0; v < S::VECTORS; ++v) {
         Memory::store(to[q] + v * LANES * S::VEC, window[q][v]);
       }
@@ -274,7 +274,7 @@ DPB_HOST_DEVICE int gradient_shift(const Place<T>& place, int m) {
 
 template <class A, class T, class Widen>
 DPB_HOST_DEVICE void add_vector(A (&sums)[Shape<T>::VEC], const Vector<T>& loaded, Widen widen) {
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int e = 0; e < Shape<T>::VEC; ++e) {
     sums[e] += A(widen(loaded.element[e]));
   }
@@ -286,23 +286,23 @@ DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<T>& place, c
                                          const Steps& steps, Widen widen, Sums<A, T>& sums) {
   using S = Shape<T>;
   const T* from[WARP_ROWS];
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
     from[q] = data + place.origin(q, shift[q]) + steps.inside * place.step();
   }
   for (int64_t k = steps.inside; k < steps.outside; ++k) {
     Vector<T> loaded[WARP_ROWS][S::VECTORS];  // all on their way before the first is added
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int q = 0; q < WARP_ROWS; ++q) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int v = 0; v < S::VECTORS; ++v) {
         loaded[q][v] = Memory::template load<Vector<T>>(from[q] + v * LANES * S::VEC);
       }
       from[q] += place.step();
     }
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int q = 0; q < WARP_ROWS; ++q) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int v = 0; v < S::VECTORS; ++v) {
         add_vector<A, T>(sums.element[q][v], loaded[q][v], widen);
       }
@@ -321,12 +321,12 @@ DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut,
   const Place<T> place = gradient_place<UNIT>(dbias, band, thread);
 
   int shift[WARP_ROWS];
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
     shift[q] = gradient_shift<UNIT>(place, place.row(q));
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int v = 0; v < S::VECTORS; ++v) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int e = 0; e < S::VEC; ++e) {
         sums.element[q][v][e] = A(0);
       }
@@ -340,7 +340,7 @@ DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut,
       if (UNIT && y >= 0 && y + S::VEC <= cut.j) {
         add_vector<A, T>(sums.element[q][v], Memory::template load<Vector<T>>(dbias.data + element), widen);
       } else {
-        DPB_UNROLL
+        DPB_DEVICE_UNROLL
         for (int e = 0; e < S::VEC; ++e) {
           if (y + e >= 0 && y + e < cut.j) {
             sums.element[q][v][e] += A(widen(Memory::template load<T>(dbias.data + element + e * place.stride_y)));
@@ -365,11 +365,11 @@ template <bool UNIT, class A, class T>
 DPB_HOST_DEVICE void share_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread,
                                   const Sums<A, T>& sums, SharedWindow<A, T>& shared) {
   const Place<T> place = gradient_place<UNIT>(dbias, band_of<T>(cut, block), thread);
-  DPB_UNROLL
+  DPB_DEVICE_UNROLL
   for (int q = 0; q < WARP_ROWS; ++q) {
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int v = 0; v < Shape<T>::VECTORS; ++v) {
-      DPB_UNROLL
+      DPB_DEVICE_UNROLL
       for (int e = 0; e < Shape<T>::VEC; ++e) {
         shared.element[place.row(q)][place.first(v) + e] = sums.element[q][v][e];
       }
@@ -391,7 +391,7 @@ DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cu
   partial += block / cut.bands * 2 * span + (cut.bands - 1 - block % cut.bands) * N;
   for (int t = thread; t < N; t += THREADS) {
     A lower = 0, upper = 0;
-    DPB_UNROLL
+    DPB_DEVICE_UNROLL
     for (int m = 0; m < BLOCK_M; ++m) {  // selected, never multiplied by a mask: an Inf stays on its own diagonal
       const int column = shared.anchor[m] - t;
       if (column >= 0) {

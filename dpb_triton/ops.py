@@ -11,6 +11,7 @@ All are opaque to torch.compile: one node for all lengths, nothing of the body t
 Triton on first use. Their derivatives are in `autograd.py`.
 """
 
+import functools
 import importlib
 import importlib.util
 from pathlib import Path
@@ -53,6 +54,7 @@ def load_csrc() -> str | None:
     return None
 
 
+@functools.cache
 def why_no_csrc(backend: str) -> str | None:
     """None if the compiled half holds `backend` ("cpp" or "cuda"), else the reason."""
     key = {"cpp": "CPU", "cuda": "CUDA"}[backend]

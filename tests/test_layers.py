@@ -3,11 +3,14 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import dpb_triton
 
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # Each file may import from those after it, never from those before.
@@ -37,7 +40,12 @@ def test_imports_point_down(path):
 def run(code, **environment):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=environment.pop("PYTHONPATH", PACKAGE.parent),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -68,6 +76,21 @@ assert torch.equal(bias, dpb_triton.reference.expand(module.table(9), 5, 9))
 def test_works_without(names):
     result = run(BLOCK.format(names=names) + USE)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"not a library", "file too short"), (None, "not built: no ninja")])
+def test_works_with_a_binary_that_does_not_load(tmp_path, content, words):
+    shutil.copytree(PACKAGE, tmp_path / "dpb_triton", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    code = USE + "import runpy; runpy.run_module('dpb_triton', run_name='__main__')"
+    if content:
+        (tmp_path / "dpb_triton" / "_C.abi3.so").write_bytes(content)
+    else:
+        (tmp_path / "dpb_triton" / "_C.txt").write_text("no ninja\n")  # as setup.py leaves it
+        code = BLOCK.format(names=("dpb_triton._C",)) + code  # which an editable install would find elsewhere
+    result = run(code, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert f"dpb_triton {dpb_triton.__version__} in {tmp_path}" in result.stdout
+    assert words in result.stdout and "cpu tensors: 'torch' is chosen" in result.stdout
 
 
 def test_says_what_is_missing():

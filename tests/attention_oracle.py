@@ -6,7 +6,6 @@ import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
-import oracle
 import torch
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")
@@ -267,8 +266,3 @@ def check(function, case, device="cpu", keep=None):
     with poison():
         actual = run(function, *tensors, **options)
     assert_within_budget(actual, exact, eager, case.dtype)
-
-
-def length(case):
-    """The shortest table of the case without a window."""
-    return oracle.length(case.i, case.j, case.options.get("offset"))

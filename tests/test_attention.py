@@ -141,7 +141,11 @@ def test_hard_mask_is_a_mask(attention_backend, device):
     assert (ours["dtable"][:, 7:] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{"window": (6, 3)}, {"window": (6, 3), "signed": True}, {"window": (6, 0), "is_causal": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"window": (6, 3)}, {"window": (6, 3), "signed": True}, {"window": (6, 0), "is_causal": True}],
+    ids=str,
+)
 def test_a_window_needs_its_distances_only(options, attention_backend, device):
     """A table of the window's distances serves any length."""
     query, key, value, table, dout, dlse = Case(options=options).draw(device)

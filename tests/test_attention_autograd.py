@@ -63,7 +63,7 @@ def test_nothing_to_train(attend, device):
 
 
 def test_lse_alone(attend, device):
-    *tensors, dout, dlse = Case().draw(device)
+    *tensors, _, dlse = Case().draw(device)
     results = []
     for function in (attend, reference.attention):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -198,13 +198,13 @@ def test_opcheck_forward(variant, requires_grad, attention_backend, device):
     torch.library.opcheck(operator, arguments(device, requires_grad=requires_grad, **variant))
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_opcheck_backward(variant, needs, attention_backend, device):
     inputs = arguments(device, **variant)
     out, lse = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
     for dlse in (None, torch.randn_like(lse)):
-        backward = (torch.randn_like(out), dlse, *inputs[:4], out, lse, *inputs[4:], *needs)
+        backward = (torch.randn_like(out), dlse, *inputs[:4], out, lse, *inputs[4:], *map(bool, needs))
         torch.library.opcheck(ops.OPERATORS[f"attention_backward_{attention_backend}"], backward)
 
 

@@ -46,7 +46,9 @@ def test_is_sdpa_with_the_expanded_bias(signed, attend, device):
         close(mine.grad, other.grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"signed": True}, {"is_causal": True}, {"window": (3, 5), "softcap": 2.0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"signed": True}, {"is_causal": True}, {"window": (3, 5), "softcap": 2.0}], ids=str
+)
 def test_the_gradients_of_a_row_sum_to_zero(options, attend, device):
     """A softmax does not see a constant, so neither does the table."""
     results = run(attend, *Case(i=33, j=61, options=options).draw(device)[:5], **options)

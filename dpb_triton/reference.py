@@ -6,7 +6,7 @@ it. It needs O(heads * i * j) memory for the indices alone; `dpb_triton.expand_b
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 
 
 def distance(i, j, offset, device=None):
@@ -32,6 +32,61 @@ def reduce(dbias, n, *, offset=None, signed=False, dtype=None):
     index = index + n - 1 if signed else index.abs()
     dtable = dbias.new_zeros((heads, max(2 * n - 1, 0) if signed else n), dtype=dtype or dbias.dtype)
     return dtable.index_add(1, rearrange(index, "i j -> (i j)"), rearrange(dbias, "h i j -> h (i j)").to(dtable.dtype))
+
+
+def attention(
+    query,
+    key,
+    value,
+    table,
+    *,
+    is_causal=False,
+    scale=None,
+    offset=None,
+    signed=False,
+    window=None,
+    softcap=None,
+    dropout_p=0.0,
+    enable_gqa=False,
+    return_lse=False,
+    keep=None,
+):
+    """`dpb_triton.bias_attention` with everything in memory: the bias, the scores, the probabilities.
+
+    query (batch, heads, i, head_dim), key and value (batch, kv_heads, j, head_dim or value_dim), table (heads, n) or,
+    signed, (heads, 2n - 1) -> (batch, heads, i, value_dim), with `return_lse` also (batch, heads, i). The products of
+    matrices are in the inputs' dtype, all between them in float32 (float64 for float64): what a careful author of
+    eager code writes. `keep` (batch, heads, i, j) says which probabilities dropout keeps; without it torch draws.
+    """
+    i, j, width = query.shape[2], key.shape[2], table.shape[1]
+    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (repeat(x, "b h j d -> b (h g) j d", g=groups) for x in (key, value))
+
+    s = (query @ key.mT).to(accumulator) * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    distances = distance(i, j, j - i if offset is None else offset, query.device)
+    index = distances + width // 2 if signed else distances.abs()
+    s = s + table.to(accumulator)[:, index.clamp(0, width - 1)]  # only pairs that the window cuts off are clamped
+
+    left, right = (None, None) if window is None else window
+    right = 0 if is_causal else right
+    if left is not None:
+        s = s.masked_fill(distances > left, -torch.inf)
+    if right is not None:
+        s = s.masked_fill(-distances > right, -torch.inf)
+    dead = (s == -torch.inf).all(-1)  # a row without a key has neither probabilities nor gradients
+    s = s.masked_fill(dead[..., None], 0)
+    p = s.softmax(-1).masked_fill(dead[..., None], 0)
+    if keep is not None:
+        p = p * keep / (1 - dropout_p)
+    elif dropout_p > 0:
+        p = torch.nn.functional.dropout(p, dropout_p)
+    out = p.to(value.dtype) @ value
+    return (out, s.logsumexp(-1).masked_fill(dead, -torch.inf)) if return_lse else out
 
 
 class EagerDynamicPositionBias(torch.nn.Module):

@@ -41,6 +41,17 @@ def backend(request, device):
     return request.param
 
 
+@pytest.fixture(params=("torch", "triton"))
+def attention_backend(request, device):
+    """Each backend that serves attention on `device`, skipped where it is not installed."""
+    from dpb_triton.functional import why_not
+
+    reason = why_not(request.param, device)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
 @pytest.fixture
 def poisoned():
     """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""

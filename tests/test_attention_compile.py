@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""torch.compile and torch.export of attention: one graph for all lengths, eager's numbers, forward and backward."""
+
+from functools import partial
+
+import attention_oracle
+import pytest
+import torch
+from attention_oracle import Case
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(ours, eager):
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, eager[name], atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        assert tensor.dtype == eager[name].dtype
+
+
+OPTIONS = {
+    "plain": {},
+    "all": {"is_causal": True, "window": (40, 3), "softcap": 2.0, "scale": 0.3, "signed": True, "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_graph_for_five_lengths(compiler, options, attention_backend, device):
+    attend = partial(bias_attention, backend=attention_backend)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for n in (5, 8, 13, 32, 77):
+        tensors = Case(heads=4, kv_heads=2 if "enable_gqa" in options else 4, i=n, j=n + n // 2, options=options).draw(
+            device
+        )
+        assert_same(
+            attention_oracle.run(compiled, *tensors, **options), attention_oracle.run(attend, *tensors, **options)
+        )
+    assert counter.frame_count == 1, "recompiled"
+
+
+def test_offset_and_window_are_symbols(attention_backend, device):
+    attend = partial(bias_attention, backend=attention_backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for i, j, offset, left in ((4, 9, 2, 3), (5, 11, 3, 4), (7, 12, 5, 7), (8, 20, 9, 6), (30, 40, 7, 20)):
+        options = {"offset": offset, "window": (left, None)}
+        tensors = Case(i=i, j=j, options=options, spare=3).draw(device)
+        assert_same(
+            attention_oracle.run(compiled, *tensors, **options), attention_oracle.run(attend, *tensors, **options)
+        )
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_dropout(compiler, attention_backend, device):
+    """A compiled call drops its share, afresh each time, and the backward pass knows the mask: at a table of zeros
+    the gradient of value is the kept probabilities."""
+    query, key, _, table, *_ = Case(i=33, j=47, table="zero").draw(device)
+    value = torch.eye(47, device=device).expand(2, 2, 47, 47).clone().requires_grad_()
+    attend = partial(bias_attention, query, key, table=table, dropout_p=0.4, backend=attention_backend)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
+    outs = []
+    for _ in range(2):
+        out = compiled(value)
+        (dvalue,) = torch.autograd.grad(out, value, torch.ones_like(out))
+        torch.testing.assert_close(dvalue[..., 0], out.sum(2), atol=1e-5, rtol=1e-5)
+        outs.append(out.detach())
+    assert abs((outs[0] == 0).double().mean() - 0.4) < 0.05
+    assert not torch.equal(*outs)
+
+
+class Block(torch.nn.Module):
+    """One layer of a transformer: bias and attention in one graph."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.bias = DynamicPositionBias(16, 4)
+        self.qkv, self.project = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        self.options = options
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        out = self.bias.attention(query, key, value, is_causal=True, **self.options)
+        return x + self.project(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_trains_in_one_graph(autocast, attention_backend, device):
+    torch.manual_seed(0)
+    model = Block(backend=attention_backend).to(device)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for n in (5, 8, 13, 32, 77):
+        x = torch.randn(2, n, 32, device=device)
+        grads = []
+        for run in (model, compiled):
+            model.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                out = run(x)
+            out.float().square().mean().backward()
+            grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        for eager, ours in zip(*grads, strict=True):
+            size = eager.abs().max()
+            assert (ours - eager).abs().max() <= (0.03 if autocast else 1e-4) * size + 1e-6
+    assert counter.frame_count == 1, "recompiled"
+
+
+def test_packed_sequences(attention_backend, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    attend = partial(bias_attention_varlen, backend=attention_backend, is_causal=True)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ((3, 5, 2), (4, 4, 9), (7, 1, 11), (20, 13, 2), (2, 30, 5)):
+        total, longest = sum(lengths), max(lengths)
+        query, key, value, table, dout, _ = Case(batch=1, i=total, j=total).draw(device)
+        query, key, value, dout = (tensor[0].transpose(0, 1) for tensor in (query, key, value, dout))
+        cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        results = []
+        for function in (attend, compiled):
+            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value, table)]
+            out = function(*leaves, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest)
+            out.backward(dout)
+            results.append((out.detach(), *(leaf.grad for leaf in leaves)))
+        for eager, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1, "recompiled"
+
+
+def test_errors_inside_a_graph(device):
+    query, key, value, table, *_ = Case().draw(device)
+    compiled = torch.compile(bias_attention, dynamic=True)
+    with pytest.raises(Exception, match="table is too short"):
+        compiled(query, key, value, table[:, :-1])
+
+
+def test_export_trains_and_takes_other_lengths(device):
+    model = Block().to(device)
+    n = torch.export.Dim("n", min=2, max=4096)
+    program = torch.export.export(model, (torch.randn(2, 16, 32, device=device),), dynamic_shapes={"x": {1: n}})
+    assert "dpb_triton.attention_forward.default" in [str(node.target) for node in program.graph.nodes]
+    exported = program.module()
+    x = torch.randn(2, 33, 32, device=device)
+    torch.testing.assert_close(exported(x), model(x))
+    exported(x).square().sum().backward()
+    model(x).square().sum().backward()
+    for name, parameter in exported.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, atol=1e-4, rtol=1e-4)

@@ -12,10 +12,20 @@ The letters, the same in every file:
 """
 
 from . import reference
+from .attention import bias_attention, bias_attention_varlen
 from .autograd import ExpandBias, ReduceBias
 from .functional import expand_bias
 from .module import DynamicPositionBias
 from .plot import plot_bias
 
 __version__ = "0.1.0"
-__all__ = ["DynamicPositionBias", "ExpandBias", "ReduceBias", "expand_bias", "plot_bias", "reference"]
+__all__ = [
+    "DynamicPositionBias",
+    "ExpandBias",
+    "ReduceBias",
+    "bias_attention",
+    "bias_attention_varlen",
+    "expand_bias",
+    "plot_bias",
+    "reference",
+]

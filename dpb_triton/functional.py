@@ -40,11 +40,11 @@ def check_backend(backend, device_type):
     return ops.SUFFIXES[backend]
 
 
-def _is_transformed(table):
+def is_transformed(*tensors):
     """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(table).tangent is not None
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=None):
@@ -80,7 +80,7 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
     check_distances(table, n, i, j, offset)
     dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
     suffix = check_backend(backend, table.device.type)
-    if _is_transformed(table):
+    if is_transformed(table):
         if backend == "torch":
             return reference.expand(table, i, j, offset=offset, signed=signed, dtype=dtype)
         raise RuntimeError(

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .checks import check_dtype, check_flag, check_grid, check_int, constant_under_compile
+from .attention import bias_attention
+from .checks import check_dtype, check_flag, check_grid, check_int, check_tensor, constant_under_compile
 from .functional import expand_bias
 
 
@@ -114,6 +115,25 @@ class DynamicPositionBias(nn.Module):
             if _is_autocast(self.device.type) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(self.device.type)
         return expand_bias(self.table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
+
+    def attention(self, query, key, value, *, offset=None, **options):
+        """`bias_attention` with this module's bias, which is never materialised; trains the MLP.
+
+        Args:
+            query: (batch, heads, i, head_dim). key, value: (batch, kv_heads, j, head_dim).
+            offset, options: of `bias_attention`, but `table` and `signed`, which are the module's.
+
+        Returns:
+            As `bias_attention`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `bias_attention`.
+        """
+        for name, tensor in (("query", query), ("key", key)):
+            check_tensor(name, tensor, ("batch", "heads", "length", "head_dim"))
+        i, j, offset = check_grid(query.shape[2], key.shape[2], offset)
+        n = max(i + offset, j - offset) if i > 0 and j > 0 else 0
+        return bias_attention(query, key, value, self.table(n), offset=offset, signed=self.signed, **options)
 
     def extra_repr(self):
         return (

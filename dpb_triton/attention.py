@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Attention with a position bias that is never materialised: arguments checked, backend chosen, derivatives attached."""
+
+import torch
+from einops import rearrange
+
+from . import attention_ops, ops, reference
+from .attention_autograd import BiasAttention
+from .attention_checks import (
+    check_attention_table,
+    check_dense,
+    check_dropout,
+    check_heads,
+    check_packed,
+    check_scale,
+    check_softcap,
+    check_window,
+)
+from .checks import check_flag
+from .functional import is_transformed, why_not
+
+BACKENDS = tuple(attention_ops.SUFFIXES)
+
+
+def check_attention_backend(backend, query):
+    """The operators' suffix for `backend`; None leaves the choice to the dispatcher."""
+    if backend is None:
+        return ""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    reason = why_not(backend, query.device.type)
+    if reason is None and backend == "triton" and query.dtype == torch.float64:
+        reason = "has no float64 attention"
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} is not available for {query.device.type} tensors: {reason}")
+    return attention_ops.SUFFIXES[backend]
+
+
+def _autocast(query, key, value):
+    """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them."""
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
+
+
+def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, numbers, suffix, return_lse):
+    """Everything is checked: (batch, heads, length, head_dim) in, (out, lse) out."""
+    table = table.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    seed = None
+    if numbers[2] > 0:
+        # drawn by torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    options = (seqlens, seed, *longest, offset, signed, *bounds, *numbers)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, table)):
+        return BiasAttention.apply(query, key, value, table, *options, suffix, return_lse)
+    return ops.call("attention_forward", suffix, query, key, value, table, *options)
+
+
+def bias_attention(
+    query,
+    key,
+    value,
+    table,
+    *,
+    is_causal=False,
+    scale=None,
+    offset=None,
+    signed=False,
+    window=None,
+    softcap=None,
+    dropout_p=0.0,
+    enable_gqa=False,
+    return_lse=False,
+    backend=None,
+):
+    """softmax(scale q k^T + bias) v with bias[h, x, y] = table[h, |x + offset - y|], in O(n) memory.
+
+    The bias exists inside a tile only, forward and backward; the table gets its gradient.
+
+    Args:
+        query: (batch, heads, i, head_dim), float16, bfloat16, float32 or (backend "torch") float64; head_dim of 1 to
+            256. Any strides, here and below: the transpose of (batch, length, heads, head_dim) is not copied.
+        key: (batch, kv_heads, j, head_dim).
+        value: (batch, kv_heads, j, value_dim).
+        table: (heads, n), one number per head and distance; with `signed` (heads, 2n - 1), indexed by
+            x + offset - y + n - 1. Used in float32 (float64 for float64). -inf is a hard mask.
+        is_causal: query x sees the keys y <= x + offset only: with the default offset the last query sees the last key.
+        scale: factor of q k^T; 1 / sqrt(head_dim) unless given.
+        offset: position of the first query relative to the first key, any integer. Default j - i, which needs i <= j.
+        signed: whether the table tells past (positive distances) from future.
+        window: (left, right), query x sees the keys x + offset - left <= y <= x + offset + right; None on a side does
+            not limit it.
+        softcap: softcap * tanh(scale q k^T / softcap) replaces scale q k^T, before the bias.
+        dropout_p: probability to drop an attention weight. The mask is a function of one seed from torch's generator
+            and of (batch, head, x, y), the same on every backend; backward computes it again.
+        enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
+        return_lse: also return the logarithm of the softmax's denominator, differentiable: what merging the results
+            of key shards needs.
+        backend: None takes the fastest that is there; "torch" or "triton" takes that one or raises.
+
+    Returns:
+        out (batch, heads, i, value_dim) in query's dtype, in memory (batch, i, heads, value_dim); with `return_lse`
+        (out, lse), lse (batch, heads, i) in float32 (float64 for float64), natural logarithm. A query that sees no key
+        gets 0 and -inf. Under autocast query, key and value are cast to its dtype; the table is not.
+        Deterministic: no atomics, the same bits in every run.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: sizes that do not agree, a distance outside the table, a number out of range, a backend that is
+            not available.
+        RuntimeError: inside a torch.func transform with a backend other than "torch" (which then materialises the
+            bias); in a double backward.
+
+    The schedule is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
+    """
+    suffix, signed, table_length, bounds, numbers = _check_common(
+        query, key, value, table, ("batch", "heads", "length"), is_causal, scale, signed, window, softcap, dropout_p,
+        enable_gqa, return_lse, backend,
+    )  # fmt: skip
+    offset = check_dense(query, key, table, table_length, offset, *bounds)
+    if is_transformed(query, key, value, table):
+        return _transformed(
+            query, key, value, table, backend, is_causal=is_causal, scale=scale, offset=offset, signed=signed,
+            window=window, softcap=softcap, dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
+        )  # fmt: skip
+    query, key, value = _autocast(query, key, value)
+    longest = query.shape[2], key.shape[2]
+    out, lse = _attend(query, key, value, table, None, longest, offset, signed, bounds, numbers, suffix, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def bias_attention_varlen(
+    query,
+    key,
+    value,
+    table,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    *,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    offsets=None,
+    is_causal=False,
+    scale=None,
+    signed=False,
+    window=None,
+    softcap=None,
+    dropout_p=0.0,
+    enable_gqa=False,
+    return_lse=False,
+    backend=None,
+):
+    """`bias_attention` of sequences of different lengths, packed one after the other without padding.
+
+    Args:
+        query: (total_q, heads, head_dim).
+        key: (total_k, kv_heads, head_dim).
+        value: (total_k, kv_heads, value_dim).
+        table: as in `bias_attention`, long enough for the longest sequence.
+        cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,) on query's device, where each sequence starts, from 0 to the
+            total.
+        max_seqlen_q, max_seqlen_k: the longest sequences, or more. When both are given nothing waits for a GPU (the
+            numbers in cu_seqlens are then checked on it); torch.compile and CUDA graphs need them.
+        offsets: int32 (sequences,), the offset of each sequence. Default: its number of keys minus its number of
+            queries, which must not be negative.
+        is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend: as in `bias_attention`.
+
+    Returns:
+        out (total_q, heads, value_dim), contiguous; with `return_lse` (out, lse), lse (total_q, heads).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `bias_attention`; also cu_seqlens that do not start at 0, decrease, or
+            end elsewhere.
+    """
+    suffix, signed, table_length, bounds, numbers = _check_common(
+        query, key, value, table, ("total", "heads"), is_causal, scale, signed, window, softcap, dropout_p,
+        enable_gqa, return_lse, backend,
+    )  # fmt: skip
+    seqlens, *longest = check_packed(
+        query, key, table, table_length, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, *bounds
+    )
+    if is_transformed(query, key, value, table):
+        raise RuntimeError(
+            "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
+        )
+    query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in _autocast(query, key, value))
+    out, lse = _attend(query, key, value, table, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse)
+    out = rearrange(out, "1 h n d -> n h d")
+    return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out
+
+
+def _check_common(
+    query, key, value, table, layout, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend
+):  # fmt: skip
+    """The checks that both layouts share: (suffix, signed, the table's n, (left, right), (scale, softcap, dropout_p))."""
+    check_heads(query, key, value, layout, enable_gqa)
+    n = check_attention_table(table, query, query.shape[layout.index("heads")], signed)
+    check_flag("return_lse", return_lse)
+    bounds = check_window(window, is_causal)
+    numbers = check_scale(scale, query.shape[-1]), check_softcap(softcap), check_dropout(dropout_p)
+    return check_attention_backend(backend, query), signed, n, bounds, numbers
+
+
+def _transformed(query, key, value, table, backend, *, dropout_p, **options):
+    if backend != "torch":
+        raise RuntimeError(
+            f"bias_attention with backend={backend!r} supports neither torch.func transforms (grad, vmap, jvp, …) nor "
+            "forward-mode derivatives: ask for backend='torch', which is then made of plain torch operations"
+        )
+    if dropout_p > 0:
+        raise RuntimeError(f"inside a torch.func transform dropout_p must be 0, got {dropout_p}")
+    return reference.attention(query, key, value, table, **options)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The derivative of fused attention, as a Function and as the operators' Autograd kernel (see `autograd.py`)."""
+
+import torch
+
+from . import attention_ops, ops
+
+
+class BiasAttention(torch.autograd.Function):
+    """apply(query, key, value, table, seqlens, seed, …the operator's options, suffix, with_lse) -> (out, lse).
+
+    Saves its inputs, out and lse: O(n). `with_lse` False says that nobody differentiates lse.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, table, seqlens, seed, *options):
+        *ctx.options, ctx.suffix, ctx.with_lse = options
+        arguments = (query, key, value, table, seqlens, seed, *ctx.options)
+        out, lse = ops.call("attention_forward", ctx.suffix, *arguments)
+        ctx.save_for_backward(query, key, value, table, seqlens, seed, out, lse)
+        if not ctx.with_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        query, key, value, table, seqlens, seed, out, lse = ctx.saved_tensors
+        needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
+        needs_dkv = needs_dk or needs_dv
+        arguments = (
+            dout,
+            dlse if ctx.with_lse else None,
+            query,
+            key,
+            value,
+            table,
+            out,
+            lse,
+            seqlens,
+            seed,
+            *ctx.options,
+        )
+        arguments = (*arguments, needs_dq, needs_dkv, needs_dtable)
+        if torch.is_grad_enabled():
+            dq, dk, dv, dtable = _Gradient.apply(ctx.suffix, *arguments)
+        else:
+            dq, dk, dv, dtable = ops.call("attention_backward", ctx.suffix, *arguments)
+        grads = (
+            dq if needs_dq else None,
+            dk if needs_dk else None,
+            dv if needs_dv else None,
+            dtable if needs_dtable else None,
+        )
+        return *grads, None, None, *[None] * (len(ctx.options) + 2)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward operator under create_graph=True: fine until somebody differentiates through it."""
+
+    @staticmethod
+    def forward(ctx, suffix, *arguments):
+        return ops.call("attention_backward", suffix, *arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "bias_attention has no double backward: its gradients cannot be differentiated again. "
+            "dpb_triton.reference.attention, made of plain torch operations, can be"
+        )
+
+
+def _forward_kernel(suffix):
+    def kernel(keyset, query, key, value, table, *options):
+        arguments = (query, key, value, table, *options)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4]):
+            return BiasAttention.apply(*arguments, suffix, True)
+        below = keyset & torch._C._after_autograd_keyset
+        return ops.OPERATORS["attention_forward" + suffix].redispatch(below, *arguments)
+
+    return kernel
+
+
+def _backward_kernel(suffix):
+    def kernel(keyset, *arguments):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+            return _Gradient.apply(suffix, *arguments)
+        below = keyset & torch._C._after_autograd_keyset
+        return ops.OPERATORS["attention_backward" + suffix].redispatch(below, *arguments)
+
+    return kernel
+
+
+for _suffix in ("", *attention_ops.SUFFIXES.values()):
+    ops.LIBRARY.impl("attention_forward" + _suffix, _forward_kernel(_suffix), "Autograd", with_keyset=True)
+    ops.LIBRARY.impl("attention_backward" + _suffix, _backward_kernel(_suffix), "Autograd", with_keyset=True)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""What the attention functions ask of their arguments; the rules of `checks.py`."""
+
+import math
+import numbers
+
+import torch
+
+from .checks import check_flag, check_grid, check_int, check_table, check_tensor
+
+LARGEST_HEAD_DIM = 256
+
+
+def check_number(name, value, expected, is_right):
+    """`value` as a float for which is_right(value); `expected` says that in words. bool is no number here."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+    if not is_right(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def check_scale(scale, head_dim):
+    """The factor of q k^T, 1 / sqrt(head_dim) unless given."""
+    if scale is None:
+        return head_dim**-0.5
+    return check_number("scale", scale, "a finite number or None", math.isfinite)
+
+
+def check_softcap(softcap):
+    """The cap as a float, 0.0 for none."""
+    if softcap is None:
+        return 0.0
+    return check_number("softcap", softcap, "a positive finite number or None", lambda v: 0 < v < math.inf)
+
+
+def check_dropout(dropout_p):
+    """The probability to drop a score."""
+    return check_number("dropout_p", dropout_p, "at least 0 and less than 1", lambda v: 0 <= v < 1)
+
+
+def check_window(window, is_causal):
+    """(left, right) of a window and causality together, None where unlimited."""
+    check_flag("is_causal", is_causal)
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
+        left, right = (
+            None if side is None else check_int(f"window's {name} side", side, 0)
+            for name, side in zip(("left", "right"), window, strict=True)
+        )
+    return left, 0 if is_causal else right
+
+
+def check_heads(query, key, value, layout, enable_gqa):
+    """Ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
+    check_flag("enable_gqa", enable_gqa)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, (*layout, "head_dim"))
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        if not 1 <= tensor.shape[-1] <= LARGEST_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim of 1 to {LARGEST_HEAD_DIM}, got shape {_show(tensor)}")
+    head = layout.index("heads")
+    heads, kv_heads = query.shape[head], key.shape[head]
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"key and value must agree but for head_dim, got shapes {_show(key)} and {_show(value)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have query's head_dim {query.shape[-1]}, got shape {_show(key)}")
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(
+            f"key and value must have query's {heads} heads, got {kv_heads} (enable_gqa=True shares them in groups)"
+        )
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"the heads of key and value must divide query's {heads} heads, got {kv_heads}")
+
+
+def check_attention_table(table, query, heads, signed):
+    """The table's length n; its heads and device are query's."""
+    check_flag("signed", signed)
+    n = check_table(table, signed)
+    if table.shape[0] != heads:
+        raise ValueError(f"table must have query's {heads} heads, got shape {_show(table)}")
+    if table.device != query.device:
+        raise ValueError(f"table must be on query's device {query.device}, got {table.device}")
+    return n
+
+
+def longest_distances(i, j, offset, left, right):
+    """(future, past): the extreme distances x + offset - y of the pairs that the bounds leave; None if none is left."""
+    if i == 0 or j == 0:
+        return None
+    future, past = offset - (j - 1), i - 1 + offset
+    if right is not None:
+        future = max(future, -right)
+    if left is not None:
+        past = min(past, left)
+    return (future, past) if future <= past else None
+
+
+def check_reach(table, n, i, j, offset, left, right):
+    """Every distance that the bounds leave is inside a table of length n."""
+    reach = longest_distances(i, j, offset, left, right)
+    if reach is not None and (reach[1] >= n or -reach[0] >= n):
+        raise ValueError(
+            f"table is too short: i = {i}, j = {j}, offset = {offset} with left = {left}, right = {right} need the "
+            f"distances {reach[0]} to {reach[1]}, a table of shape {_show(table)} holds those below {n}"
+        )
+
+
+def check_dense(query, key, table, n, offset, left, right):
+    """The offset of a dense call."""
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch {query.shape[0]}, got shape {_show(key)}")
+    i, j, offset = check_grid(query.shape[2], key.shape[2], offset)
+    check_reach(table, n, i, j, offset, left, right)
+    return offset
+
+
+def check_packed(query, key, table, n, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right):
+    """Where packed sequences lie, `attention_ops`' seqlens, and the longest of each side.
+
+    The numbers are read, which on a GPU waits for it, unless both lengths are given; then the GPU checks them.
+    """
+    sequences = None
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_int32(name, cu, query)
+        if cu.shape[0] < 1:
+            raise ValueError(f"{name} must have sequences + 1 elements, got shape {_show(cu)}")
+        if sequences is not None and cu.shape[0] != sequences + 1:
+            raise ValueError(f"{name} must have {sequences + 1} elements as cu_seqlens_q, got shape {_show(cu)}")
+        sequences = cu.shape[0] - 1
+    if offsets is not None:
+        _check_int32("offsets", offsets, query)
+        if offsets.shape[0] != sequences:
+            raise ValueError(f"offsets must have one element a sequence, {sequences}, got shape {_show(offsets)}")
+
+    i, j = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    seqlens = torch.stack([cu_seqlens_q[:-1], i, cu_seqlens_k[:-1], j, j - i if offsets is None else offsets], 1)
+    are_given = max_seqlen_q is not None and max_seqlen_k is not None
+    if max_seqlen_q is not None:
+        check_int("max_seqlen_q", max_seqlen_q, 0)
+    if max_seqlen_k is not None:
+        check_int("max_seqlen_k", max_seqlen_k, 0)
+    if are_given and (torch.compiler.is_compiling() or query.is_cuda):
+        _check_on_device(
+            query, key, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
+        )
+        return seqlens, max_seqlen_q, max_seqlen_k
+    return seqlens, *_check_numbers(
+        query, key, table, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
+    )
+
+
+def _check_numbers(
+    query, key, table, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
+):
+    longest = []
+    for name, cu, tensor, limit, limit_name in (
+        ("cu_seqlens_q", cu_seqlens_q.tolist(), query, max_seqlen_q, "max_seqlen_q"),
+        ("cu_seqlens_k", cu_seqlens_k.tolist(), key, max_seqlen_k, "max_seqlen_k"),
+    ):
+        total = tensor.shape[0]
+        if cu[0] != 0:
+            raise ValueError(f"{name} must start at 0, got {cu[0]}")
+        for place, (before, after) in enumerate(zip(cu, cu[1:], strict=False)):
+            if after < before:
+                raise ValueError(f"{name} must not decrease, got {before} and then {after} at {place + 1}")
+        if cu[-1] != total:
+            raise ValueError(f"{name} must end at the number of rows, {total}, got {cu[-1]}")
+        found = max((after - before for before, after in zip(cu, cu[1:], strict=False)), default=0)
+        if limit is not None and limit < found:
+            raise ValueError(f"{limit_name} must be at least the longest sequence, {found}, got {limit}")
+        longest.append(found if limit is None else limit)
+    for sequence, (_, i, _, j, offset) in enumerate(seqlens.tolist()):
+        if offsets is None and j < i:
+            raise ValueError(
+                f"sequence {sequence} of cu_seqlens_q and cu_seqlens_k has more queries than keys, {i} and {j}: give "
+                "offsets to say where its queries stand"
+            )
+        check_reach(table, n, i, j, offset, left, right)
+    return longest
+
+
+def _check_on_device(
+    query, key, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
+):
+    """The same without waiting for the numbers: a wrong one stops the device with the message."""
+    i, j, offset = seqlens[:, 1], seqlens[:, 3], seqlens[:, 4]
+    for name, cu, lengths, total, longest in (
+        ("q", cu_seqlens_q, i, query.shape[0], max_seqlen_q),
+        ("k", cu_seqlens_k, j, key.shape[0], max_seqlen_k),
+    ):
+        is_right = (cu[0] == 0) & (cu[-1] == total) & (lengths >= 0).all() & (lengths <= longest).all()
+        torch._assert_async(
+            is_right,
+            f"cu_seqlens_{name} must go from 0 to the number of rows, never decrease, by max_seqlen_{name} at most",
+        )
+    if offsets is None:
+        torch._assert_async((j >= i).all(), "a sequence of cu_seqlens_q and cu_seqlens_k has more queries than keys")
+    past, future = i - 1 + offset, j - 1 - offset
+    past = past if left is None else past.clamp(max=left)
+    future = future if right is None else future.clamp(max=right)
+    is_empty = (i == 0) | (j == 0) | (past + future < 0)
+    torch._assert_async((is_empty | ((past < n) & (future < n))).all(), "table is too short for a sequence")
+
+
+def _check_int32(name, value, query):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be an int32 Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {_show(value)}")
+    if value.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
+
+
+def _show(tensor):
+    return f"{tuple(tensor.shape)}"

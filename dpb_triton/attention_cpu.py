@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: MIT
+"""bias_attention in plain torch, forward and backward: for the CPU, and for any device as backend="torch".
+
+    s = cap(scale * q k^T) + bias,  p = softmax(s),  out = (p * keep / (1 - dropout_p)) v
+
+          y ->        tile: a few heads, a chunk of rows x and the keys that these may see, no others
+    x   [#####.....]
+    |   [#####.....]  first chunk of a causal call: half of its keys are never touched
+    v   [##########]  last chunk
+
+The scores exist for one tile at a time, which stays in the caches: matrix products, and between them a few passes. The
+bias of a tile is what its product is added to. It comes from a *band*: the table laid out over c = x - y + j - 1, with
+-inf at the distances that a window or causality forbids, so that masks cost nothing. Expanding a slice of the band is
+dpb_triton::expand, its transpose dpb_triton::reduce: the gradient of the table is a sum of bands, without a scatter.
+Backward computes p again, from the scores rather than from lse, so that it sums to 1 exactly; delta is then
+rowsum(p * dp), free in softmax's own backward and unrounded also where out is bfloat16.
+
+Memory: O(tile) and, for one block of heads, O(j * head_dim); O(heads * (i + j)) for the band.
+Numerics: float32 (float64 for float64) from the products to the accumulators, rounded once, at the end.
+Determinism: every sum in an order that depends on the shapes and the number of threads only.
+"""
+
+import torch
+
+from . import ops
+
+# Scores a tile, 4 MiB in float32, and query rows a tile, counting those of all heads that share a key head. Fewer rows
+# than MIN_ROWS make the products slow, more than MAX_ROWS make a causal call compute too many forbidden pairs.
+TILE, MIN_ROWS, MAX_ROWS = 1 << 20, 32, 256
+
+
+def forward(
+    query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale, softcap,
+    dropout_p,
+):  # fmt: skip
+    """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i)."""
+    options = signed, left, right
+    out, lse = _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
+    with torch.no_grad():
+        for number, x, y, distance in _sequences(query, key, seqlens, offset):
+            grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
+            for block in grid.blocks():
+                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), lse.dtype) for tensor in (key, value))
+                band = grid.band_of(block)
+                for rows, keys in grid.chunks():
+                    if keys.start == keys.stop:
+                        _part(out[:, :, x], block, rows).zero_()
+                        _part(lse[:, :, x], block, rows).fill_(-torch.inf)
+                        continue
+                    q = _matrices(query[:, :, x], block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
+                    s, _ = grid.scores(band, q, k, rows, keys, softcap)
+                    largest = s.amax(2)
+                    p = torch._softmax(s, 2, False, out=s)
+                    # the largest p is 1 / sum exp(s - largest)
+                    is_empty = largest == -torch.inf
+                    log_sum = p.amax(2).log_().neg_().add_(largest).masked_fill_(is_empty, -torch.inf)
+                    if dropout_p:
+                        p.mul_(keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p))
+                    o = torch.bmm(grid.share(p), v[:, keys]).view(*p.shape[:2], -1)
+                    if dropout_p:
+                        o.mul_(1 / (1 - dropout_p))
+                    _write(out[:, :, x], block, rows, o.masked_fill_(is_empty.unsqueeze(2), 0))
+                    _write(lse[:, :, x], block, rows, log_sum)
+    return out, lse
+
+
+def backward(
+    dout, dlse, query, key, value, table, out, lse, seqlens, seed, longest_query, longest_key, offset, signed, left,
+    right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable,
+):  # fmt: skip
+    """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is not read."""
+    options = signed, left, right
+    dq = _like(query) if needs_dq else query.new_empty(0)
+    dk, dv = (_like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
+    dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
+    has_empty_rows = bool(lse.isneginf().any())
+    with torch.no_grad():
+        for number, x, y, distance in _sequences(query, key, seqlens, offset):
+            grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
+            for block in grid.blocks():
+                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), lse.dtype) for tensor in (key, value))
+                # transposed, (key heads, dim, j), because these products are the faster ones
+                dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
+                band = grid.band_of(block)
+                dband = torch.zeros_like(band)
+                for rows, keys in grid.chunks():
+                    if keys.start == keys.stop:
+                        if needs_dq:
+                            _part(dq[:, :, x], block, rows).zero_()
+                        continue
+                    q = _matrices(query[:, :, x], block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
+                    do = _matrices(dout[:, :, x], block, lse.dtype, rows).contiguous()
+                    s, capped = grid.scores(band, q, k, rows, keys, softcap)
+                    p = torch._softmax(s, 2, False, out=s)
+                    if has_empty_rows:
+                        p.masked_fill_(_matrices(lse[:, :, x, None], block, lse.dtype, rows).isneginf(), 0)
+                    kept = p
+                    if dropout_p:
+                        keep = keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p)
+                        do = do * (1 / (1 - dropout_p))
+                        kept = p * keep
+                    if needs_dkv:
+                        dv_t[:, :, keys] += torch.bmm(grid.share(do).mT, grid.share(kept))
+                    dp = torch.bmm(grid.share(do), v[:, keys].mT).view(p.shape)
+                    if dropout_p:
+                        dp.mul_(keep)
+                    ds = torch._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)  # p * (dp - rowsum(p * dp))
+                    if dlse is not None:
+                        ds.addcmul_(p, _matrices(dlse[:, :, x, None], block, lse.dtype, rows))
+                    if needs_dtable:
+                        grid.reduce(dband, ds, rows, keys)
+                    if capped is not None:
+                        torch.ops.aten.tanh_backward(ds, capped, grad_input=ds)
+                    if needs_dq:
+                        dq_rows = torch.bmm(grid.share(ds), k[:, keys]).mul_(scale)
+                        _write(dq[:, :, x], block, rows, dq_rows)
+                    if needs_dkv:
+                        dk_t[:, :, keys] += torch.bmm(grid.share(q).mT, grid.share(ds))
+                if needs_dkv:
+                    _write(dk[:, :, y], grid.key_heads(block), slice(None), dk_t.mul_(softcap or 1).mT)
+                    _write(dv[:, :, y], grid.key_heads(block), slice(None), dv_t.mT)
+                if needs_dtable:
+                    grid.add_band(dtable, dband, block)
+    return dq, dk, dv, dtable
+
+
+def keep_mask(seed, numbers, keys, dropout_p):
+    """Which pairs dropout keeps: a hash of the seed, the row's number and y, the same on every backend.
+
+    seed: int64, one element. numbers (heads, rows): int64, (b * heads + h) * longest_query + x. keys: a slice of y.
+    -> bool (heads, rows, keys). All arithmetic is that of uint32, in int32, whose products and sums wrap to the same
+    bits.
+    """
+    seed = seed.reshape(())
+    high = (numbers >> 32).int() * _int32(0x9E3779B9)
+    k1 = _mix(_mix(numbers.int() ^ seed.int()) + (seed >> 32).int() + high).unsqueeze(-1)
+    k2 = _mix(k1 ^ 0x6A09E667)
+    y = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=numbers.device)
+    bits = _mix((y ^ k1).mul_(_int32(0x9E3779B1)).add_(k2))
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    # an unsigned comparison: with the top bits flipped it is a signed one
+    return bits.bitwise_xor_(_int32(1 << 31)) >= _int32(threshold ^ 1 << 31)
+
+
+def _int32(value):
+    """The int32 of the same bits as the uint32 `value`."""
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _mix(h):
+    """A permutation of the 32-bit integers that spreads every bit over all; overwrites `h`."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h.bitwise_xor_((h >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(_int32(factor))
+    return h.bitwise_xor_((h >> 16).bitwise_and_((1 << 16) - 1))
+
+
+def _accumulator(tensor):
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _like(tensor, dim=None):
+    """Empty, of `tensor`'s shape (but for the last dimension, if given), in memory (batch, rows, heads, dim)."""
+    batch, heads, rows, last = tensor.shape
+    return tensor.new_empty((batch, rows, heads, last if dim is None else dim)).transpose(1, 2)
+
+
+def _sequences(query, key, seqlens, offset):
+    """(number of the first sequence, slice of query rows, slice of keys, offset) of a dense batch or each sequence."""
+    if seqlens is None:
+        yield 0, slice(0, query.shape[2]), slice(0, key.shape[2]), offset
+        return
+    for number, (x, i, y, j, distance) in enumerate(seqlens.tolist()):
+        yield number, slice(x, x + i), slice(y, y + j), distance
+
+
+def _part(tensor, block, rows):
+    return tensor[(*block, rows)]
+
+
+def _write(tensor, block, rows, part):
+    part_of = _part(tensor, block, rows)
+    part_of.copy_(part.reshape(part_of.shape))
+
+
+def _matrices(tensor, block, dtype, rows=slice(None)):
+    """A block's rows as (heads of all its batch elements, rows, dim) in `dtype`, each head's ready for a product."""
+    return _part(tensor, block, rows).to(dtype).flatten(0, 1)
+
+
+class _Grid:
+    """All pairs of a dense batch or of one sequence, cut into tiles, and their bias as a band.
+
+    A block, (slice of the batch, slice of the heads), is a part of one batch element's heads or all heads of several.
+    """
+
+    def __init__(self, query, key, table, offset, signed, left, right):
+        self.batch, self.heads, self.i, _ = query.shape
+        self.j, self.group = key.shape[2], self.heads // max(key.shape[1], 1)
+        self.offset, self.left, self.right = offset, left, right
+        span = self.j
+        if left is not None and right is not None:
+            span = max(1, min(span, left + right + 1))
+        # rows of one head; a band costs rows more keys than its span, so that rows should not exceed this
+        most = MAX_ROWS if span == self.j else max(MIN_ROWS, min(MAX_ROWS, span))
+        rows = max(MIN_ROWS, min(most, TILE // max(span * self.group, 1))) // self.group
+        self.rows = max(1, min(self.i, rows))
+        # query heads a block
+        size = TILE // max(self.rows * min(self.j, span + self.rows), 1)
+        self.block_heads = min(self.heads, max(1, size // self.group) * self.group)
+        self.block_batch = max(1, size // self.heads) if self.block_heads == self.heads else 1
+        # the band's column of distance d = x + offset - y is d - first
+        self.first, last = offset - self.j + 1, offset + self.i - 1
+        self.n = (self.i + self.j + 1) // 2  # as a signed table: 2 n - 1 columns, of which the last may be unused
+        low = self.first if right is None else max(self.first, -right)
+        high = last if left is None else min(last, left)
+        self.ties = list(self._tie(low, high, signed, table.shape[1])) if self.i and self.j else []
+        self.band = table.new_full((self.heads, max(2 * self.n - 1, 0)), -torch.inf)
+        for in_table, in_band, is_flipped in self.ties:
+            part = table[:, in_table]
+            self.band[:, in_band] = part.flip(1) if is_flipped else part
+
+    def _tie(self, low, high, signed, width):
+        """(columns of the table, the same distances' columns of the band, whether their order is reversed)."""
+        if signed:
+            if low <= high:
+                yield self._columns(low, high, width // 2), self._columns(low, high, -self.first), False
+            return
+        if max(low, 0) <= high:
+            yield self._columns(max(low, 0), high, 0), self._columns(max(low, 0), high, -self.first), False
+        if low <= min(high, -1):
+            yield self._columns(-min(high, -1), -low, 0), self._columns(low, min(high, -1), -self.first), True
+
+    @staticmethod
+    def _columns(low, high, shift):
+        return slice(low + shift, high + shift + 1)
+
+    def add_band(self, dtable, dband, block):
+        """Add a block's gradient of its band, (heads of all its batch elements, 2 n - 1), to that of the table."""
+        heads = dtable[block[1]]
+        dband = dband.unflatten(0, (-1, heads.shape[0])).sum(0)
+        for in_table, in_band, is_flipped in self.ties:
+            part = dband[:, in_band]
+            heads[:, in_table] += part.flip(1) if is_flipped else part
+
+    def blocks(self):
+        for b in range(0, self.batch, self.block_batch):
+            for h in range(0, self.heads, self.block_heads):
+                yield slice(b, b + self.block_batch), slice(h, min(h + self.block_heads, self.heads))
+
+    def key_heads(self, block):
+        """The key/value heads of a block of query heads."""
+        return block[0], slice(block[1].start // self.group, block[1].stop // self.group)
+
+    def band_of(self, block):
+        b, h = block
+        return self.band[h].repeat(min(b.stop, self.batch) - b.start, 1)
+
+    def chunks(self):
+        """(rows, keys) slices: the keys that at least one of the rows may see."""
+        for x in range(0, self.i, self.rows):
+            stop = min(x + self.rows, self.i)
+            begin, end = 0, self.j
+            if self.left is not None:
+                begin = min(max(x + self.offset - self.left, 0), self.j)
+            if self.right is not None:
+                end = max(min(stop + self.offset + self.right, self.j), begin)
+            yield slice(x, stop), slice(begin, end)
+
+    def share(self, tile):
+        """(heads, rows, …) -> (key heads, rows of all heads of the group, …)."""
+        return tile.view(tile.shape[0] // self.group, self.group * tile.shape[1], tile.shape[2])
+
+    def scores(self, band, q, k, rows, keys, softcap):
+        """The scores (heads, rows, keys) and, with a softcap, tanh(t / softcap); q is scaled, by 1 / softcap too."""
+        shape = rows.stop - rows.start, keys.stop - keys.start
+        # a signed table is indexed by x - y + offset + n - 1, here within the tile
+        s = ops.call("expand", "", band, *shape, rows.start - keys.start + self.j - self.n, True, q.dtype)
+        q, k_t = self.share(q), k[:, keys].mT
+        if not softcap:
+            self.share(s).baddbmm_(q, k_t)
+            return s, None
+        capped = torch.bmm(q, k_t).tanh_().view(s.shape)
+        return s.add_(capped, alpha=softcap), capped
+
+    def reduce(self, dband, ds, rows, keys):
+        """Add the sums along the diagonals of a tile to the columns of the band that it meets."""
+        _, height, width = ds.shape
+        n = (height + width + 1) // 2
+        sums = ops.call("reduce", "", ds, n, width - n, True, ds.dtype)
+        first = rows.start - keys.stop + self.j
+        dband[:, first : first + height + width - 1] += sums[:, : height + width - 1]
+
+    def numbers(self, number, block, rows, longest_query):
+        """The rows' numbers for dropout, (heads of all the block's batch elements, rows)."""
+        device = self.band.device
+        b, h = (torch.arange(part.start, part.stop, device=device) for part in block)
+        heads = ((number + b[b < self.batch, None]) * self.heads + h).view(-1, 1)
+        return heads * longest_query + torch.arange(rows.start, rows.stop, device=device)

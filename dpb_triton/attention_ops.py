@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""The operators of fused attention: schemas, fake kernels, who implements which. As `ops.py` for expand and reduce.
+
+    op                                          keys
+    dpb_triton::attention_forward, …_backward   CUDA: Triton (float64: torch)    otherwise: torch
+    …_torch                                     every device: torch                                  backend="torch"
+    …_triton                                    every device: Triton (on the CPU its interpreter)    backend="triton"
+
+`seqlens` is None, or says where packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j,
+offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query` and `longest_key` are the largest i
+and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
+`seed`, one int64, says which scores dropout drops. softcap 0.0 is none. Outputs lie in memory as (batch, length,
+heads, head_dim), which is what the projection behind an attention wants.
+"""
+
+import torch
+
+from . import attention_cpu, ops
+
+_OPTIONS = (
+    "Tensor? seqlens, Tensor? seed, SymInt longest_query, SymInt longest_key, SymInt offset, bool signed, "
+    "SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
+)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table"
+SCHEMAS = {
+    "attention_forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    "attention_backward": (
+        f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool needs_dq, bool needs_dkv, "
+        "bool needs_dtable) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)"
+    ),
+}
+SUFFIXES = {"torch": "_torch", "triton": "_triton"}
+
+
+def like(tensor, dim=None):
+    """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
+    batch, heads, length, last = tensor.shape
+    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
+
+
+def _triton_forward(query, *args):
+    from .kernels import attention_forward as kernels
+
+    with torch.cuda.device_of(query):
+        return kernels.forward(query, *args)
+
+
+def _triton_backward(dout, *args):
+    from .kernels import attention_backward as kernels
+
+    with torch.cuda.device_of(dout):
+        return kernels.backward(dout, *args)
+
+
+def _fake_forward(query, key, value, table, *options):
+    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=accumulator)
+
+
+def _fake_backward(dout, dlse, query, key, value, table, *args):
+    needs_dq, needs_dkv, needs_dtable = args[-3:]
+    return (
+        like(query) if needs_dq else query.new_empty((0,)),
+        like(key) if needs_dkv else key.new_empty((0,)),
+        like(value) if needs_dkv else value.new_empty((0,)),
+        table.new_empty(table.shape) if needs_dtable else table.new_empty((0,)),
+    )
+
+
+TORCH = {"attention_forward": attention_cpu.forward, "attention_backward": attention_cpu.backward}
+TRITON = {"attention_forward": _triton_forward, "attention_backward": _triton_backward}
+FAKE = {"attention_forward": _fake_forward, "attention_backward": _fake_backward}
+
+
+def _on_cuda(name):
+    def implementation(tensor, *args):
+        # tensor cores multiply float64 only at the price of the whole kernel's shape; torch's products serve it
+        return (TORCH if tensor.dtype == torch.float64 else TRITON)[name](tensor, *args)
+
+    return implementation
+
+
+for _name, _schema in SCHEMAS.items():
+    for _suffix in ("", *SUFFIXES.values()):
+        ops.LIBRARY.define(_name + _suffix + _schema)
+        torch.library.register_fake(f"dpb_triton::{_name}{_suffix}", FAKE[_name], lib=ops.LIBRARY)
+        ops.OPERATORS[_name + _suffix] = getattr(torch.ops.dpb_triton, _name + _suffix).default
+    ops.LIBRARY.impl(_name, TORCH[_name], "CompositeExplicitAutograd")
+    ops.LIBRARY.impl(_name + "_torch", TORCH[_name], "CompositeExplicitAutograd")
+    ops.LIBRARY.impl(_name + "_triton", TRITON[_name], "CompositeExplicitAutograd")
+    if ops.has_triton():
+        ops.LIBRARY.impl(_name, _on_cuda(_name), "CUDA")

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distance d, without atomics and without ds.
+
+              keys y ->
+    queries   \\w\\                       a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
+       x        \\w\\     <- one band     and BLOCK_M right per step. An element of the window stays on its diagonal,
+                  \\w\\                   so ds is added up elementwise, in registers, over the steps and the batch;
+                                        the bias tile and the window mask do not change at all
+
+One program owns (head, band, chunk of the steps). After its loop it sums along the diagonals once, by the cyclic skew
+of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_kernel` adds them up in a fixed order.
+Costs two more products a tile (q k^T and dout v^T again) than a dq kernel that would scatter, and buys determinism:
+the order of every sum depends on the shape alone.
+Partial sums: O(heads * (i + j) * chunks) float32, chunks being 1 for long sequences.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_launch import padded
+from .attention_tiles import (
+    add_bias,
+    dot,
+    is_kept,
+    load_bias,
+    load_rows,
+    opaque,
+    row_keys,
+    sequence,
+)
+
+# Programs to aim at: where bands are few, their steps are cut, so that the machine is full and the longest band short.
+PROGRAMS = 2048
+MOST_CHUNKS = 8
+FOLD_BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "longest_query", "least",
+                               "n_bands", "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
+def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+                   partial_ptr,
+                   stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
+                   stride_db, stride_dh, stride_dx, stride_lb, stride_lh,
+                   i, j, offset, left, right, zero, width, batch, heads, group, longest_query, least, n_bands,
+                   n_chunks, chunk_steps, softmax_scale, scale, cap_in, cap_out, threshold, keep_scale,
+                   HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+                   HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0)
+    band = n_bands - 1 - pid % n_bands  # under causality the bands of the least distances are the longest
+    chunk = (pid // n_bands) % n_chunks
+    head = (pid // (n_bands * n_chunks)).to(tl.int64)
+    relative = least + band * BLOCK_N  # y - x - offset of the window's first column, in its first query's row
+
+    a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    bias_ptr += head * width + (zero + relative - (BLOCK_M - 1))
+    bias = load_bias((bias_ptr + a)[:, None] + c[None, :])  # [BLOCK_M, BLOCK_N], of all steps
+    diagonal = relative - (BLOCK_M - 1) + a[:, None] + c[None, :]
+    if HAS_LEFT:
+        bias = tl.where(diagonal >= -left, bias, float("-inf"))
+    if HAS_RIGHT:
+        bias = tl.where(diagonal <= right, bias, float("-inf"))
+
+    query_ptr += head * stride_qh
+    key_ptr += (head // group) * stride_kh
+    value_ptr += (head // group) * stride_vh
+    dout_ptr += head * stride_dh
+    lse_ptr += head * stride_lh
+    delta_ptr += head * stride_lh
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for index in range(0, batch):
+        first_query, rows, first_key_row, columns, shift = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
+        row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
+        q_ptr = query_ptr + row * stride_qb + first_query * stride_qx
+        do_ptr = dout_ptr + row * stride_db + first_query * stride_dx
+        k_ptr = key_ptr + row * stride_kb + first_key_row * stride_ky
+        v_ptr = value_ptr + row * stride_vb + first_key_row * stride_vy
+        l_ptr = lse_ptr + row * stride_lb + first_query
+        d_ptr = delta_ptr + row * stride_lb + first_query
+        first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
+
+        # the steps at which the window meets a key
+        start = shift + relative
+        begin = tl.cdiv(tl.maximum(1 - BLOCK_N - start, 0), BLOCK_M)
+        end = tl.cdiv(tl.minimum(tl.maximum(columns - start, 0), rows), BLOCK_M)
+        begin = tl.maximum(begin, chunk * chunk_steps)
+        end = tl.minimum(end, (chunk + 1) * chunk_steps)
+        for step in range(begin, end):
+            first_x = step * BLOCK_M
+            first_y = first_x + start
+            x = first_x + (BLOCK_M - 1 - a)
+            query = load_rows(q_ptr, first_x, rows, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+            key = load_rows(k_ptr, first_y, columns, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, True)
+            lse = tl.load(l_ptr + x, mask=x < rows, other=float("inf"))
+            s, _ = add_bias(dot(query, tl.trans(key), PRECISION), bias, scale, cap_in, cap_out, HAS_SOFTCAP)
+            p = tl.exp2(s - lse[:, None])
+            dout = load_rows(do_ptr, first_x, rows, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, True)
+            value = load_rows(v_ptr, first_y, columns, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, True)
+            delta = tl.load(d_ptr + x, mask=x < rows, other=0.0)
+            dp = dot(dout, tl.trans(value), PRECISION)
+            y = first_y + opaque(c)
+            if HAS_DROPOUT:
+                first_key, second_key = row_keys(seed_ptr, first_row + x)
+                keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            # selected, not multiplied by a mask: beyond the keys p may be inf
+            acc += tl.where(((y >= 0) & (y < columns))[None, :], p * (dp - delta[:, None]), 0.0)
+
+    # Skew: column t takes from row a the element on diagonal t, or, where that lies left of the window, t - BLOCK_N.
+    t = c[None, :]
+    skewed = tl.gather(acc, (t - a[:, None]) & (BLOCK_N - 1), axis=1)
+    lower = tl.sum(tl.where(t >= a[:, None], skewed, 0.0), axis=0)
+    upper = tl.sum(tl.where(t < a[:, None], skewed, 0.0), axis=0)
+    span = n_bands * BLOCK_N
+    partial_ptr += (head * n_chunks + chunk) * 2 * span + band * BLOCK_N
+    tl.store(partial_ptr + c, lower)
+    tl.store(partial_ptr + span + c, upper)
+
+
+@triton.jit
+def _sum_of_chunks(partial_ptr, relative, is_used, least, span, n_chunks,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The sum over the chunks, in order, at y - x - offset = relative [FOLD_BLOCK]."""
+    slot = relative - least + (BLOCK_M - 1)
+    total = tl.zeros(relative.shape, tl.float32)
+    for _ in range(0, n_chunks):
+        total += tl.load(partial_ptr + slot, mask=is_used & (slot >= 0) & (slot < span), other=0.0)
+        slot_above = slot - BLOCK_N + span
+        mask = is_used & (slot >= BLOCK_N) & (slot_above < 2 * span)
+        total += tl.load(partial_ptr + slot_above, mask=mask, other=0.0)
+        partial_ptr += 2 * span
+    return total
+
+
+@triton.jit(do_not_specialize=["n", "least", "span", "n_chunks"])
+def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNED: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_BLOCK: tl.constexpr):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
+    width = 2 * n - 1 if SIGNED else n
+    partial_ptr += head * n_chunks * 2 * span
+    is_column = column < width
+    distance = column - (n - 1) if SIGNED else column
+    total = _sum_of_chunks(partial_ptr, -distance, is_column, least, span, n_chunks, BLOCK_M, BLOCK_N)
+    if not SIGNED:  # distance 0 has one sign only
+        is_both = is_column & (column > 0)
+        total += _sum_of_chunks(partial_ptr, distance, is_both, least, span, n_chunks, BLOCK_M, BLOCK_N)
+    tl.store(dtable_ptr + head * width + column, total, mask=is_column)
+
+
+def _blocks_of(head_dim, value_dim, dtype):
+    """(block_m, block_n, num_warps, num_stages)."""
+    wide = max(padded(head_dim), padded(value_dim)) * (2 if dtype == torch.float32 else 1)
+    if wide <= 64:
+        return 64, 64, 4, 2
+    if wide <= 128:
+        return 64, 64, 8, 1
+    return 32, 32, 4, 1
+
+
+def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks=None):
+    """dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
+    query, *_ = tensors
+    block_m, block_n, num_warps, num_stages = blocks or _blocks_of(
+        constants["HEAD_DIM"], constants["VALUE_DIM"], query.dtype
+    )
+    heads, width = table.shape
+    least, largest = reach
+    n_bands = triton.cdiv(largest - least + block_m, block_n)
+    steps = triton.cdiv(longest_query, block_m)
+    n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
+    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=torch.float32, device=table.device)
+    _dtable_kernel[(n_bands * n_chunks * heads,)](
+        *tensors, partial, *strides, *bounds, longest_query, least, n_bands, n_chunks, triton.cdiv(steps, n_chunks),
+        **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    dtable = torch.empty((heads, width), dtype=torch.float32, device=table.device)
+    _fold_dtable_kernel[(triton.cdiv(width, FOLD_BLOCK), heads)](
+        partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * block_n, n_chunks,
+        SIGNED=signed, BLOCK_M=block_m, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK,
+    )  # fmt: skip
+    return dtable

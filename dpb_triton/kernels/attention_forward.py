@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""out = softmax(scale q k^T + bias) v and its lse, the bias living inside a tile only.
+
+              keys y ->
+    queries   [ edge | whole | whole | edge ]      one program: BLOCK_M queries of one head, all keys they may see,
+       x      ^ masked                 ^ masked    in blocks of BLOCK_N; whole blocks need no mask
+
+Grid: (query blocks, batch, heads) in one dimension, query blocks fastest and heads slowest, so that the programs that
+run together share a head's keys and values in the L2 cache. A program owns its rows of out and lse. The last query
+blocks come first: under causality they are the longest.
+FlashAttention-2's schedule: a running maximum and sum per row rescale the accumulator; the padded bias table and the
+backward rows of `attention_tiles.py` add the bias for half a load and no address arithmetic an element.
+FLOPs: 4 * i * j * head_dim a head; bytes: q, k, v, out once, O(n) else. The roof is the tensor cores.
+Numerics: scores, softmax and accumulators in float32, in units of log2; p is rounded to value's dtype for its product.
+Deterministic: the order of every sum depends on the shape alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_launch import pad_bias, padded, precision_of, reach_of, score_numbers, unit_rows
+from .attention_tiles import (
+    LN2,
+    add_bias,
+    dot,
+    dot_add,
+    is_allowed,
+    is_kept,
+    load_bias,
+    load_rows,
+    narrow,
+    opaque,
+    row_keys,
+    sequence,
+    store_rows,
+    visible_blocks,
+)
+
+
+@triton.jit
+def _attend(query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, first_y, i, j, offset, left, right, first_key,
+            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold,
+            HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+            HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+            IS_MASKED: tl.constexpr):  # fmt: skip
+    """One block of keys: (acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M], l_i [BLOCK_M]) with it taken in."""
+    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
+    qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
+    bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
+    if IS_MASKED:
+        mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False)
+        s = tl.where(mask, s, float("-inf"))
+
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    # of a row that has seen no key yet, or only -inf: any finite number does
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - reference[:, None])
+    alpha = tl.exp2(m_i - reference)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if HAS_DROPOUT:
+        y = first_y + opaque(tl.arange(0, BLOCK_N))
+        p = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), p, 0.0)
+    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, IS_MASKED)
+    acc = dot_add(narrow(p, value.dtype), value, acc * alpha[:, None], PRECISION)
+    return acc, m_new, l_i
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "n_blocks",
+                               "longest_query", "threshold"])  # fmt: skip
+def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, out_ptr, lse_ptr,
+                    stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
+                    stride_ob, stride_oh, stride_ox, stride_lb, stride_lh,
+                    i, j, offset, left, right, zero, width, batch, heads, group, n_blocks, longest_query,
+                    scale, cap_in, cap_out, threshold, keep_scale,
+                    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+                    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0)
+    block = n_blocks - 1 - pid % n_blocks
+    index = (pid // n_blocks) % batch  # of the batch, or of the packed sequence
+    head = (pid // (n_blocks * batch)).to(tl.int64)
+    first_query, i, first_key_row, j, offset = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
+    first_x = block * BLOCK_M
+    if first_x >= i:
+        return
+    row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
+    query_ptr += row * stride_qb + head * stride_qh + first_query * stride_qx
+    key_ptr += row * stride_kb + (head // group) * stride_kh + first_key_row * stride_ky
+    value_ptr += row * stride_vb + (head // group) * stride_vh + first_key_row * stride_vy
+    out_ptr += row * stride_ob + head * stride_oh + first_query * stride_ox
+    lse_ptr += row * stride_lb + head * stride_lh + first_query
+
+    a = tl.arange(0, BLOCK_M)
+    x = first_x + (BLOCK_M - 1 - a)  # from the last query to the first, see attention_tiles.py
+    bias_ptr += head * width + (zero - offset - first_x - (BLOCK_M - 1))
+    first_key, second_key = a, a
+    if HAS_DROPOUT:
+        first_key, second_key = row_keys(seed_ptr, (index.to(tl.int64) * heads + head) * longest_query + x)
+    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    enter, inside, outside, leave = visible_blocks(
+        first_x, i, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    for edge in range(enter, leave - (outside - inside)):
+        k = edge if edge < inside else edge + (outside - inside)
+        acc, m_i, l_i = _attend(
+            query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, k * BLOCK_N, i, j, offset, left, right, first_key,
+            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
+        )  # fmt: skip
+    for k in range(inside, outside):
+        acc, m_i, l_i = _attend(
+            query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, k * BLOCK_N, i, j, offset, left, right, first_key,
+            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
+        )  # fmt: skip
+
+    sees_a_key = l_i > 0
+    divisor = tl.where(sees_a_key, l_i, 1.0)
+    out = acc * (keep_scale / divisor)[:, None]
+    store_rows(out_ptr, out, first_x, i, stride_ox, BLOCK_M, VALUE_DIM, BLOCK_V, True)
+    lse = tl.where(sees_a_key, (m_i + tl.log2(divisor)) * LN2, float("-inf"))
+    tl.store(lse_ptr + x, lse, mask=x < i)
+
+
+def blocks_of(query, value):
+    """Launch constants. 128 x 128 at head_dim 64 is what fits an H100's registers; wider heads halve a side, as does
+    float32, whose products take three operands a number (python -m bench codegen prints what each costs).
+    """
+    dim = max(padded(query.shape[3]), padded(value.shape[3]))
+    wide = dim * (2 if query.dtype == torch.float32 else 1)
+    if wide <= 64:
+        return {"block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    if wide <= 128:
+        return {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
+    return {"block_m": 64, "block_n": 32, "num_warps": 4 if wide <= 256 else 8, "num_stages": 2}
+
+
+def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
+            softcap, dropout_p, *, block_m=None, block_n=None, num_warps=None, num_stages=None):  # fmt: skip
+    """Launch the forward pass: (out, lse). `attention_ops.py` says what the arguments are.
+
+    The constants of the launch are there for tests of small shapes and for tuning.
+    """
+    batch, heads, i, head_dim = query.shape
+    kv_heads, j, value_dim = value.shape[1:]
+    out = query.new_empty((batch, i, heads, value_dim)).transpose(1, 2)
+    lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
+    least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
+    if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
+        return out.zero_(), lse.fill_(float("-inf"))
+
+    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
+    bias, zero = pad_bias(table, signed, (least, largest))
+    chosen = blocks_of(query, value)
+    block_m, block_n = block_m or chosen["block_m"], block_n or chosen["block_n"]
+    sequences = batch if seqlens is None else seqlens.shape[0]
+    n_blocks = triton.cdiv(longest_query, block_m)
+    _forward_kernel[(n_blocks * sequences * heads,)](
+        query, key, value, bias, seqlens, seed, out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *out.stride()[:3], *lse.stride()[:2], i, j, offset, left or 0, right or 0, zero, bias.shape[1], sequences,
+        heads, heads // kv_heads, n_blocks, longest_query, **score_numbers(scale, softcap, dropout_p),
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=padded(head_dim), BLOCK_V=padded(value_dim),
+        BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_p > 0, IS_PACKED=seqlens is not None,
+        PRECISION=precision_of(query),
+        num_warps=num_warps or chosen["num_warps"], num_stages=num_stages or chosen["num_stages"],
+    )  # fmt: skip
+    return out, lse

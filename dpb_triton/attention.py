@@ -70,7 +70,7 @@ def bias_attention(
     signed=False,
     window=None,
     softcap=None,
-    dropout_p=0.0,
+    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
     enable_gqa=False,
     return_lse=False,
     backend=None,
@@ -147,7 +147,7 @@ def bias_attention_varlen(
     signed=False,
     window=None,
     softcap=None,
-    dropout_p=0.0,
+    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
     enable_gqa=False,
     return_lse=False,
     backend=None,

@@ -16,7 +16,7 @@ from .attention_checks import (
     check_softcap,
     check_window,
 )
-from .checks import check_flag
+from .checks import FLOATING, check_flag
 from .functional import is_transformed, why_not
 
 BACKENDS = tuple(attention_ops.SUFFIXES)
@@ -37,11 +37,17 @@ def check_attention_backend(backend, query):
 
 
 def _autocast(query, key, value):
-    """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them."""
-    device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them.
+
+    Before the checks, which ask for one dtype; what is no tensor is left to them.
+    """
+    device_type = query.device.type if isinstance(query, torch.Tensor) else None
+    if device_type and torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        return tuple(
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATING and x.dtype != torch.float64 else x
+            for x in (query, key, value)
+        )
     return query, key, value
 
 
@@ -70,7 +76,7 @@ def bias_attention(
     signed=False,
     window=None,
     softcap=None,
-    dropout_p=0.0,
+    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
     enable_gqa=False,
     return_lse=False,
     backend=None,
@@ -115,6 +121,7 @@ def bias_attention(
 
     The schedule is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
     """
+    query, key, value = _autocast(query, key, value)
     suffix, signed, table_length, bounds, numbers = _check_common(
         query, key, value, table, ("batch", "heads", "length"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,
@@ -125,7 +132,6 @@ def bias_attention(
             query, key, value, table, backend, is_causal=is_causal, scale=scale, offset=offset, signed=signed,
             window=window, softcap=softcap, dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
-    query, key, value = _autocast(query, key, value)
     longest = query.shape[2], key.shape[2]
     out, lse = _attend(query, key, value, table, None, longest, offset, signed, bounds, numbers, suffix, return_lse)
     return (out, lse) if return_lse else out
@@ -147,7 +153,7 @@ def bias_attention_varlen(
     signed=False,
     window=None,
     softcap=None,
-    dropout_p=0.0,
+    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
     enable_gqa=False,
     return_lse=False,
     backend=None,
@@ -174,6 +180,7 @@ def bias_attention_varlen(
         TypeError, ValueError, RuntimeError: as `bias_attention`; also cu_seqlens that do not start at 0, decrease, or
             end elsewhere.
     """
+    query, key, value = _autocast(query, key, value)
     suffix, signed, table_length, bounds, numbers = _check_common(
         query, key, value, table, ("total", "heads"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,
@@ -185,7 +192,7 @@ def bias_attention_varlen(
         raise RuntimeError(
             "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
         )
-    query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in _autocast(query, key, value))
+    query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in (query, key, value))
     out, lse = _attend(query, key, value, table, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse)
     out = rearrange(out, "1 h n d -> n h d")
     return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out

@@ -24,7 +24,7 @@ def check_scale(scale, head_dim):
     """The factor of q k^T, 1 / sqrt(head_dim) unless given."""
     if scale is None:
         return head_dim**-0.5
-    return check_number("scale", scale, "a finite number or None", math.isfinite)
+    return check_number("scale", scale, "a finite number or None", lambda v: -math.inf < v < math.inf)
 
 
 def check_softcap(softcap):

@@ -36,7 +36,7 @@ def forward(
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i)."""
     options = signed, left, right
     out, lse = _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
-    with torch.no_grad():
+    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
             for block in grid.blocks():
@@ -74,7 +74,7 @@ def backward(
     dk, dv = (_like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
     has_empty_rows = bool(lse.isneginf().any())
-    with torch.no_grad():
+    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
             for block in grid.blocks():

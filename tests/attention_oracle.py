@@ -17,8 +17,8 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")
 def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
     """{name: (exact value, magnitude)} of the output, the lse and all gradients.
 
-    The magnitude of an element is the sum of its terms' absolute values: what rounding errors are relative to where
-    the terms cancel.
+    The magnitude of an element is the sum of its terms' absolute values, times the condition of the exponential: what
+    rounding errors are relative to, also where the terms cancel.
     """
     query, key, value, table, dout = (_double(tensor) for tensor in (query, key, value, table, dout))
     batch, heads, i, head_dim = query.shape
@@ -60,22 +60,29 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
             continue  # a row without a key: 0, lse -inf, no gradient
         e = np.exp(s - s.max())
         p = e / e.sum()
-        dropped = p if keep is None else p * keep[b, h, x, allowed] / (1 - dropout_p)
         inverse = 1.0 if keep is None else keep[b, h, x, allowed] / (1 - dropout_p)
-        out = dropped @ v
+        out = (p * inverse) @ v
         dp = inverse * (v @ grad)
-        ds = p * (dp - grad @ out + dlse[b, h, x])
-        ds_size = p * (inverse * (abs(v) @ abs(grad)) + abs(grad) @ (dropped @ abs(v)) + abs(dlse[b, h, x]))
-        dt, dt_size = scale * slope * ds, abs(scale) * slope * ds_size
+        dx = dp - grad @ out + dlse[b, h, x]
+        ds = p * dx
+        dt = scale * slope * ds
 
-        exact["out"][b, h, x], size["out"][b, h, x] = out, dropped @ abs(v)
+        # scores rounded relative to their own size move p, those of a row against each other; 1e30 moves nothing
+        top = abs(s[p > 0]).max()
+        top = top if top < 1e6 else 0.0
+        moved = p * (1 + 2 * top * (1 - p))
+        dp_size, delta_size = inverse * (abs(v) @ abs(grad)), (moved * inverse) @ (abs(v) @ abs(grad))
+        ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x]) + top * abs(dx))
+        dt_size = abs(scale) * slope * ds_size
+
+        exact["out"][b, h, x], size["out"][b, h, x] = out, (moved * inverse) @ abs(v)
         exact["lse"][b, h, x] = s.max() + np.log(e.sum())
         size["lse"][b, h, x] = abs(s[p > 0]).max() + abs(scale) * (abs(k[p > 0]) @ abs(q)).max()
         exact["dq"][b, h, x], size["dq"][b, h, x] = dt @ k, dt_size @ abs(k)
         exact["dk"][b, g, allowed] += np.outer(dt, q)
         size["dk"][b, g, allowed] += np.outer(dt_size, abs(q))
-        exact["dv"][b, g, allowed] += np.outer(dropped, grad)
-        size["dv"][b, g, allowed] += np.outer(dropped, abs(grad))
+        exact["dv"][b, g, allowed] += np.outer(p * inverse, grad)
+        size["dv"][b, g, allowed] += np.outer(p * inverse * (1 + top), abs(grad))
         np.add.at(exact["dtable"][h], columns, ds)
         np.add.at(size["dtable"][h], columns, ds_size)
     return {name: (torch.from_numpy(exact[name]), torch.from_numpy(size[name])) for name in NAMES}

@@ -263,7 +263,8 @@ def test_activation_checkpointing(use_reentrant, dropout_p, attend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, attend, device):
+@pytest.mark.parametrize("is_backward_inside", [False, True])
+def test_autocast(is_backward_inside, dtype, attend, device):
     """query, key, value in autocast's dtype, gradients in their own; the table stays float32 into the scores."""
     *tensors, dout, _ = Case(table="large").draw(device)
     low = [tensor.to(dtype) for tensor in tensors[:3]]
@@ -272,7 +273,8 @@ def test_autocast(dtype, attend, device):
     with torch.autocast(device, dtype):
         out = attend(*leaves)
     assert out.dtype == dtype and torch.equal(out, expected["out"])
-    out.backward(dout.to(dtype))
+    with torch.autocast(device, dtype, enabled=is_backward_inside):
+        out.backward(dout.to(dtype))
     for leaf, name in zip(leaves, attention_oracle.NAMES[2:], strict=True):
         assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, expected[name].float()), name
 

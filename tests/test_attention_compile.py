@@ -32,19 +32,26 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_one_graph_for_five_lengths(compiler, options, attention_backend, device):
-    attend = partial(bias_attention, backend=attention_backend)
+def test_one_graph_for_five_lengths(options, attention_backend, device):
+    assert_one_graph("aot_eager", options, attention_backend, device)
+
+
+def test_one_graph_for_five_lengths_in_inductor(device):
+    assert_one_graph("inductor", OPTIONS["all"], None, device)
+
+
+def assert_one_graph(compiler, options, backend, device):
+    attend = partial(bias_attention, backend=backend)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for n in (5, 8, 13, 32, 77):
-        tensors = Case(heads=4, kv_heads=2 if "enable_gqa" in options else 4, i=n, j=n + n // 2, options=options).draw(
-            device
-        )
-        assert_same(
-            attention_oracle.run(compiled, *tensors, **options), attention_oracle.run(attend, *tensors, **options)
-        )
-    assert counter.frame_count == 1, "recompiled"
+        kv_heads = 2 if "enable_gqa" in options else 4
+        tensors = Case(heads=4, kv_heads=kv_heads, i=n, j=n + n // 2, options=options).draw(device)
+        ours = attention_oracle.run(compiled, *tensors, **options)
+        assert_same(ours, attention_oracle.run(attend, *tensors, **options))
+        if n == 5:
+            first = counter.frame_count  # 2 where a float is an argument: Dynamo starts again to make it a constant
+    assert counter.frame_count == first <= (2 if options else 1), "recompiled"
 
 
 def test_offset_and_window_are_symbols(attention_backend, device):
@@ -54,19 +61,18 @@ def test_offset_and_window_are_symbols(attention_backend, device):
     for i, j, offset, left in ((4, 9, 2, 3), (5, 11, 3, 4), (7, 12, 5, 7), (8, 20, 9, 6), (30, 40, 7, 20)):
         options = {"offset": offset, "window": (left, None)}
         tensors = Case(i=i, j=j, options=options, spare=3).draw(device)
-        assert_same(
-            attention_oracle.run(compiled, *tensors, **options), attention_oracle.run(attend, *tensors, **options)
-        )
-    assert counter.frame_count <= 2
+        ours = attention_oracle.run(compiled, *tensors, **options)
+        assert_same(ours, attention_oracle.run(attend, *tensors, **options))
+    assert counter.frame_count == 1, "recompiled"
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_dropout(compiler, attention_backend, device):
-    """A compiled call drops its share, afresh each time, and the backward pass knows the mask: at a table of zeros
-    the gradient of value is the kept probabilities."""
-    query, key, _, table, *_ = Case(i=33, j=47, table="zero").draw(device)
+def test_dropout(compiler, device):
+    """A compiled call drops its share, afresh each time, and the backward pass knows the mask: the gradient of value
+    is the kept probabilities."""
+    query, key, _, table, *_ = Case(i=33, j=47).draw(device)
     value = torch.eye(47, device=device).expand(2, 2, 47, 47).clone().requires_grad_()
-    attend = partial(bias_attention, query, key, table=table, dropout_p=0.4, backend=attention_backend)
+    attend = partial(bias_attention, query, key, table=table, dropout_p=0.4)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
     outs = []
     for _ in range(2):
@@ -94,9 +100,9 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_layer_trains_in_one_graph(autocast, attention_backend, device):
+def test_a_layer_trains_in_one_graph(autocast, device):
     torch.manual_seed(0)
-    model = Block(backend=attention_backend).to(device)
+    model = Block().to(device)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for n in (5, 8, 13, 32, 77):

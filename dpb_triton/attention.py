@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention with a position bias that is never materialised: arguments checked, backend chosen, derivatives attached."""
+"""Attention whose position bias is never materialised: arguments checked, backend chosen, derivatives attached."""
 
 import torch
 from einops import rearrange
@@ -7,6 +7,7 @@ from einops import rearrange
 from . import attention_ops, ops, reference
 from .attention_autograd import BiasAttention
 from .attention_checks import (
+    Packing,
     check_attention_table,
     check_dense,
     check_dropout,
@@ -185,9 +186,8 @@ def bias_attention_varlen(
         query, key, value, table, ("total", "heads"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,
     )  # fmt: skip
-    seqlens, *longest = check_packed(
-        query, key, table, table_length, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, *bounds
-    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets)
+    seqlens, *longest = check_packed(query, key, table, table_length, packing, *bounds)
     if is_transformed(query, key, value, table):
         raise RuntimeError(
             "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
@@ -199,9 +199,10 @@ def bias_attention_varlen(
 
 
 def _check_common(
-    query, key, value, table, layout, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend
+    query, key, value, table, layout, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse,
+    backend,
 ):  # fmt: skip
-    """The checks that both layouts share: (suffix, signed, the table's n, (left, right), (scale, softcap, dropout_p))."""
+    """What both layouts check: (suffix, signed, the table's n, (left, right), (scale, softcap, dropout_p))."""
     check_heads(query, key, value, layout, enable_gqa)
     n = check_attention_table(table, query, query.shape[layout.index("heads")], signed)
     check_flag("return_lse", return_lse)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What the attention functions ask of their arguments; the rules of `checks.py`."""
 
+import itertools
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 
@@ -120,63 +122,65 @@ def check_dense(query, key, table, n, offset, left, right):
     return offset
 
 
-def check_packed(query, key, table, n, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right):
-    """Where packed sequences lie, `attention_ops`' seqlens, and the longest of each side.
+class Packing(NamedTuple):
+    """Where packed sequences lie, as the caller says it: the arguments of `bias_attention_varlen`."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    offsets: torch.Tensor | None
+
+
+def check_packed(query, key, table, n, packing, left, right):
+    """Where the sequences lie, `attention_ops`' seqlens, and the longest of each side: (seqlens, i, j).
 
     The numbers are read, which on a GPU waits for it, unless both lengths are given; then the GPU checks them.
     """
-    sequences = None
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+    cu_q, cu_k, max_q, max_k, offsets = packing
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         _check_int32(name, cu, query)
         if cu.shape[0] < 1:
             raise ValueError(f"{name} must have sequences + 1 elements, got shape {_show(cu)}")
-        if sequences is not None and cu.shape[0] != sequences + 1:
-            raise ValueError(f"{name} must have {sequences + 1} elements as cu_seqlens_q, got shape {_show(cu)}")
-        sequences = cu.shape[0] - 1
+        if cu.shape[0] != cu_q.shape[0]:
+            raise ValueError(f"{name} must have {cu_q.shape[0]} elements as cu_seqlens_q, got shape {_show(cu)}")
     if offsets is not None:
         _check_int32("offsets", offsets, query)
-        if offsets.shape[0] != sequences:
-            raise ValueError(f"offsets must have one element a sequence, {sequences}, got shape {_show(offsets)}")
+        if offsets.shape[0] != cu_q.shape[0] - 1:
+            raise ValueError(
+                f"offsets must have one element a sequence, {cu_q.shape[0] - 1}, got shape {_show(offsets)}"
+            )
+    for name, longest in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if longest is not None:
+            check_int(name, longest, 0)
 
-    i, j = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    seqlens = torch.stack([cu_seqlens_q[:-1], i, cu_seqlens_k[:-1], j, j - i if offsets is None else offsets], 1)
-    are_given = max_seqlen_q is not None and max_seqlen_k is not None
-    if max_seqlen_q is not None:
-        check_int("max_seqlen_q", max_seqlen_q, 0)
-    if max_seqlen_k is not None:
-        check_int("max_seqlen_k", max_seqlen_k, 0)
-    if are_given and (torch.compiler.is_compiling() or query.is_cuda):
-        _check_on_device(
-            query, key, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
-        )
-        return seqlens, max_seqlen_q, max_seqlen_k
-    return seqlens, *_check_numbers(
-        query, key, table, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
-    )
+    i, j = cu_q.diff(), cu_k.diff()
+    seqlens = torch.stack([cu_q[:-1], i, cu_k[:-1], j, j - i if offsets is None else offsets], 1)
+    if max_q is not None and max_k is not None and (torch.compiler.is_compiling() or query.is_cuda):
+        _check_on_device(query, key, n, packing, seqlens, left, right)
+        return seqlens, max_q, max_k
+    return seqlens, *_check_numbers(query, key, table, n, packing, seqlens, left, right)
 
 
-def _check_numbers(
-    query, key, table, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
-):
+def _check_numbers(query, key, table, n, packing, seqlens, left, right):
     longest = []
-    for name, cu, tensor, limit, limit_name in (
-        ("cu_seqlens_q", cu_seqlens_q.tolist(), query, max_seqlen_q, "max_seqlen_q"),
-        ("cu_seqlens_k", cu_seqlens_k.tolist(), key, max_seqlen_k, "max_seqlen_k"),
+    for name, cu, total, limit in (
+        ("q", packing.cu_seqlens_q.tolist(), query.shape[0], packing.max_seqlen_q),
+        ("k", packing.cu_seqlens_k.tolist(), key.shape[0], packing.max_seqlen_k),
     ):
-        total = tensor.shape[0]
         if cu[0] != 0:
-            raise ValueError(f"{name} must start at 0, got {cu[0]}")
-        for place, (before, after) in enumerate(zip(cu, cu[1:], strict=False)):
+            raise ValueError(f"cu_seqlens_{name} must start at 0, got {cu[0]}")
+        for place, (before, after) in enumerate(itertools.pairwise(cu)):
             if after < before:
-                raise ValueError(f"{name} must not decrease, got {before} and then {after} at {place + 1}")
+                raise ValueError(f"cu_seqlens_{name} must not decrease, got {before} and then {after} at {place + 1}")
         if cu[-1] != total:
-            raise ValueError(f"{name} must end at the number of rows, {total}, got {cu[-1]}")
-        found = max((after - before for before, after in zip(cu, cu[1:], strict=False)), default=0)
+            raise ValueError(f"cu_seqlens_{name} must end at the number of rows, {total}, got {cu[-1]}")
+        found = max((after - before for before, after in itertools.pairwise(cu)), default=0)
         if limit is not None and limit < found:
-            raise ValueError(f"{limit_name} must be at least the longest sequence, {found}, got {limit}")
+            raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {found}, got {limit}")
         longest.append(found if limit is None else limit)
     for sequence, (_, i, _, j, offset) in enumerate(seqlens.tolist()):
-        if offsets is None and j < i:
+        if packing.offsets is None and j < i:
             raise ValueError(
                 f"sequence {sequence} of cu_seqlens_q and cu_seqlens_k has more queries than keys, {i} and {j}: give "
                 "offsets to say where its queries stand"
@@ -185,21 +189,18 @@ def _check_numbers(
     return longest
 
 
-def _check_on_device(
-    query, key, n, seqlens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets, left, right
-):
+def _check_on_device(query, key, n, packing, seqlens, left, right):
     """The same without waiting for the numbers: a wrong one stops the device with the message."""
     i, j, offset = seqlens[:, 1], seqlens[:, 3], seqlens[:, 4]
     for name, cu, lengths, total, longest in (
-        ("q", cu_seqlens_q, i, query.shape[0], max_seqlen_q),
-        ("k", cu_seqlens_k, j, key.shape[0], max_seqlen_k),
+        ("q", packing.cu_seqlens_q, i, query.shape[0], packing.max_seqlen_q),
+        ("k", packing.cu_seqlens_k, j, key.shape[0], packing.max_seqlen_k),
     ):
         is_right = (cu[0] == 0) & (cu[-1] == total) & (lengths >= 0).all() & (lengths <= longest).all()
         torch._assert_async(
-            is_right,
-            f"cu_seqlens_{name} must go from 0 to the number of rows, never decrease, by max_seqlen_{name} at most",
+            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, by max_seqlen_{name} at most"
         )
-    if offsets is None:
+    if packing.offsets is None:
         torch._assert_async((j >= i).all(), "a sequence of cu_seqlens_q and cu_seqlens_k has more queries than keys")
     past, future = i - 1 + offset, j - 1 - offset
     past = past if left is None else past.clamp(max=left)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distance d, without atomics and without ds.
+r"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distance d, without atomics and without ds.
 
               keys y ->
-    queries   \\w\\                       a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
-       x        \\w\\     <- one band     and BLOCK_M right per step. An element of the window stays on its diagonal,
-                  \\w\\                   so ds is added up elementwise, in registers, over the steps and the batch;
+    queries   \ w \                     a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
+       x        \ w \    <- one band    and BLOCK_M right per step. An element of the window stays on its diagonal, so
+                  \ w \                 ds is added up elementwise, in registers, over the steps and over the batch;
                                         the bias tile does not change at all
 
 One program owns (head, band, chunk of the steps). After its loop it sums along the diagonals once, by the cyclic skew
-of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_kernel` adds them up in a fixed order.
+of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_dtable_kernel` adds them up in a fixed order.
 Costs two more products a tile (q k^T and dout v^T again) than a dq kernel that would scatter, and buys determinism:
 the order of every sum depends on the shape alone.
 Partial sums: O(heads * (i + j) * chunks) float32, chunks being 1 for long sequences.
@@ -43,7 +43,7 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, lse_ptr, del
                 HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
                 PRECISION: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
+    """Acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
     first_y = first_x + start
     x = first_x + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
     query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, IS_MASKED)
@@ -192,7 +192,7 @@ def _blocks_of(head_dim, value_dim, dtype):
 
 
 def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks=None):
-    """dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
+    """Dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
     query, *_ = tensors
     block_m, block_n, num_warps, num_stages = blocks or _blocks_of(
         constants["HEAD_DIM"], constants["VALUE_DIM"], query.dtype

@@ -20,6 +20,7 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from . import codegen_attention as attention
 from .codegen_cuda import compile_cuda, nvcc
 from .codegen_promises import (
     ARCHS,
@@ -35,7 +36,7 @@ from .codegen_promises import (
 
 HEADERS = [
     "kernel", "arch", "dtype", "layout", "registers", "warps\n/SM", "spills", "shared\nbytes", "instruc-\ntions",
-    "in the\nloop", "128-bit", "other", "verdict",
+    "in the\nloop", "128-bit", "other", "tensor", "verdict",
 ]  # fmt: skip
 
 
@@ -77,6 +78,8 @@ def _compile_case(case):
     for report in reports:
         kind = OPS[case.op].streams.get(report["kernel"])
         report["interior"] = interior_loop(report["loops"], kind) if kind and case.is_wide else None
+        if report["kernel"] in attention.KERNELS:
+            report["interior"] = attention.main_loop(report["loops"])
     return [record | report for report in reports]
 
 
@@ -106,11 +109,11 @@ def _row(record):
     row = [record["kernel"], record["arch"], record["dtype"], record["layout"]]
     verdict = "; ".join(broken(record)) or "ok"
     if "error" in record:
-        return [*row, *[None] * 8, verdict[:80]]
+        return [*row, *[None] * 9, verdict[:80]]
     row += [record["registers"], resident_warps(record), record["spills"] + record["scalar_spills"]]
     row += [record["shared"], record["instructions"]]
     loop = record["interior"]
-    row += [loop["instructions"], *_accesses(loop)] if loop else [None] * 3
+    row += [loop["instructions"], *_accesses(loop), loop["counts"].get("tensor")] if loop else [None] * 4
     return [*row, verdict]
 
 

@@ -196,7 +196,10 @@ def _back_edges(instructions):
 
 
 def innermost_loops(instructions):
-    """The loops without a loop inside, as `Loop`s in the order of the code; bodies are natural loops of the graph."""
+    """The loops without a loop inside, as `Loop`s in the order of the code; bodies are natural loops of the graph.
+
+    Loops that only wait, as Blackwell's for its tensor cores, do not count as loops.
+    """
     predecessors = {}
     for number, instruction in enumerate(instructions):
         for successor in instruction.successors:
@@ -209,7 +212,8 @@ def innermost_loops(instructions):
             if number not in body:
                 body.add(number)
                 todo += predecessors.get(number, [])
-        if len(body) > 1:  # a branch to itself is the trap behind the last instruction
+        is_waiting = len(body) < 8 and {instructions[number].kind for number in body} <= {"barrier", None}
+        if len(body) > 1 and not is_waiting:  # a branch to itself is the trap behind the last instruction
             bodies[header] = sorted(body)
     loops = []
     for header, body in sorted(bodies.items()):

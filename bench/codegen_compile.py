@@ -37,6 +37,7 @@ class Report:
     counts: dict[str, int]
     loops: list[assembly.Loop] = field(default_factory=list)
     signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made one
+    constants: dict[str, int] = field(default_factory=dict)  # the launch's
 
 
 def target_of(arch):
@@ -114,6 +115,11 @@ def report(kernel):
         counts=dict(sorted(counts.items())),
         loops=assembly.innermost_loops(instructions),
         signature=dict(kernel.src.signature),
+        constants={
+            kernel.src.fn.arg_names[path[0]]: value
+            for path, value in kernel.src.constants.items()
+            if isinstance(value, int)
+        },
     )
 
 

@@ -9,8 +9,8 @@ r"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distanc
 
 One program owns (head, band, chunk of the steps). After its loop it sums along the diagonals once, by the cyclic skew
 of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_dtable_kernel` adds those up in a
-fixed order. Costs two more products a tile (q k^T and dout v^T again) than a dq kernel that would scatter, and buys determinism:
-the order of every sum depends on the shape alone.
+fixed order. Costs two more products a tile (q k^T and dout v^T again) than a dq kernel that would scatter, and buys
+determinism: the order of every sum depends on the shape alone.
 Partial sums: O(heads * (i + j) * chunks) float32, chunks being 1 for long sequences.
 """
 

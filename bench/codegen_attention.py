@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""The attention kernels' launches, and what their compiled code promises.
+
+No spill to memory, and in the loop over whole tiles: tensor-core instructions, no local memory, and on sm_80 and sm_90
+one load for all the elements of a diagonal that a thread holds, so that a tile costs hardly more than half as many bias
+loads as elements. On sm_100 a thread holds one row of the accumulator, whose elements are on as many diagonals. The
+table's gradient loads its bias tile outside of its loop.
+"""
+
+KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")
+
+
+def launch_forward(dtype, *, head_dim, i=4096, j=4096, **options):
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim)."""
+    from dpb_triton.kernels import attention_forward
+
+    query, key, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
+    attention_forward.forward(query, key, key, table, seqlens, *arguments)
+
+
+def launch_backward(dtype, *, head_dim, i=4096, j=4096, **options):
+    """Launch the backward pass with all its gradients."""
+    import torch
+
+    from dpb_triton.kernels import attention_backward
+
+    query, key, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
+    lse = torch.empty(query.shape[:3], device="meta")
+    dlse = lse if options.get("dropout_p") else None
+    attention_backward.backward(query, dlse, query, key, key, table, query, lse, seqlens, *arguments, True, True, True)
+
+
+def _arguments(
+    dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1, is_packed=False
+):
+    import torch  # here, so that the command's own process stays free of torch and Triton
+
+    batch, heads = (1, 8) if is_packed else (2, 8)
+    query = torch.empty((batch, i, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+    key = torch.empty((batch, j, heads // group, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+    table = torch.empty((heads, max(i, j)), device="meta")
+    seqlens = torch.empty((4, 5), dtype=torch.int32, device="meta") if is_packed else None
+    seed = torch.empty((1,), dtype=torch.int64, device="meta") if dropout_p else None
+    bounds = window, 0 if is_causal else None
+    return query, key, table, seqlens, (seed, i, j, j - i, False, *bounds, head_dim**-0.5, softcap, dropout_p)
+
+
+def main_loop(loops):
+    """The loop over whole tiles: of those with tensor-core instructions the shortest, the others have masks."""
+    return min(
+        (loop for loop in loops if loop["counts"].get("tensor")), key=lambda loop: loop["instructions"], default=None
+    )
+
+
+def bias_loads(record):
+    """Loads of single elements in the main loop: the bias tile's. The operands come by vectors."""
+    return record["interior"]["counts"].get("load.32", 0) if record["interior"] else None
+
+
+def elements(record):
+    """Scores of a tile that a thread holds."""
+    return record["constants"]["BLOCK_M"] * record["constants"]["BLOCK_N"] // record["threads"]
+
+
+def broken(record):
+    """What an attention kernel breaks of what it promises, beyond spills and room, as sentences."""
+    loop = record["interior"]
+    if loop is None:
+        return ["no loop with tensor-core instructions"]
+    found = []
+    if loop["counts"].get("local"):
+        found.append(f"main loop: {loop['counts']['local']} accesses of local memory")
+    # lse and delta of a tile's queries are single elements too, four at most of each
+    share = 1 if record["arch"].startswith("sm_1") else 5 / 8
+    most = 8 if record["kernel"] == "_dtable_kernel" else int(elements(record) * share) + 4
+    if record["arch"].startswith("sm_") and bias_loads(record) > most:
+        found.append(f"main loop: {bias_loads(record)} loads of single elements, more than {most}")
+    return found

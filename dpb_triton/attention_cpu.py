@@ -36,32 +36,72 @@ def forward(
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i)."""
     options = signed, left, right
     out, lse = _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
+    # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
+    is_plain = query.device.type == "cpu" and not softcap and not dropout_p and query.shape[3] == value.shape[3]
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
-            grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
-            for block in grid.blocks():
-                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), lse.dtype) for tensor in (key, value))
-                band = grid.band_of(block)
-                for rows, keys in grid.chunks():
-                    if keys.start == keys.stop:
-                        _part(out[:, :, x], block, rows).zero_()
-                        _part(lse[:, :, x], block, rows).fill_(-torch.inf)
-                        continue
-                    q = _matrices(query[:, :, x], block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
-                    s, _ = grid.scores(band, q, k, rows, keys, softcap)
-                    largest = s.amax(2)
-                    p = torch._softmax(s, 2, False, out=s)
-                    # the largest p is 1 / sum exp(s - largest)
-                    is_empty = largest == -torch.inf
-                    log_sum = p.amax(2).log_().neg_().add_(largest).masked_fill_(is_empty, -torch.inf)
-                    if dropout_p:
-                        p.mul_(keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p))
-                    o = torch.bmm(grid.share(p), v[:, keys]).view(*p.shape[:2], -1)
-                    if dropout_p:
-                        o.mul_(1 / (1 - dropout_p))
-                    _write(out[:, :, x], block, rows, o.masked_fill_(is_empty.unsqueeze(2), 0))
-                    _write(lse[:, :, x], block, rows, log_sum)
+            part = query[:, :, x], key[:, :, y], value[:, :, y]
+            grid = _Grid(*part[:2], table, distance, *options)
+            if is_plain:
+                _forward_flash(grid, *part, out[:, :, x], lse[:, :, x], scale)
+            else:
+                dropout = seed, number, longest_query, dropout_p
+                _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout)
     return out, lse
+
+
+def _forward_flash(grid, query, key, value, out, lse, scale):
+    """One sequence by torch's flash attention, whose mask is a view: with the rows reversed, bias[x, y] = band[x + y].
+
+    A view of overlapping rows, so the bias is read from the band itself and takes no memory.
+    """
+    key, value = (tensor.to(lse.dtype) for tensor in (key, value))
+    key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (key, value))
+    mirror = grid.band.flip(1)
+    for rows, keys in grid.chunks(grid.flash_rows()):
+        if keys.start == keys.stop:
+            out[:, :, rows].zero_()
+            continue
+        # heads that share a key head are those of one batch element there, so that keys need no copies
+        for b in range(grid.batch) if grid.group > 1 else [slice(None)]:
+            q, k, v = query[b, :, rows].to(lse.dtype).flip(-2), key[b, :, keys], value[b, :, keys]
+            if grid.group > 1:
+                q = q.unflatten(0, (-1, grid.group))
+                k, v = (tensor.unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))
+            mask = grid.reversed_bias(mirror, q.shape[:2], rows, keys)
+            o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=mask, scale=scale
+            )
+            out[b, :, rows] = o.flip(2).reshape(out[b, :, rows].shape)
+            lse[b, :, rows] = log_sum.flip(2).reshape(lse[b, :, rows].shape)
+    lse.masked_fill_(grid.empty_rows(), -torch.inf)
+
+
+def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
+    """One sequence in tiles of scores."""
+    seed, number, longest_query, dropout_p = dropout
+    for block in grid.blocks():
+        k, v = (_matrices(tensor, grid.key_heads(block), lse.dtype) for tensor in (key, value))
+        band = grid.band_of(block)
+        for rows, keys in grid.chunks(grid.rows):
+            if keys.start == keys.stop:
+                _part(out, block, rows).zero_()
+                _part(lse, block, rows).fill_(-torch.inf)
+                continue
+            q = _matrices(query, block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
+            s, _ = grid.scores(band, q, k, rows, keys, softcap)
+            largest = s.amax(2)
+            p = torch._softmax(s, 2, False, out=s)
+            # the largest p is 1 / sum exp(s - largest)
+            is_empty = largest == -torch.inf
+            log_sum = p.amax(2).log_().neg_().add_(largest).masked_fill_(is_empty, -torch.inf)
+            if dropout_p:
+                p.mul_(keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p))
+            o = torch.bmm(grid.share(p), v[:, keys]).view(*p.shape[:2], -1)
+            if dropout_p:
+                o.mul_(1 / (1 - dropout_p))
+            _write(out, block, rows, o.masked_fill_(is_empty.unsqueeze(2), 0))
+            _write(lse, block, rows, log_sum)
 
 
 def backward(
@@ -83,7 +123,7 @@ def backward(
                 dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
                 band = grid.band_of(block)
                 dband = torch.zeros_like(band)
-                for rows, keys in grid.chunks():
+                for rows, keys in grid.chunks(grid.rows):
                     if keys.start == keys.stop:
                         if needs_dq:
                             _part(dq[:, :, x], block, rows).zero_()
@@ -255,10 +295,10 @@ class _Grid:
         b, h = block
         return self.band[h].repeat(min(b.stop, self.batch) - b.start, 1)
 
-    def chunks(self):
-        """(rows, keys) slices: the keys that at least one of the rows may see."""
-        for x in range(0, self.i, self.rows):
-            stop = min(x + self.rows, self.i)
+    def chunks(self, height):
+        """(rows, keys) slices, `height` rows each: the keys that at least one of the rows may see."""
+        for x in range(0, self.i, height):
+            stop = min(x + height, self.i)
             begin, end = 0, self.j
             if self.left is not None:
                 begin = min(max(x + self.offset - self.left, 0), self.j)
@@ -281,6 +321,25 @@ class _Grid:
             return s, None
         capped = torch.bmm(q, k_t).tanh_().view(s.shape)
         return s.add_(capped, alpha=softcap), capped
+
+    def flash_rows(self):
+        """Rows a call of flash attention: all, unless a bound makes chunks worth it, which then skip keys."""
+        if self.left is None and self.right is None:
+            return max(self.i, 1)
+        most = 1024 if self.left is None or self.right is None else max(64, self.left + self.right + 1)
+        return min(max(256, self.i // 8), most)
+
+    def reversed_bias(self, mirror, heads, rows, keys):
+        """(*heads, rows in reverse, keys) as a view of the reversed band, whose column 2 n - 2 - c is the band's c."""
+        width = mirror.stride(0)
+        first = 2 * self.n - self.j - rows.stop + keys.start
+        strides = width * heads[1] if self.group > 1 else 0, width, 1, 1
+        return mirror.as_strided((*heads, rows.stop - rows.start, keys.stop - keys.start), strides, first)
+
+    def empty_rows(self):
+        """Whether a row sees nothing, (heads, i): only -inf in the columns x to x + j - 1 of the band."""
+        finite = torch.nn.functional.pad(self.band > -torch.inf, (1, 0)).cumsum(1)
+        return finite[:, self.j : self.j + self.i] == finite[:, : self.i]
 
     def reduce(self, dband, ds, rows, keys):
         """Add the sums along the diagonals of a tile to the columns of the band that it meets."""

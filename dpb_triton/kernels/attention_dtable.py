@@ -5,7 +5,7 @@
     queries   \\w\\                       a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
        x        \\w\\     <- one band     and BLOCK_M right per step. An element of the window stays on its diagonal,
                   \\w\\                   so ds is added up elementwise, in registers, over the steps and the batch;
-                                        the bias tile and the window mask do not change at all
+                                        the bias tile does not change at all
 
 One program owns (head, band, chunk of the steps). After its loop it sums along the diagonals once, by the cyclic skew
 of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_kernel` adds them up in a fixed order.
@@ -36,6 +36,39 @@ MOST_CHUNKS = 8
 FOLD_BLOCK = 256
 
 
+@triton.jit
+def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, first_x, start,
+                i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
+                keep_scale,
+                HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+                PRECISION: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
+    first_y = first_x + start
+    x = first_x + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
+    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, IS_MASKED)
+    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
+    if IS_MASKED:
+        lse = tl.load(lse_ptr + x, mask=x < i, other=float("inf"))
+        delta = tl.load(delta_ptr + x, mask=x < i, other=0.0)
+    else:
+        lse, delta = tl.load(lse_ptr + x), tl.load(delta_ptr + x)
+    s, _ = add_bias(dot(query, tl.trans(key), PRECISION), bias, scale, cap_in, cap_out, HAS_SOFTCAP)
+    p = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, IS_MASKED)
+    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, IS_MASKED)
+    dp = dot(dout, tl.trans(value), PRECISION)
+    y = first_y + opaque(tl.arange(0, BLOCK_N))
+    if HAS_DROPOUT:
+        first_key, second_key = row_keys(seed_ptr, first_row + x)
+        keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    if IS_MASKED:  # selected, not multiplied by a mask: beyond the keys p may be inf
+        ds = tl.where(((y >= 0) & (y < j))[None, :], ds, 0.0)
+    return acc + ds
+
+
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "longest_query", "least",
                                "n_bands", "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
 def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
@@ -57,11 +90,6 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
     a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     bias_ptr += head * width + (zero + relative - (BLOCK_M - 1))
     bias = load_bias((bias_ptr + a)[:, None] + c[None, :])  # [BLOCK_M, BLOCK_N], of all steps
-    diagonal = relative - (BLOCK_M - 1) + a[:, None] + c[None, :]
-    if HAS_LEFT:
-        bias = tl.where(diagonal >= -left, bias, float("-inf"))
-    if HAS_RIGHT:
-        bias = tl.where(diagonal <= right, bias, float("-inf"))
 
     query_ptr += head * stride_qh
     key_ptr += (head // group) * stride_kh
@@ -81,33 +109,36 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
         d_ptr = delta_ptr + row * stride_lb + first_query
         first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
 
-        # the steps at which the window meets a key
+        # the steps at which the window meets a key, and those at which it lies inside the rows and the columns
         start = shift + relative
-        begin = tl.cdiv(tl.maximum(1 - BLOCK_N - start, 0), BLOCK_M)
-        end = tl.cdiv(tl.minimum(tl.maximum(columns - start, 0), rows), BLOCK_M)
-        begin = tl.maximum(begin, chunk * chunk_steps)
-        end = tl.minimum(end, (chunk + 1) * chunk_steps)
-        for step in range(begin, end):
-            first_x = step * BLOCK_M
-            first_y = first_x + start
-            x = first_x + (BLOCK_M - 1 - a)
-            query = load_rows(q_ptr, first_x, rows, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
-            key = load_rows(k_ptr, first_y, columns, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, True)
-            lse = tl.load(l_ptr + x, mask=x < rows, other=float("inf"))
-            s, _ = add_bias(dot(query, tl.trans(key), PRECISION), bias, scale, cap_in, cap_out, HAS_SOFTCAP)
-            p = tl.exp2(s - lse[:, None])
-            dout = load_rows(do_ptr, first_x, rows, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, True)
-            value = load_rows(v_ptr, first_y, columns, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, True)
-            delta = tl.load(d_ptr + x, mask=x < rows, other=0.0)
-            dp = dot(dout, tl.trans(value), PRECISION)
-            y = first_y + opaque(c)
-            if HAS_DROPOUT:
-                first_key, second_key = row_keys(seed_ptr, first_row + x)
-                keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            # selected, not multiplied by a mask: beyond the keys p may be inf
-            acc += tl.where(((y >= 0) & (y < columns))[None, :], p * (dp - delta[:, None]), 0.0)
+        enter = tl.cdiv(tl.maximum(1 - BLOCK_N - start, 0), BLOCK_M)
+        leave = tl.cdiv(tl.minimum(tl.maximum(columns - start, 0), rows), BLOCK_M)
+        inside = tl.cdiv(tl.maximum(-start, 0), BLOCK_M)
+        outside = tl.minimum(tl.maximum(columns - start - BLOCK_N + BLOCK_M, 0), rows) // BLOCK_M
+        enter = tl.maximum(enter, chunk * chunk_steps)
+        leave = tl.maximum(tl.minimum(leave, (chunk + 1) * chunk_steps), enter)
+        inside = tl.minimum(tl.maximum(inside, enter), leave)
+        outside = tl.minimum(tl.maximum(outside, inside), leave)
+        for edge in range(enter, leave - (outside - inside)):
+            step = edge if edge < inside else edge + (outside - inside)
+            acc = _add_window(
+                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, l_ptr, d_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
+                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
+            )  # fmt: skip
+        for step in range(inside, outside):
+            acc = _add_window(
+                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, l_ptr, d_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
+                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
+            )  # fmt: skip
 
+    # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
+    diagonal = relative - (BLOCK_M - 1) + a[:, None] + c[None, :]
+    if HAS_LEFT:
+        acc = tl.where(diagonal >= -left, acc, 0.0)
+    if HAS_RIGHT:
+        acc = tl.where(diagonal <= right, acc, 0.0)
     # Skew: column t takes from row a the element on diagonal t, or, where that lies left of the window, t - BLOCK_N.
     t = c[None, :]
     skewed = tl.gather(acc, (t - a[:, None]) & (BLOCK_N - 1), axis=1)

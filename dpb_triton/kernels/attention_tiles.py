@@ -38,6 +38,19 @@ def load_bias(ptrs):
 
 
 @triton.jit
+def opaque(x):
+    """int32 x, about whose value the compiler learns nothing.
+
+    A mask that shares its columns with the bias tile makes LLVM compute them once for both, and with that the bias tile
+    loses its constants: 62 loads instead of 34.
+    """
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """X rounded to `dtype`. The interpreter would truncate to bfloat16: there the rounding is done on the bits."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -87,7 +100,9 @@ def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, 
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptrs = ptr + first * tl.cast(stride, tl.int64) + index[:, None] * stride + offs_d[None, :]
+    ptr += first * tl.cast(stride, tl.int64)
+    # unsigned: an offset then takes one register, not two
+    ptrs = ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
     if IS_MASKED:
         row = first + index
         mask = (row >= 0) & (row < rows)
@@ -109,22 +124,10 @@ def store_rows(ptr, tile, first, rows, stride, COUNT: tl.constexpr, DIM: tl.cons
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptrs = ptr + first * tl.cast(stride, tl.int64) + index[:, None] * stride + offs_d[None, :]
+    ptr += first * tl.cast(stride, tl.int64)
+    ptrs = ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
     mask = (first + index < rows)[:, None] & (offs_d < DIM)[None, :]
     tl.store(ptrs, narrow(tile, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def opaque(x):
-    """int32 x, about whose value the compiler learns nothing.
-
-    A mask that shares its columns with the bias tile makes LLVM compute them once for both, and with that the bias tile
-    loses its constants: 62 loads instead of 34.
-    """
-    if INTERPRETED or not tl.target_info.is_cuda():
-        return x
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

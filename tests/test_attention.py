@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpb_triton import bias_attention
+from dpb_triton.functional import why_not
 
 OPTIONS = {
     "plain": Case(),
@@ -30,7 +31,7 @@ OPTIONS = {
     "window (None, None)": Case(options={"window": (None, None)}),
     "window larger than all": Case(options={"window": (1000, 1000)}),
     "causal window": Case(options={"is_causal": True, "window": (7, 5)}),
-    "grouped heads": Case(heads=6, kv_heads=2),
+    "grouped heads": Case(heads=4, kv_heads=2),
     "one key head": Case(heads=3, kv_heads=1),
     "no gradient of lse": Case(has_dlse=False),
     "offset 0": Case(options={"offset": 0}),
@@ -52,25 +53,25 @@ SIZES = {
     "one query, one key": Case(i=1, j=1),
     "one query": Case(i=1, j=75),
     "one key": Case(i=19, j=1, options={"offset": -4}),
-    "batch 1": Case(batch=1),
+    "batch 2": Case(batch=2),
     "batch 5": Case(batch=5, heads=1, i=5, j=9),
     "one head": Case(heads=1),
     "odd": Case(i=33, j=77),
-    "a block": Case(batch=1, heads=1, i=64, j=64),
-    "a block and one": Case(batch=1, heads=1, i=65, j=65),
-    "blocks": Case(batch=1, heads=1, i=128, j=192),
-    "blocks, causal": Case(batch=1, heads=1, i=129, j=131, options={"is_causal": True}),
-    "blocks, window": Case(batch=1, heads=1, i=130, j=197, options={"window": (70, 3)}),
+    "a block": Case(heads=1, i=64, j=64),
+    "a block and one": Case(heads=1, i=65, j=65),
+    "blocks": Case(heads=1, i=128, j=192),
+    "blocks, causal": Case(heads=1, i=129, j=131, options={"is_causal": True}),
+    "blocks, window": Case(heads=1, i=130, j=197, options={"window": (70, 3)}),
     "head_dim 1": Case(head_dim=1),
     "head_dim 3": Case(head_dim=3),
     "head_dim 24": Case(head_dim=24),
     "head_dim 64": Case(head_dim=64),
     "head_dim 80": Case(head_dim=80),
-    "head_dim 256": Case(head_dim=256, batch=1, heads=1),
+    "head_dim 256": Case(head_dim=256, heads=1),
     "value_dim smaller": Case(head_dim=48, value_dim=20),
     "value_dim larger": Case(head_dim=20, value_dim=72),
     "value_dim 1": Case(head_dim=32, value_dim=1),
-    "value_dim 256": Case(head_dim=16, value_dim=256, batch=1, heads=1),
+    "value_dim 256": Case(head_dim=16, value_dim=256, heads=1),
 }
 
 EMPTY = {
@@ -107,7 +108,7 @@ def test_dtypes(name, dtype, attention_backend, device):
 def test_layouts(layout, dtype, lengths, attention_backend, device):
     """No layout needs a copy, and what lies between the rows (NaN here) is not read."""
     i, j = lengths
-    check(attend(attention_backend), Case(i=i, j=j, heads=4, kv_heads=2, dtype=dtype, layout=layout), device)
+    check(attend(attention_backend), Case(batch=2, i=i, j=j, heads=2, kv_heads=1, dtype=dtype, layout=layout), device)
 
 
 def test_layout_of_the_results(attention_backend, device):
@@ -160,8 +161,8 @@ def test_a_window_needs_its_distances_only(options, attention_backend, device):
 
 
 @st.composite
-def cases(draw, longest, dtypes):
-    """Any combination of sizes, dtype, layout, table and options."""
+def cases(draw, longest, most, dtypes):
+    """Any combination of sizes, dtype, layout, table and options; at most `most` heads in all."""
     i, j = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     options = {}
     if draw(st.booleans()):
@@ -177,7 +178,7 @@ def cases(draw, longest, dtypes):
     options |= {name: True for name in ("is_causal", "signed") if draw(st.booleans())}
     heads = draw(st.integers(1, 4))
     return Case(
-        batch=draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, max(1, most // heads))),
         heads=heads,
         kv_heads=draw(st.sampled_from([count for count in range(1, heads + 1) if heads % count == 0])),
         i=i,
@@ -198,12 +199,14 @@ ALL = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(case=cases(24, (*ALL, torch.float64)))
+@given(case=cases(24, 9, (*ALL, torch.float64)))
 def test_random_combinations_torch(case, device):
     check(attend("torch"), case, device)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(case=cases(40, ALL))
+@given(case=cases(40, 4, ALL))
 def test_random_combinations_triton(case, device):
+    if why_not("triton", device):
+        pytest.skip(why_not("triton", device))
     check(attend("triton"), case, device)

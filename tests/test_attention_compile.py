@@ -71,7 +71,7 @@ def test_dropout(compiler, device):
     """A compiled call drops its share, afresh each time, and the backward pass knows the mask: the gradient of value
     is the kept probabilities."""
     query, key, _, table, *_ = Case(i=33, j=47).draw(device)
-    value = torch.eye(47, device=device).expand(2, 2, 47, 47).clone().requires_grad_()
+    value = torch.eye(47, device=device).expand(1, 2, 47, 47).clone().requires_grad_()
     attend = partial(bias_attention, query, key, table=table, dropout_p=0.4)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
     outs = []
@@ -126,7 +126,7 @@ def test_packed_sequences(attention_backend, device):
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ((3, 5, 2), (4, 4, 9), (7, 1, 11), (20, 13, 2), (2, 30, 5)):
         total, longest = sum(lengths), max(lengths)
-        query, key, value, table, dout, _ = Case(batch=1, i=total, j=total).draw(device)
+        query, key, value, table, dout, _ = Case(i=total, j=total).draw(device)
         query, key, value, dout = (tensor[0].transpose(0, 1) for tensor in (query, key, value, dout))
         cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         results = []

@@ -31,7 +31,7 @@ def kept(out):
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("seed", [0, 1, -1, 0x0123456789ABCDEF, -(2**63), 2**63 - 1])
 def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
-    query, key, _, table, *_ = Case(heads=3, i=19, j=83).draw(device)
+    query, key, _, table, *_ = Case(batch=2, heads=3, i=19, j=83).draw(device)
     out, lse = forward(attention_backend, query, key, identity(2, 3, 83, device), table, seed, dropout_p)
     keep = torch.from_numpy(attention_oracle.dropout_keep(seed, 2, 3, 19, 83, dropout_p))
     assert torch.equal(kept(out), keep)
@@ -42,7 +42,7 @@ def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
 
 def test_mask_of_many_blocks(attention_backend, device):
     """Over a hundred and more rows and keys, with grouped heads and a window, through the public function."""
-    query, key, _, table, *_ = Case(batch=1, i=150, j=200).draw(device)
+    query, key, _, table, *_ = Case(i=150, j=200).draw(device)
     attend = partial(bias_attention, query, key, table=table, backend=attention_backend, dropout_p=0.4)
     torch.manual_seed(3)
     keep = kept(attend(identity(1, 2, 200, device)))
@@ -63,8 +63,8 @@ def seed_of(manual_seed, device):
 @pytest.mark.parametrize("case", [
     Case(options={"dropout_p": 0.3}),
     Case(options={"dropout_p": 0.8, "is_causal": True, "softcap": 2.0}),
-    Case(heads=4, kv_heads=2, i=33, j=61, dtype=torch.bfloat16, options={"dropout_p": 0.25, "signed": True}),
-    Case(i=70, j=141, batch=1, options={"dropout_p": 0.5, "window": (60, 20)}),
+    Case(batch=2, heads=2, kv_heads=1, i=33, j=61, dtype=torch.bfloat16, options={"dropout_p": 0.25, "signed": True}),
+    Case(i=70, j=141, options={"dropout_p": 0.5, "window": (60, 20)}),
     Case(i=5, j=9, table="masked", options={"dropout_p": 0.9}),
     Case(i=41, j=17, options={"dropout_p": 0.3, "offset": -24, "is_causal": True}),
 ])  # fmt: skip
@@ -125,7 +125,7 @@ def test_both_backends_drop_the_same(device):
 
     if why_not("triton", device):
         pytest.skip(why_not("triton", device))
-    query, key, _, table, *_ = Case(i=37, j=53).draw(device)
+    query, key, _, table, *_ = Case(batch=2, i=37, j=53).draw(device)
     masks = []
     for backend in ("torch", "triton", None):
         torch.manual_seed(9)
@@ -137,7 +137,7 @@ def test_both_backends_drop_the_same(device):
 def test_packed_sequences_count_rows_by_the_longest(attention_backend, device):
     """row = (sequence * heads + head) * longest_query + x."""
     lengths, longest = (5, 0, 19, 1), 23
-    query, key, _, table, *_ = Case(batch=1, i=25, j=25).draw(device)
+    query, key, _, table, *_ = Case(i=25, j=25).draw(device)
     query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
     value = torch.cat([torch.eye(n, 19, device=device) for n in lengths])[:, None].expand(25, 2, 19)
     cu = torch.tensor([0, 5, 5, 24, 25], dtype=torch.int32, device=device)

@@ -10,7 +10,7 @@ from attention_oracle import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpb_triton import bias_attention, bias_attention_varlen
+from dpb_triton import bias_attention_varlen, reference
 from dpb_triton.functional import why_not
 
 
@@ -30,14 +30,15 @@ def draw(case, q_lengths, k_lengths, offsets, device):
     return query, key, value, table, dout, dlse[0].transpose(0, 1)
 
 
-def alone(query, key, value, table, q_lengths, k_lengths, offsets, backend, **options):
-    """Each sequence by `bias_attention`, one after the other."""
+def alone(query, key, value, table, q_lengths, k_lengths, offsets, **options):
+    """Each sequence by the definition in plain torch, in float32 or more."""
     outs, lses = [], []
     sequences = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), offsets, strict=True)
     for q, k, v, offset in sequences:
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out, lse = bias_attention(q, k, v, table, offset=offset, return_lse=True, backend=backend, **options)
-        outs.append(out[0].transpose(0, 1))
+        accumulator = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (tensor.to(accumulator).transpose(0, 1)[None] for tensor in (q, k, v))
+        out, lse = reference.attention(q, k, v, table, offset=offset, return_lse=True, **options)
+        outs.append(out[0].transpose(0, 1).to(query.dtype))
         lses.append(lse[0].transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)
 
@@ -55,7 +56,7 @@ def assert_packed_is_alone(case, q_lengths, k_lengths, backend, device, offsets=
         return bias_attention_varlen(*tensors, *cu, return_lse=return_lse, backend=backend, **options, **more)
 
     def single(*tensors, return_lse):
-        return alone(*tensors, q_lengths, k_lengths, places, backend, **options)
+        return alone(*tensors, q_lengths, k_lengths, places, **options)
 
     with attention_oracle.poison():
         ours = attention_oracle.run(packed, query, key, value, table, dout, dlse)

@@ -30,11 +30,11 @@ if WANTED not in ("", "0", "1"):
 
 def find_installed_torch():
     """Import torch, the installed one too where pip's build isolation hides it, so that none is downloaded."""
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # ninja's, of an environment not activated too
     try:
         import torch
     except ImportError:
         sys.path.append(sysconfig.get_path("purelib"))
-        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # ninja's
         import torch
     return torch
 

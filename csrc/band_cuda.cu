@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "band.h"
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(FOLD_THREADS)
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -80,12 +81,12 @@ unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// How a kernel sees a tensor from a 16-byte boundary on: the elements between that and the tensor's first.
-int64_t elements_from_boundary(const void* data, int64_t size) {
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  STD_TORCH_CHECK(address % size == 0,
-                  "dpb_triton: dbias lies at an address that is no multiple of its element's size");
-  return static_cast<int64_t>(address % band::VECTOR_BYTES) / size;
+// Address of a tensor whose elements lie at multiples of their size, as those of torch's own memory do.
+uintptr_t checked_address(const char* name, const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(address % size_of(tensor.scalar_type()) == 0, "dpb_triton: ", name,
+                  " lies at an address that is no multiple of its element's size");
+  return address;
 }
 
 // Bits of an element, for kernels that only move them.
@@ -104,6 +105,7 @@ Tensor expand_cuda(Tensor table, int64_t i, int64_t j, int64_t offset, bool is_s
   if (heads == 0 || i == 0 || j == 0) {
     return bias;
   }
+  checked_address("table", table);
   table = cast(table, dtype);
   const cudaStream_t stream = current_stream(bias);
   with_type(dtype, [&](auto value) {
@@ -126,10 +128,11 @@ void launch_reduce(const Tensor& dbias, Tensor& dtable, int64_t n, int64_t offse
   Tensor scratch = empty(dbias, {heads * cut.chunks * 2, cut.bands * cut.block_n}, type);
   A* partial = static_cast<A*>(scratch.mutable_data_ptr());
 
-  const void* data = dbias.const_data_ptr();
+  const uintptr_t address = checked_address("dbias", dbias),
+                  boundary = address / band::VECTOR_BYTES * band::VECTOR_BYTES;
   const bool is_unit = dbias.stride(2) == 1 || j == 1;
-  const int64_t lead = elements_from_boundary(data, sizeof(T));
-  const band::Gradient<T> gradient{static_cast<const T*>(data) - lead, lead, dbias.stride(0), dbias.stride(1),
+  const int64_t lead = static_cast<int64_t>((address - boundary) / sizeof(T));
+  const band::Gradient<T> gradient{reinterpret_cast<const T*>(boundary), lead, dbias.stride(0), dbias.stride(1),
                                    dbias.stride(2)};
   const cudaStream_t stream = current_stream(dbias);
   const unsigned grid = grid_of(cut.blocks(heads));
@@ -149,7 +152,7 @@ void launch_reduce(const Tensor& dbias, Tensor& dtable, int64_t n, int64_t offse
 }
 
 Tensor reduce_cuda(Tensor dbias, int64_t n, int64_t offset, bool is_signed, ScalarType dtype) {
-  check_reduce(dbias, n, offset, is_signed, dtype);
+  check_reduce(dbias, n, offset, dtype);
   const torch::stable::accelerator::DeviceGuard guard(dbias.get_device_index());
   const int64_t heads = dbias.size(0), width = table_width(n, is_signed);
   Tensor dtable = empty(dbias, {heads, width}, dtype);

@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "convert.h"
 
@@ -27,17 +29,6 @@ inline void check_dtype(const char* name, ScalarType dtype) {
                   " must be float16, bfloat16, float32 or float64, got ScalarType ", static_cast<int>(dtype));
 }
 
-// The bytes of `count` matrices of i x j elements.
-inline int64_t checked_bytes(int64_t count, int64_t i, int64_t j, int64_t size) {
-  constexpr int64_t most = std::numeric_limits<int64_t>::max();
-  if (count == 0 || i == 0 || j == 0) {
-    return 0;
-  }
-  STD_TORCH_CHECK(count <= most / size && i <= most / size / count && j <= most / size / count / i, "dpb_triton: (",
-                  count, ", ", i, ", ", j, ") elements of ", size, " bytes are more than memory can address");
-  return count * i * j * size;
-}
-
 // A floating tensor of `dim` dimensions whose every element lies in its storage: FSDP, for one, frees storages and
 // keeps the tensors.
 inline void check_tensor(const char* name, const Tensor& tensor, int64_t dim) {
@@ -47,8 +38,8 @@ inline void check_tensor(const char* name, const Tensor& tensor, int64_t dim) {
     return;
   }
   int64_t last = 0, bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   for (int64_t d = 0; d < dim; ++d) {
     last += (tensor.size(d) - 1) * tensor.stride(d);
   }
@@ -84,35 +75,39 @@ inline int64_t check_expand(const Tensor& table, int64_t i, int64_t j, int64_t o
                   "dpb_triton: a signed table must have an odd number of columns (2 n - 1), got ", width);
   const int64_t n = is_signed ? (width + 1) / 2 : width;
   check_distances(n, i, j, offset);
-  checked_bytes(table.size(0), i, j, size_of(dtype));
   return n;
 }
 
 // The arguments of reduce.
-inline void check_reduce(const Tensor& dbias, int64_t n, int64_t offset, bool is_signed, ScalarType dtype) {
+inline void check_reduce(const Tensor& dbias, int64_t n, int64_t offset, ScalarType dtype) {
   check_tensor("dbias", dbias, 3);
   check_size("n", n);
   check_dtype("dtype", dtype);
   check_distances(n, dbias.size(1), dbias.size(2), offset);
-  checked_bytes(dbias.size(0), 1, table_width(n, is_signed), sizeof(double));
 }
 
-// An uninitialised contiguous tensor on the device of `like`.
+// An uninitialised contiguous tensor on the device of `like`. A size of 0 counts as 1 here, as in the strides.
 template <int64_t DIM>
 Tensor empty(const Tensor& like, const int64_t (&sizes)[DIM], ScalarType dtype) {
   int64_t strides[DIM];
   int64_t stride = 1;
+  const int64_t most = std::numeric_limits<int64_t>::max() / size_of(dtype);
   for (int64_t d = DIM; d-- > 0;) {
     strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
+    const int64_t size = std::max<int64_t>(sizes[d], 1);
+    STD_TORCH_CHECK(size <= most / stride, "dpb_triton: (", sizes[0], ", ", sizes[1], DIM == 3 ? ", " : "",
+                    DIM == 3 ? std::to_string(sizes[DIM - 1]) : "", ") elements are more than memory can address");
+    stride *= size;
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   // the shim numbers dtypes as ScalarType does
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(DIM, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(DIM, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle);
+  STD_TORCH_CHECK(error == TORCH_SUCCESS, "dpb_triton: out of memory: cannot allocate ", stride * size_of(dtype),
+                  " bytes");  // the shim keeps torch's own words to itself
   return Tensor(handle);
 }
 

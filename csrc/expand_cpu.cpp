@@ -15,7 +15,6 @@
 
 #include "cpu.h"
 #include "fresh_pages.h"
-#include "torch/csrc/stable/ops.h"
 
 namespace dpb_triton {
 namespace {
@@ -81,6 +80,7 @@ Tensor expand_cpu(Tensor table, int64_t i, int64_t j, int64_t offset, bool is_si
   if (heads == 0 || i == 0 || j == 0) {
     return bias;
   }
+  table = aligned(table);
   const Table source{table.const_data_ptr(), n, table.stride(0), table.stride(1), is_signed};
   void* out = bias.mutable_data_ptr();
   const bool is_large = bias.numel() * size_of(dtype) >= BYTES_LIKELY_FRESH;

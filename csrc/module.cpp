@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(dpb_triton, CPU, library) {
 }
 
 // A module without contents: importing it is what loads the library.
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

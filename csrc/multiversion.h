@@ -37,8 +37,15 @@ inline Isa host_isa() {
   return isa;
 }
 
+// gcc takes 32-byte vectors for AVX-512 unless told, clang ignores a whole target with a word it does not know
+#ifdef __clang__
+#define DPB_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl"), min_vector_width(512)))
+#else
+#define DPB_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
+#endif
+
 template <class Body, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void run_avx512(Args... args) {
+DPB_AVX512 void run_avx512(Args... args) {
   Body::run(args...);
 }
 

@@ -16,7 +16,6 @@
 
 #include "cpu.h"
 #include "multiversion.h"
-#include "torch/csrc/stable/ops.h"
 
 namespace dpb_triton {
 namespace {
@@ -238,12 +237,13 @@ void reduce_as(const Gradient& dbias, Tensor& dtable, int64_t n, int64_t offset,
 }  // namespace
 
 Tensor reduce_cpu(Tensor dbias, int64_t n, int64_t offset, bool is_signed, ScalarType dtype) {
-  check_reduce(dbias, n, offset, is_signed, dtype);
+  check_reduce(dbias, n, offset, dtype);
   const int64_t heads = dbias.size(0), width = table_width(n, is_signed);
   Tensor dtable = empty(dbias, {heads, width}, dtype);
   if (dbias.numel() == 0 || width == 0) {
     return torch::stable::zero_(dtable);
   }
+  dbias = aligned(dbias);
   Gradient gradient{dbias.const_data_ptr(), heads,           dbias.size(1),  dbias.size(2),
                     dbias.stride(0),        dbias.stride(1), dbias.stride(2)};
   int64_t sign = 1;

@@ -79,7 +79,7 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
     n = check_table(table, signed)
     check_distances(table, n, i, j, offset)
     dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
-    suffix = check_backend(backend, table.device.type)
+    suffix = "" if backend is None else check_backend(backend, table.device.type)
     if is_transformed(table):
         if backend == "torch":
             return reference.expand(table, i, j, offset=offset, signed=signed, dtype=dtype)

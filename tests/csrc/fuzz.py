@@ -15,7 +15,7 @@ from dpb_triton import ops
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ODD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
 # Nothing that could be allocated.
-NONSENSE = [-1, -7, -(2**31), 2**45, 2**61, -(2**61), 2**63 - 1, -(2**63)]
+NONSENSE = [-1, -7, -(2**31), 2**45, 2**60, 2**61, -(2**61), 2**63 - 1, -(2**63)]
 
 
 def size(most=40):
@@ -28,7 +28,9 @@ def tensor(dim):
     if random.random() < 0.05:
         dim = random.randint(0, 4)
     dtype = random.choice(ODD_DTYPES) if random.random() < 0.05 else random.choice(DTYPES)
-    shape = [random.randint(0, 4)] + [random.choice([0, 1, 2, 3, 8, 9, 17, 40, 64, 65]) for _ in range(dim - 1)]
+    shape = [random.choice([0, 1, 2, 3, 4, 16])] + [
+        random.choice([0, 1, 2, 3, 8, 9, 17, 40, 64, 65]) for _ in range(dim - 1)
+    ]
     shape = shape[:dim]
     values = torch.randn([n + random.choice([0, 0, 3]) for n in shape]).to(dtype)
     values = values[tuple(slice(random.randint(0, m - n), None) for m, n in zip(values.shape, shape, strict=True))]
@@ -40,9 +42,19 @@ def tensor(dim):
     elif kind < 0.3:
         values = torch.randn(()).to(dtype).expand(shape)
     elif kind < 0.33:
+        values = misaligned(values)
+    elif kind < 0.36:
         values = values.clone()
         values.untyped_storage().resize_(random.choice([0, 1, 5]))
     return values
+
+
+def misaligned(values):
+    """The same numbers one byte behind an element's boundary, as in a file that is mapped into memory."""
+    if values.numel() == 0:
+        return values
+    memory = bytearray(values.numel() * values.element_size() + 1)
+    return torch.frombuffer(memory, dtype=values.dtype, offset=1).view(values.shape).copy_(values)
 
 
 def expand_arguments():

@@ -29,12 +29,20 @@ if WANTED not in ("", "0", "1"):
 
 
 def find_installed_torch():
-    """Import torch, the installed one too where pip's build isolation hides it, so that none is downloaded."""
-    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # ninja's, of an environment not activated too
+    """Import torch, the installed one too where a build's isolation hides it, so that none is downloaded.
+
+    pip's isolation hides it from the interpreter that has it; `python -m build` makes another one, for which the
+    environment that is activated is looked at.
+    """
+    activated = os.environ.get("VIRTUAL_ENV")
+    bases = [{}] + ([{"base": activated, "platbase": activated}] if activated else [])
+    folders = [{name: sysconfig.get_path(name, vars=base) for name in ("purelib", "scripts")} for base in bases]
+    # ninja's, of an environment that is not activated too
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *(folder["scripts"] for folder in folders)])
     try:
         import torch
     except ImportError:
-        sys.path.append(sysconfig.get_path("purelib"))
+        sys.path.extend(folder["purelib"] for folder in folders)
         import torch
     return torch
 

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_blocks import blocks_of, padded
 from .attention_dtable import launch_dtable
-from .attention_launch import pad_bias, padded, precision_of, reach_of, score_numbers, unit_rows
+from .attention_launch import pad_bias, precision_of, reach_of, score_numbers, unit_rows
 from .attention_tiles import (
     LOG2E,
     add_bias,
@@ -247,17 +248,6 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     store_rows(dq_ptr, dq * softmax_scale, first_x, i, stride_dqx, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
 
-def _blocks_of(query, value):
-    """{kernel: launch constants}."""
-    dim = max(padded(query.shape[3]), padded(value.shape[3]))
-    wide = dim * (2 if query.dtype == torch.float32 else 1)
-    if wide <= 64:
-        return {"dkdv": (64, 64, 4, 2), "dq": (64, 64, 4, 2)}
-    if wide <= 128:
-        return {"dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)}
-    return {"dkdv": (32, 64, 8, 1), "dq": (64, 32, 8, 1)}
-
-
 def _like(tensor):
     """Uninitialised, in memory (batch, length, heads, dim)."""
     batch, heads, length, dim = tensor.shape
@@ -298,7 +288,7 @@ def backward(dout, dlse, query, key, value, table, out, lse, seqlens, seed, long
         "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "HAS_SOFTCAP": softcap > 0,
         "HAS_DROPOUT": dropout_p > 0, "IS_PACKED": seqlens is not None, "PRECISION": precision_of(query),
     }  # fmt: skip
-    blocks = _blocks_of(query, value) | (blocks or {})
+    blocks = {name: blocks_of(name, query, value) for name in ("dkdv", "dq", "dtable")} | (blocks or {})
     if needs_dkv:
         block_m, block_n, num_warps, num_stages = blocks["dkdv"]
         n_blocks = triton.cdiv(longest_key, block_n)
@@ -316,6 +306,6 @@ def backward(dout, dlse, query, key, value, table, out, lse, seqlens, seed, long
     if not needs_dtable:
         return dq, dk, dv, table.new_empty((0,))
     dtable = launch_dtable(
-        table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks.get("dtable")
+        table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks["dtable"]
     )
     return dq, dk, dv, dtable

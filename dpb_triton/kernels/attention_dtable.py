@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_launch import padded
 from .attention_tiles import (
     add_bias,
     dot,
@@ -181,22 +180,9 @@ def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNE
     tl.store(dtable_ptr + head * width + column, total, mask=is_column)
 
 
-def _blocks_of(head_dim, value_dim, dtype):
-    """(block_m, block_n, num_warps, num_stages)."""
-    wide = max(padded(head_dim), padded(value_dim)) * (2 if dtype == torch.float32 else 1)
-    if wide <= 64:
-        return 64, 64, 4, 2
-    if wide <= 128:
-        return 64, 64, 8, 1
-    return 32, 32, 4, 1
-
-
-def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks=None):
+def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks):
     """Dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
-    query, *_ = tensors
-    block_m, block_n, num_warps, num_stages = blocks or _blocks_of(
-        constants["HEAD_DIM"], constants["VALUE_DIM"], query.dtype
-    )
+    block_m, block_n, num_warps, num_stages = blocks
     heads, width = table.shape
     least, largest = reach
     n_bands = triton.cdiv(largest - least + block_m, block_n)

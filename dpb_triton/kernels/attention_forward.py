@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_launch import pad_bias, padded, precision_of, reach_of, score_numbers, unit_rows
+from .attention_blocks import blocks_of, padded
+from .attention_launch import pad_bias, precision_of, reach_of, score_numbers, unit_rows
 from .attention_tiles import (
     LN2,
     add_bias,
@@ -130,24 +131,11 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     tl.store(lse_ptr + x, lse, mask=x < i)
 
 
-def blocks_of(query, value):
-    """Launch constants. 128 x 128 at head_dim 64 is what fits an H100's registers; wider heads halve a side, as does
-    float32, whose products take three operands a number (python -m bench codegen prints what each costs).
-    """
-    dim = max(padded(query.shape[3]), padded(value.shape[3]))
-    wide = dim * (2 if query.dtype == torch.float32 else 1)
-    if wide <= 64:
-        return {"block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 3}
-    if wide <= 128:
-        return {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
-    return {"block_m": 64, "block_n": 32, "num_warps": 4 if wide <= 256 else 8, "num_stages": 2}
-
-
 def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
-            softcap, dropout_p, *, block_m=None, block_n=None, num_warps=None, num_stages=None):  # fmt: skip
+            softcap, dropout_p, *, blocks=None):  # fmt: skip
     """Launch the forward pass: (out, lse). `attention_ops.py` says what the arguments are.
 
-    The constants of the launch are there for tests of small shapes and for tuning.
+    `blocks`: other constants than `attention_blocks.py`'s, for tests of small shapes and for tuning.
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
@@ -159,8 +147,7 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
 
     query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
-    chosen = blocks_of(query, value)
-    block_m, block_n = block_m or chosen["block_m"], block_n or chosen["block_n"]
+    block_m, block_n, num_warps, num_stages = blocks or blocks_of("forward", query, value)
     sequences = batch if seqlens is None else seqlens.shape[0]
     n_blocks = triton.cdiv(longest_query, block_m)
     _forward_kernel[(n_blocks * sequences * heads,)](
@@ -171,6 +158,6 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
         BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_p > 0, IS_PACKED=seqlens is not None,
         PRECISION=precision_of(query),
-        num_warps=num_warps or chosen["num_warps"], num_stages=num_stages or chosen["num_stages"],
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse

@@ -12,11 +12,6 @@ PADDING = 256
 BIAS_BLOCK = 1024
 
 
-def padded(dim):
-    """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
-    return max(triton.next_power_of_2(dim), 16)
-
-
 def unit_rows(tensor):
     """`tensor` with its last dimension side by side; a copy where it is not."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

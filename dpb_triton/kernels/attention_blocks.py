@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""Launch constants of the attention kernels: (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages).
+
+For each generation of GPUs and each width of head the largest tiles for which the compiler needs no local memory and
+no more shared memory than a block may have; where two fit, those with fewer instructions a score. `python -m bench
+codegen --kernel attention --kernel "attention backward"` compiles them all and says so where one does not fit. They
+have not been timed on a GPU yet.
+"""
+
+import torch
+import triton
+
+from .expand import IS_INTERPRETED
+
+# {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types; float32 takes the next wider ones
+BLOCKS = {
+    "ampere": {
+        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+        "dq": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "dtable": ((32, 64, 4, 2), (32, 64, 4, 1), (32, 32, 8, 1)),
+    },
+    "hopper": {
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+        "dkdv": ((64, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "dtable": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+    },
+    "blackwell": {
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "dkdv": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "dtable": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
+    },
+    "cdna": {
+        "forward": ((128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "dkdv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1)),
+        "dq": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
+        "dtable": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    },
+}
+
+
+def padded(dim):
+    """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
+    return max(triton.next_power_of_2(dim), 16)
+
+
+def generation():
+    """The generation of the GPU that is launched on; the interpreter, which has none, takes Hopper's constants."""
+    if IS_INTERPRETED:
+        return "hopper"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "cdna"
+    return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
+
+
+def blocks_of(kernel, query, value):
+    """The launch constants of "forward", "dkdv", "dq" or "dtable"."""
+    width = max(padded(query.shape[3]), padded(value.shape[3])) * (2 if query.dtype == torch.float32 else 1)
+    return BLOCKS[generation()][kernel][0 if width <= 64 else 1 if width <= 128 else 2]

@@ -72,7 +72,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         top = top if top < 1e6 else 0.0
         moved = p * (1 + 2 * top * (1 - p))
         dp_size, delta_size = inverse * (abs(v) @ abs(grad)), (moved * inverse) @ (abs(v) @ abs(grad))
-        ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x]) + top * abs(dx))
+        ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x])) + (moved - p) * abs(dx)
         dt_size = abs(scale) * slope * ds_size
 
         exact["out"][b, h, x], size["out"][b, h, x] = out, (moved * inverse) @ abs(v)
@@ -82,7 +82,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         exact["dk"][b, g, allowed] += np.outer(dt, q)
         size["dk"][b, g, allowed] += np.outer(dt_size, abs(q))
         exact["dv"][b, g, allowed] += np.outer(p * inverse, grad)
-        size["dv"][b, g, allowed] += np.outer(p * inverse * (1 + top), abs(grad))
+        size["dv"][b, g, allowed] += np.outer(moved * inverse, abs(grad))
         np.add.at(exact["dtable"][h], columns, ds)
         np.add.at(size["dtable"][h], columns, ds_size)
     return {name: (torch.from_numpy(exact[name]), torch.from_numpy(size[name])) for name in NAMES}
@@ -203,7 +203,7 @@ def draw_table(case, generator, dtype):
         return torch.where(pick > 0.6, -torch.inf, noise)
     if case.table == "all masked":
         return torch.full_like(noise, -torch.inf)
-    noise[:, pick[0].argmax()] = 1e30
+    noise[:, pick[0].argmax()] = (1e30, 1.234567e20, 3e5)[case.seed % 3]
     return noise
 
 

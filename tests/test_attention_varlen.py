@@ -156,8 +156,8 @@ def test_a_neighbour_is_not_read(attention_backend, device):
 
 
 def test_repeats_bit_for_bit(attention_backend, device):
-    tensors = draw(Case(dtype=torch.bfloat16), (65, 3, 20), (70, 90, 20), (5, 87, 0), device)
-    cu = cumulative((65, 3, 20), device), cumulative((70, 90, 20), device)
+    tensors = draw(Case(dtype=torch.bfloat16), (65, 3, 20), (70, 40, 20), (5, 37, 0), device)
+    cu = cumulative((65, 3, 20), device), cumulative((70, 40, 20), device)
 
     def function(query, key, value, table, return_lse):
         return bias_attention_varlen(query, key, value, table, *cu, return_lse=return_lse, backend=attention_backend)
@@ -195,7 +195,7 @@ def test_random_packs_torch(pack, device):
     assert_packed_is_alone(case, q_lengths, k_lengths, "torch", device, offsets=offsets)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(pack=packs())
 def test_random_packs_triton(pack, device):
     if why_not("triton", device):

@@ -20,7 +20,7 @@ import click
 import torch
 
 from .environment import ROOT, describe, one_line
-from .report import expand_table, write_json
+from .report import tables, write_json
 
 LENGTHS = (1024, 2047, 4096, 8191, 8192, 16383, 16384)
 
@@ -89,7 +89,7 @@ def run_all(todo, path, environment):
         if not record["ok"] or not part.writes_json:
             click.echo("\n".join(record["tail"].strip().splitlines()[-15:]))
         if "result" in record:
-            click.echo(expand_table(record["result"]))
+            click.echo(tables(record["result"]))
     click.echo(f"wrote {path}")
     return all(record["ok"] for record in report["parts"])
 

@@ -19,7 +19,7 @@ from bench import gpu as bench_gpu  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
-from bench.report import expand_table  # noqa: E402
+from bench.report import times_table  # noqa: E402
 from bench.timing import Time, measure  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -38,11 +38,11 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     for record in result["records"]:
         assert record["wrong"] is None
         assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
-    assert expand_table(result).strip() in done.output
-    assert "| dtype" in expand_table(result, style="github").replace("|   dtype", "| dtype")
+    assert times_table(result).strip() in done.output
+    assert "| dtype" in times_table(result, style="github").replace("|   dtype", "| dtype")
     assert (tmp_path / "r.png").stat().st_size > 10_000
     result["records"][0]["graph_error"] = "operation not permitted"
-    assert "no CUDA graph: fp32 33 forward: operation not permitted" in expand_table(result)
+    assert "no CUDA graph: fp32 33 forward: operation not permitted" in times_table(result)
 
 
 def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):

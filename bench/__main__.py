@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|codegen|gpu|table`: measure, read compiled kernels, do all that needs a GPU, show."""
+"""`python -m bench expand|attention|codegen|gpu|table`: measure, read compiled kernels, all that needs a GPU, show."""
 
 import click
 

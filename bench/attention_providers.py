@@ -8,16 +8,16 @@ measures), and gets the causal mask for free, as -inf in the table at negative d
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dpb_triton import bias_attention, expand_bias
-from dpb_triton.functional import why_not
 
 from .options import DTYPES
+from .providers import why_not_measured
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,7 @@ def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 1000  # one graph a shape
-
-    def flex(query, key, value, table, block_mask):
-        def add_bias(score, b, h, x, y):
-            return score + table[h, (x - y).abs()]
-
-        return flex_attention(query, key, value, score_mod=add_bias, block_mask=block_mask)
-
-    return torch.compile(flex, dynamic=False, fullgraph=True)
+    return torch.compile(flex_attention, dynamic=False)  # fullgraph=True would hide the reasons of its refusals
 
 
 @cache
@@ -83,8 +76,12 @@ def _causal_blocks(n, device):
 
 def flex(query, key, value, table, is_causal):
     """FlexAttention, compiled, the 1-D table captured by its score_mod; the block mask is made once a length."""
+
+    def add_bias(score, b, h, x, y):
+        return score + table[h, (x - y).abs()]
+
     blocks = _causal_blocks(query.shape[2], query.device) if is_causal else None
-    return _compiled_flex()(query, key, value, table, blocks)
+    return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
 
 
 EAGER = Provider("eager", eager)
@@ -100,21 +97,17 @@ PEERS = {
 }
 
 
+def _ours(query, key, value, table, is_causal, backend):
+    return bias_attention(query, key, value, table, is_causal=is_causal, backend=backend)
+
+
 def providers(device, peers, backends):
     """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
-    found, absent = [PEERS[name] for name in PEERS if name in peers], {}
+    absent = {backend: reason for backend in backends if (reason := why_not_measured(backend, device))}
+    found = [PEERS[name] for name in PEERS if name in peers]
     for backend in backends:
-        reason = why_not(backend, device)
-        if reason is None and backend == "triton" and device == "cpu":
-            reason = "only its interpreter runs on a CPU, which is for correctness"
-        if reason:
-            absent[backend] = reason
-            continue
-
-        def attend(query, key, value, table, is_causal, backend=backend):
-            return bias_attention(query, key, value, table, is_causal=is_causal, backend=backend)
-
-        found.append(Provider(f"dpb {backend}", attend, backend=backend))
+        if backend not in absent:
+            found.append(Provider(f"dpb {backend}", partial(_ours, backend=backend), backend=backend))
     return found, absent
 
 
@@ -140,9 +133,9 @@ def inputs(shape, device):
 
 
 def forward(provider, query, key, value, table, dout, is_causal):
-    """The output, without autograd, as in inference."""
+    """The output, without autograd, as in inference: FlexAttention looks at requires_grad even under no_grad."""
     with torch.no_grad():
-        return provider.attend(query, key, value, table, is_causal)
+        return provider.attend(query.detach(), key.detach(), value.detach(), table.detach(), is_causal)
 
 
 def training(provider, query, key, value, table, dout, is_causal):

@@ -10,6 +10,7 @@ from functools import partial
 
 import click
 import torch
+from click.core import ParameterSource
 
 from dpb_triton import reference
 from dpb_triton.attention import BACKENDS
@@ -123,12 +124,20 @@ def attention(
 ):  # fmt: skip
     """Attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
 
-    --smoke leaves FlexAttention, which compiles for long, out unless a --peer asks for it.
+    On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it; --smoke leaves
+    FlexAttention, which compiles for long, out unless a --peer asks for it.
     """
     device = chosen_device(device)
+    asked_for = {
+        name
+        for name in ("peers", "backends")
+        if click.get_current_context().get_parameter_source(name) != ParameterSource.DEFAULT
+    }
+    if device == "cuda" and "backends" not in asked_for:
+        backends = ("triton",)
     if smoke:
         dtypes, seqs, rounds, seconds, longest = dtypes[:1], seqs or (33, 64), 1, 0.002, min(longest, 512)
-        if click.get_current_context().get_parameter_source("peers") == click.core.ParameterSource.DEFAULT:
+        if "peers" not in asked_for:
             peers = [name for name in peers if not name.startswith("flex")]
     environment = describe(device)
     click.echo(one_line(environment))

@@ -30,7 +30,8 @@ from .memory import MIB, reset_peak, resident_mib
 from .report import NO_ROOM, memory_table, plot_memory, write_json
 
 SHORTEST = 256
-SECONDS = 300  # a try
+OUT_OF_MEMORY = ("killed", "can't allocate memory", "OutOfMemory", "MemoryError", "bad_alloc")
+SECONDS = 600  # a try
 SLACK = 512  # MiB above the budget that a child may ask for, touched or not
 
 
@@ -89,7 +90,7 @@ def peak_of_child(job, seconds=SECONDS):
             record["peak_mib"] = float(answer[1]) if len(answer) > 1 else resident_mib("VmHWM", child.pid) - before
         except (RuntimeError, OSError) as error:
             reason = str(error)
-            is_memory = reason == "killed" or "can't allocate memory" in reason or "OutOfMemory" in reason
+            is_memory = any(words in reason for words in OUT_OF_MEMORY)
             record["stopped"] = NO_ROOM if is_memory else reason
             if reason == "killed" and not timer.is_alive():
                 record["stopped"] = f"over {seconds} s"

@@ -133,11 +133,9 @@ def _memory_groups(result):
 
 def _longest(records, budget):
     """The longest length that fits, as a string; with >= if what stopped the search was not the memory."""
-    fits = [n for n, record in records.items() if record["peak_mib"] is not None and record["peak_mib"] <= budget]
-    too_long = [
-        r for n, r in records.items() if n > max(fits, default=0) and (r["peak_mib"] or r["stopped"] == NO_ROOM)
-    ]
-    return ("" if too_long else ">= ") + str(max(fits, default=0))
+    longest = max((n for n, r in records.items() if not r["stopped"] and r["peak_mib"] <= budget), default=0)
+    is_too_long = any(n > longest and r["stopped"] in (None, NO_ROOM) for n, r in records.items())
+    return ("" if is_too_long else ">= ") + str(longest)
 
 
 def memory_table(result, style="simple"):
@@ -165,14 +163,14 @@ def plot_memory(result):
 
     groups = _memory_groups(result)
     figure = Figure(figsize=(5.2 * len(groups), 4.0), layout="constrained")
-    for panel, ((dtype, mask), lines) in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for panel, ((dtype, mask), lines) in zip(panels, groups.items(), strict=True):
         for provider, records in lines.items():
-            points = [(n, r["peak_mib"]) for n, r in sorted(records.items()) if r["peak_mib"] is not None]
+            points = [(n, r["peak_mib"]) for n, r in sorted(records.items()) if r["peak_mib"]]
             style = {"linestyle": "--", "color": "grey"} if provider == "no bias" else {"marker": "o"}
-            panel.loglog(*zip(*points, strict=True), label=provider, **style)
+            panel.plot([n for n, _ in points], [mib for _, mib in points], label=provider, **style)
         panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=10)
         panel.set(title=f"{dtype}, {mask}", xlabel="sequence length", ylabel="peak MiB of forward + backward")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")

@@ -154,13 +154,15 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
         assert job["budget"] == 100
         if job["provider"] == "refuses":
             return {"peak_mib": None, "seconds": None, "stopped": "NotImplementedError: not on this device"}
+        if job["provider"] == "breaks":
+            return {"peak_mib": None, "seconds": None, "stopped": "no kernel"}
         if job["provider"] == "eager" and n == 2048:
             return {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
         if job["provider"] == "slow" and n == 512:
             return {"peak_mib": None, "seconds": None, "stopped": "over 300 s"}
         return {"peak_mib": n / 16 if job["provider"] == "eager" else 1.0, "seconds": 0.1, "stopped": None}
 
-    found = [EAGER, Provider("slow", bias_attention), Provider("refuses", _refuses)]
+    found = [EAGER, Provider("slow", bias_attention), Provider("refuses", _refuses), Provider("breaks", _breaks)]
     monkeypatch.setattr(attention_memory, "peak_of_child", peak)
     monkeypatch.setattr(bench_attention, "providers", lambda *_: (found, {}))
     options = ["--memory", "100", "--memory", "20", "--dtype", "fp32", "--longest", "4096"]
@@ -170,6 +172,7 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
     rows = {line.split()[0]: line.split() for line in done.output.splitlines() if line.split()[1:]}
     assert rows["eager"][1:] == ["16", "32", "64", "too", "much", "256", "1024"]
     assert rows["slow"][1:] == ["1", "over", "300", "s", ">=", "256", ">=", "256"]
+    assert rows["breaks"][1:] == ["no", "kernel", ">=", "0", ">=", "0"]
     assert rows["no"][-4:] == [">=", "4096", ">=", "4096"]
     assert "absent: refuses: not on this device" in done.output
     assert tables(json.loads((tmp_path / "r.json").read_text())).strip() in done.output

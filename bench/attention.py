@@ -127,6 +127,8 @@ def attention(
     On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it; --smoke leaves
     FlexAttention, which compiles for long, out unless a --peer asks for it.
     """
+    if budgets and seqs:
+        raise click.UsageError("--memory doubles the length by itself, up to --longest: it takes no --seq")
     device = chosen_device(device)
     asked_for = {
         name

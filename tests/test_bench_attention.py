@@ -187,6 +187,7 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
         (["--batch", "0"], "0"),
         (["--backend", "cpp"], "cpp"),
         (["--memory", "0"], "0"),
+        (["--memory", "9", "--seq", "64"], "--longest"),
         (["--peer", "flash"], "flash"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],

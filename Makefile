@@ -29,14 +29,16 @@ help:  ## print the targets
 
 install: $(READY)  ## make .venv: torch, triton, this package in place, the development tools
 
-bench: $(READY)  ## the position bias against eager, compiled eager and this machine's limit
+bench: $(READY)  ## the position bias and the attention with it against their peers and this machine's limits
 	$(PYTHON) -m bench expand
+	$(PYTHON) -m bench attention
 
 test: $(READY)  ## the suite: kernels in Triton's interpreter, code generation offline
 	$(PYTHON) -m pytest -q -n 2
 
-check: lint test  ## lint, suite, and the bench's smoke run: the command before a push, and CI's
+check: lint test  ## lint, suite, and the benches' smoke runs: the command before a push, and CI's
 	$(PYTHON) -m bench expand --smoke
+	$(PYTHON) -m bench attention --smoke
 
 codegen: $(READY)  ## compile the kernels for sm_80, sm_90, sm_100, gfx942; table of registers and accesses
 	$(PYTHON) -m bench codegen

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|codegen|gpu|table`: measure, read compiled kernels, all that needs a GPU, a run's tables."""
+"""`python -m bench expand|attention|codegen|gpu|table`: measure, read compiled kernels, all that needs a GPU, show."""
 
 import click
 
+from .attention import attention
 from .codegen import codegen
 from .expand import expand
 from .gpu import gpu
@@ -14,7 +15,7 @@ def cli():
     """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
 
 
-for command in (expand, codegen, gpu, table):
+for command in (expand, attention, codegen, gpu, table):
     cli.add_command(command)
 
 if __name__ == "__main__":

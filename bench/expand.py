@@ -7,30 +7,23 @@ or cloned (CPU) for forward, the gradient summed for backward.
 """
 
 import copy
-import gc
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from dpb_triton import ReduceBias, reference
 from dpb_triton.functional import BACKENDS
 from dpb_triton.ops import SUFFIXES
 
+from .cells import run
 from .environment import describe, one_line
-from .memory import peak_mib
+from .options import DTYPES, chosen_device, shared_options
 from .providers import EAGER, PEERS, modules, providers
-from .report import expand_table, plot_expand, write_json
-from .timing import measure
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SEQS = {"cpu": (1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}
 DIM = 64  # of the module's MLP
-DIRECTIONS = ("forward", "backward", "module")
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,9 @@ class Shape:
 
 
 class Cells:
-    """The calls of one shape: what is timed, and whether it is right."""
+    """The calls of one shape: what is timed, and whether it is right. `cells.py` says what each method is for."""
+
+    DIRECTIONS = ("forward", "backward", "module")
 
     def __init__(self, shape, device):
         generator = torch.Generator().manual_seed(shape.n)
@@ -83,20 +78,37 @@ class Cells:
 
         return call
 
+    def serves(self, direction, provider):
+        return True
+
+    def facts(self, direction, provider):
+        return {}
+
+    def call(self, direction, provider):
+        return getattr(self, direction)(provider)
+
     def replayed(self, direction, provider):
         """What a CUDA graph captures: the operator alone; autograd would run on the stream of another graph."""
+        if direction == "module":
+            return None
         if direction == "forward":
             return self.forward(provider)
         suffix = SUFFIXES[provider.backend]
         return partial(ReduceBias.apply, self.dbias, self.shape.n, 0, False, self.dbias.dtype, suffix)
 
-    def limits(self):
-        """What the bytes alone cost: {direction: {name: call}}."""
+    def limits(self, direction):
+        """What the bytes alone cost."""
         fresh = partial(torch.empty_like, self.dbias)
         forward = {"fill": lambda: fresh().fill_(1.0)}
         if self.device == "cpu":
             forward["clone"] = self.dbias.clone
-        return {"forward": forward, "backward": {"sum": self.dbias.sum}, "module": {}}
+        return {"forward": forward, "backward": {"sum": self.dbias.sum}, "module": {}}[direction]
+
+    def rate(self, direction, milliseconds):
+        if direction == "module":
+            return {}
+        gigabytes = self.shape.heads * self.shape.n**2 * DTYPES[self.shape.dtype].itemsize / 1e9
+        return {"gb_s": gigabytes / milliseconds * 1e3}
 
     def wrong(self, direction, provider):
         """None if the provider's result is within the error budget, else what is wrong.
@@ -136,112 +148,16 @@ class Cells:
         return self.exact[direction]
 
 
-def _add_times(records, times, limits, prefix):
-    """Write the times, and what follows from them, into the records of one shape and direction."""
-    for record in records:
-        name = record["provider"].removeprefix("limit: ")
-        if name not in times:
-            continue
-        time = times[name]
-        record[prefix + "ms"] = time.median
-        record[prefix + "ms_p20"], record[prefix + "ms_p80"] = time.spread
-        if limits:
-            gigabytes = record["heads"] * record["n"] ** 2 * DTYPES[record["dtype"]].itemsize / 1e9
-            record[prefix + "gb_s"] = gigabytes / time.median * 1e3
-            record[prefix + "of_limit"] = {limit: time.ratio(times[limit]) for limit in limits}
-        if "eager" in times:
-            record[prefix + "x_eager"] = time.ratio(times["eager"])
-
-
-def _measure_shape(shape, options, found, progress):
-    """The records of one shape."""
-    device = options["device"]
-    cells = Cells(shape, device)
-    ours = {provider.name: provider for provider in found if provider.backend}
-    records = []
-    for direction in DIRECTIONS:
-        make = getattr(cells, direction)
-        limits = cells.limits()[direction]
-        right = {}
-        for provider in found:
-            progress.set_postfix_str(f"{shape.dtype} {shape.n} {direction} {provider.name}")
-            record = {**vars(shape), "direction": direction, "provider": provider.name, "wrong": None}
-            try:
-                record["wrong"] = cells.wrong(direction, provider)
-                if record["wrong"] is None:
-                    right[provider.name] = make(provider)
-                    record["peak_mib"] = peak_mib(right[provider.name], device)
-            except torch.OutOfMemoryError:
-                record["wrong"] = "out of memory"
-                right.pop(provider.name, None)
-            records.append(record)
-            progress.update()
-        records += [{**vars(shape), "direction": direction, "provider": f"limit: {n}", "wrong": None} for n in limits]
-        mine = [record for record in records if record["direction"] == direction]
-        _add_times(mine, measure(limits | right, device, options["rounds"], options["seconds"]), limits, "")
-        if device == "cuda" and direction != "module":
-            calls = limits | {name: cells.replayed(direction, p) for name, p in ours.items() if name in right}
-            try:
-                _add_times(mine, measure(calls, "graph", options["rounds"], options["seconds"]), limits, "graph_")
-            except RuntimeError as error:  # a call that cannot be captured is a finding, not the end
-                mine[0]["graph_error"] = str(error)[:300]
-        del right
-        gc.collect()
-    return records
-
-
 @click.command()
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="Default: cuda if there is a GPU.")
-@click.option(
-    "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=("fp32", "bf16"), show_default=True
-)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--seq",
-    "seqs",
-    multiple=True,
-    type=click.IntRange(1),
-    help="Queries and keys; default: 1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU.",
-)
-@click.option("--peer", "peers", multiple=True, type=click.Choice([*PEERS, "none"]), default=PEERS, show_default=True)
-@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), default=BACKENDS, show_default=True)
-@click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Every round times all calls once."
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=0.1,
-    show_default=True,
-    help="A call's time in a round.",
-)
-@click.option("--smoke", is_flag=True, help="Tiny lengths and one round: does it run?")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
-@click.option("--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Write a PNG there.")
+@shared_options(PEERS, BACKENDS, "1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU")
 def expand(device, dtypes, heads, seqs, peers, backends, rounds, seconds, smoke, path, picture):
     """The bias and its gradient against eager, compiled eager and the limit of this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device cuda: torch sees no GPU here")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     if smoke:
         dtypes, seqs, rounds, seconds = dtypes[:1], seqs or (33, 64), 1, 0.002
     environment = describe(device)
     click.echo(one_line(environment))
-
     found, absent = providers(device, peers, backends)
     shapes = [Shape(dtype, heads, n) for dtype in dtypes for n in seqs or DEFAULT_SEQS[device]]
-    options = {"device": device, "rounds": rounds, "seconds": seconds}
-    records = []
-    result = {"bench": "expand", "environment": environment, "absent": absent, "records": records}
-    total = len(shapes) * len(DIRECTIONS) * len(found)
-    with tqdm(total=total, unit="cell", disable=None, leave=False) as progress:
-        for shape in shapes:
-            records += _measure_shape(shape, options, found, progress)
-            if path:
-                write_json(path, result)  # a run that is cut off leaves the lengths it has done
-    click.echo(expand_table(result))
-    if picture:
-        plot_expand(result).savefig(picture)
-        click.echo(f"wrote {picture}")
-    if any(record["wrong"] for record in records):
-        sys.exit(1)
+    result = {"bench": "expand", "environment": environment, "absent": absent}
+    run(Cells, shapes, found, result, {"device": device, "rounds": rounds, "seconds": seconds}, path, picture)

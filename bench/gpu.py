@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench gpu`: all that needs a GPU in one command of under 10 minutes, on the torch that is installed.
 
-The suite on the device, then `python -m bench expand` over 1k to 16k, each part a process of its own with a time
-limit. One JSON under bench/results/, rewritten after every part: a part that fails is reported and the rest goes on.
+The suite on the device, then `python -m bench attention` over 2k to 16k and `expand` over 1k to 16k, each part a
+process of its own with a time limit. One JSON under bench/results/, rewritten after every part: a part that fails is
+reported and the rest goes on.
 """
 
 import importlib.util
@@ -20,9 +21,10 @@ import click
 import torch
 
 from .environment import ROOT, describe, one_line
-from .report import expand_table, write_json
+from .report import tables, write_json
 
 LENGTHS = (1024, 2047, 4096, 8191, 8192, 16383, 16384)
+ATTENTION_LENGTHS = (2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,33 @@ class Part:
     writes_json: bool = False
 
 
-def parts(device, lengths=LENGTHS):
-    """The parts in order of worth: a machine may be taken away. The longest lengths come alone, without the peers."""
+def _bench(name, command, device, dtype, seqs, seconds, *options):
+    common = ("-m", "bench", command, "--device", device, "--dtype", dtype, "--rounds", "2", "--seconds", "0.03")
+    words = [word for length in seqs for word in ("--seq", str(length))]
+    return Part(f"{command} {dtype}{name}", (*common, *options, *words), seconds, writes_json=True)
+
+
+def parts(device, lengths=LENGTHS, attention_lengths=ATTENTION_LENGTHS):
+    """The parts in order of worth: a machine may be taken away. They may take 600 s together.
+
+    FlexAttention compiles for long at each length, so it comes last of attention's, at one length; of expand's the
+    longest lengths come alone, without the peers.
+    """
     workers = ("-n", str(min(8, os.cpu_count()))) if importlib.util.find_spec("xdist") else ()
     tests = ("-m", "pytest", "-q", *workers, "--device", device, "--maxfail=20", "-p", "no:cacheprovider", "tests")
-    found = [Part("tests", tests, 240)]
-    for dtype in ("bf16", "fp32"):
-        common = ("-m", "bench", "expand", "--device", device, "--dtype", dtype, "--rounds", "2", "--seconds", "0.03")
+    found = [Part("tests", tests, 200)]
+    peers = ("--peer", "eager", "--peer", "sdpa with bias")
+    flex = ("--peer", "flex trained table", "--peer", "flex fixed table")
+    found.append(_bench("", "attention", device, "bf16", attention_lengths, 70, *peers))
+    found.append(_bench(" flex", "attention", device, "bf16", attention_lengths[-2:-1], 60, *flex))
+    for dtype, seconds in (("bf16", 60), ("fp32", 50)):
         for name, chosen, options in (
             ("", [n for n in lengths if n <= 8192], ()),
             (" long", [n for n in lengths if n > 8192], ("--peer", "none")),
         ):
             if chosen:
-                seqs = [word for length in chosen for word in ("--seq", str(length))]
-                found.append(Part(f"expand {dtype}{name}", (*common, *options, *seqs), 90, writes_json=True))
+                found.append(_bench(name, "expand", device, dtype, chosen, seconds, *options))
+    found.append(_bench("", "attention", device, "fp32", attention_lengths[-3:-1], 40, *peers))
     return found
 
 
@@ -89,7 +104,7 @@ def run_all(todo, path, environment):
         if not record["ok"] or not part.writes_json:
             click.echo("\n".join(record["tail"].strip().splitlines()[-15:]))
         if "result" in record:
-            click.echo(expand_table(record["result"]))
+            click.echo(tables(record["result"]))
     click.echo(f"wrote {path}")
     return all(record["ok"] for record in report["parts"])
 

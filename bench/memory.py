@@ -30,19 +30,26 @@ def peak_mib(call, device):
     return _resident_peak(call)
 
 
-def _status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident_mib(name, pid="self"):
+    """VmRSS, VmHWM (its peak) or VmData of a process; OSError where there is no such file (proc(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def reset_peak():
+    """Let VmHWM of this process begin anew."""
+    gc.collect()
+    ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # freed memory must not hide an allocation
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident_peak(call):
     try:
-        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # freed memory must not hide an allocation
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
-        before = _status("VmRSS")
+        reset_peak()
+        before = resident_mib("VmRSS")
     except (OSError, AttributeError, StopIteration):
         return None
     result = call()
-    peak = _status("VmHWM") - before
+    peak = resident_mib("VmHWM") - before
     del result
     return max(peak, 0.0)

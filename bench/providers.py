@@ -31,6 +31,14 @@ class Provider:
 EAGER = Provider("eager", lambda table, n: eager_expand(table.mT, n), lambda module, n: module(n, n))
 
 
+def why_not_measured(backend, device):
+    """None if the times of this backend mean something there, else the reason why not."""
+    reason = why_not(backend, device)
+    if reason is None and backend == "triton" and device == "cpu":
+        reason = "only its interpreter runs on a CPU, which is for correctness"
+    return reason
+
+
 def providers(device, peers, backends):
     """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
     found, absent = [], {}
@@ -47,9 +55,7 @@ def providers(device, peers, backends):
         else:
             found.append(provider)
     for backend in backends:
-        reason = why_not(backend, device)
-        if reason is None and backend == "triton" and device == "cpu":
-            reason = "only its interpreter runs on a CPU, which is for correctness"
+        reason = why_not_measured(backend, device)
         if reason:
             absent[backend] = reason
             continue

@@ -19,7 +19,7 @@ from bench import gpu as bench_gpu  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
-from bench.report import expand_table  # noqa: E402
+from bench.report import times_table  # noqa: E402
 from bench.timing import Time, measure  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -38,11 +38,11 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     for record in result["records"]:
         assert record["wrong"] is None
         assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
-    assert expand_table(result).strip() in done.output
-    assert "| dtype" in expand_table(result, style="github").replace("|   dtype", "| dtype")
+    assert times_table(result).strip() in done.output
+    assert "| dtype" in times_table(result, style="github").replace("|   dtype", "| dtype")
     assert (tmp_path / "r.png").stat().st_size > 10_000
     result["records"][0]["graph_error"] = "operation not permitted"
-    assert "no CUDA graph: fp32 33 forward: operation not permitted" in expand_table(result)
+    assert "no CUDA graph: fp32 33 forward: operation not permitted" in times_table(result)
 
 
 def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
@@ -105,16 +105,19 @@ def test_gpu_parts_run_fail_and_time_out_and_the_report_survives(tmp_path):
     python = bench_gpu.Part("prints", ("-c", "print('hello')"), 60)
     fails = bench_gpu.Part("fails", ("-c", "raise SystemExit(3)"), 60)
     hangs = bench_gpu.Part("hangs", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2)
-    _, real, *_ = bench_gpu.parts("cpu", lengths=(33, 9000))
-    real = bench_gpu.Part(real.name, (*real.arguments, "--peer", "eager"), real.seconds, real.writes_json)
+    found = {part.name: part for part in bench_gpu.parts("cpu", (33, 9000), (24, 33))}
+    real = bench_gpu.Part("expand bf16", (*found["expand bf16"].arguments, "--peer", "eager"), 90, writes_json=True)
+    attention = found["attention bf16"]
     path = tmp_path / "report.json"
-    assert not bench_gpu.run_all([fails, python, hangs, real], path, {"device": "none"})
+    assert not bench_gpu.run_all([fails, python, hangs, real, attention], path, {"device": "none"})
     report = json.loads(path.read_text())
     outcomes = {part["name"]: (part["ok"], part["exit"]) for part in report["parts"]}
-    assert outcomes == {"fails": (False, 3), "prints": (True, 0), "hangs": (False, None), "expand bf16": (True, 0)}
+    assert outcomes == {"fails": (False, 3), "prints": (True, 0), "hangs": (False, None), "expand bf16": (True, 0),
+                        "attention bf16": (True, 0)}  # fmt: skip
     assert report["parts"][1]["tail"] == "hello\n"
     assert report["parts"][2]["tail"] == "begun\n"
     assert report["parts"][3]["result"]["records"]
+    assert {record["n"] for record in report["parts"][4]["result"]["records"]} == {24, 33}
     assert sum(part.seconds for part in bench_gpu.parts("cuda")) <= 600
 
 

@@ -51,13 +51,13 @@ def test_tables_are_those_of_the_files():
     pytest.importorskip("tabulate", reason="the tables need the extra `bench`")
     import json
 
-    from bench.report import expand_table
+    from bench.report import times_table
 
     tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
     assert tables
     for path, table in tables:
         result = json.loads((ROOT / path).read_text())
-        assert table.strip() == expand_table(result, style="github").strip()
+        assert table.strip() == times_table(result, style="github").strip()
         assert (ROOT / path).name in README
 
 

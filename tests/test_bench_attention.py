@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""The attention bench: what it checks, what it leaves out and why, what it says of memory."""
+
+import json
+
+import pytest
+import torch
+
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the bench needs the extra `bench`")
+
+from click.testing import CliRunner  # noqa: E402
+from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
+
+from bench import attention as bench_attention  # noqa: E402
+from bench import attention_memory, attention_providers  # noqa: E402
+from bench.__main__ import cli  # noqa: E402
+from bench.attention_providers import EAGER, NO_BIAS, PEERS, Provider, Shape, forward, inputs, training  # noqa: E402
+from bench.report import NO_ROOM, tables  # noqa: E402
+from dpb_triton import bias_attention, reference  # noqa: E402
+
+SHAPE = Shape("fp32", 2, 2, 24, 8, "causal")
+QUICK = ["attention", "--smoke", "--device", "cpu", "--seq", "24", "--heads", "2"]
+
+
+def test_smoke_run_writes_json_table_and_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    options = ["--mask", "causal", "--mask", "full", "--dtype", "bf16", "--batch", "2"]
+    paths = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    done = CliRunner().invoke(cli, [*QUICK, *options, *paths])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "r.json").read_text())
+    seen = {(record["mask"], record["direction"], record["provider"]) for record in result["records"]}
+    names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # no FlexAttention in a smoke run
+    assert seen == {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
+    for record in result["records"]:
+        assert record["wrong"] is None
+        assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
+        assert record["of_limit"]["no bias"] > 0
+        assert "tflop_s" not in record  # of a GPU only
+    assert tables(result).strip() in done.output
+    assert "absent: triton: " in done.output
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("provider", [*PEERS.values(), NO_BIAS], ids=lambda provider: provider.name)
+def test_every_provider_computes_the_definition(provider, mask, monkeypatch):
+    *tensors, dout = inputs(SHAPE, "cpu")
+    is_causal = mask == "causal"
+    if "flex" in provider.name:  # without its compiler, which takes long
+        monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: flex_attention)
+    out = forward(provider, *tensors, dout, is_causal)
+    if provider is NO_BIAS:
+        with torch.no_grad():
+            tensors[3].zero_()
+    expected = reference.attention(*tensors, is_causal=is_causal)
+    torch.testing.assert_close(out, expected.detach())
+    if "flex" in provider.name:
+        with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+            training(provider, *tensors, dout, is_causal)
+        return
+    gradients = training(provider, *tensors, dout, is_causal)
+    assert len(gradients) == (4 if provider.trains_table else 3)
+    exact = torch.autograd.grad(expected, tensors, dout)
+    for actual, wanted in zip(gradients, exact, strict=False):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_check_in_parts_is_the_check_in_one(monkeypatch):
+    monkeypatch.setitem(bench_attention.CHECK_BYTES, "cpu", 5 * SHAPE.batch * SHAPE.heads * SHAPE.n * 8)  # 5 rows
+    cells = bench_attention.Cells(SHAPE, "cpu")
+    *tensors, dout = (tensor.detach().double() for tensor in cells.inputs)
+    out = reference.attention(*(tensor.requires_grad_() for tensor in tensors), is_causal=True)
+    whole = dict(zip(("out", "dq", "dk", "dv", "dtable"), (out, *torch.autograd.grad(out, tensors, dout)), strict=True))
+    exact = cells._exact()
+    assert exact.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(exact[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def _refuses(*_):
+    raise NotImplementedError("not on this device")
+
+
+def _breaks(*_):
+    raise RuntimeError("no kernel\nat all")
+
+
+WRONG = [
+    Provider("dpb out", lambda *args: EAGER.attend(*args) * 1.001),
+    Provider("dpb table", lambda q, k, v, table, c: EAGER.attend(q, k, v, _ScaledGradient.apply(table), c)),
+    Provider("refuses", _refuses),
+    Provider("breaks", _breaks),
+]
+
+
+def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+    monkeypatch.setattr(bench_attention, "providers", lambda *_: ([EAGER, *WRONG], {}))
+    done = CliRunner().invoke(cli, QUICK)
+    assert done.exit_code == 1
+    lines = {p.name: [line for line in done.output.splitlines() if f" {p.name} " in line] for p in WRONG}
+    assert [("FAIL" in line, "off by" in line) for line in lines["dpb out"]] == [(True, True)] * 2
+    fine, wrong = lines["dpb table"]
+    assert "FAIL" not in fine and "FAIL  dtable off by" in wrong
+    assert ["RuntimeError: no kernel" in line for line in lines["breaks"]] == [True, True]
+    assert not lines["refuses"]
+    assert "absent: refuses, forward: not on this device" in done.output
+    assert "absent: refuses, training: not on this device" in done.output
+
+
+def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu():
+    options = ["--peer", "flex trained table", "--backend", "torch"]
+    done = CliRunner().invoke(cli, [*QUICK, *options])
+    assert done.exit_code == 0, done.output
+    assert "absent: flex trained table, training: FlexAttention does not support backward on CPU" in done.output
+
+
+def _peak(provider, n, budget=4096, **limits):
+    shape = {"dtype": "fp32", "batch": 1, "heads": 2, "n": n, "head_dim": 16, "mask": "causal"}
+    job = {"shape": shape, "device": "cpu", "provider": provider, "backend": None, "budget": budget}
+    return attention_memory.peak_of_child(job, **limits)
+
+
+def test_a_child_is_measured_from_outside():
+    record = _peak("eager", 1024)
+    scores = 2 * 1024**2 * 4 / 2**20
+    assert record["stopped"] is None
+    assert 4 * scores < record["peak_mib"] < 12 * scores
+    assert record["seconds"] > 0
+
+
+def test_a_child_that_fails_harms_nobody():
+    assert _peak("eager", 16384, budget=64) == {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
+    assert _peak("eager", 16384, seconds=0.5)["stopped"] == "over 0.5 s"
+
+
+def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+
+    def peak(job):
+        n = job["shape"]["n"]
+        assert job["budget"] == 100
+        if job["provider"] == "refuses":
+            return {"peak_mib": None, "seconds": None, "stopped": "NotImplementedError: not on this device"}
+        if job["provider"] == "breaks":
+            return {"peak_mib": None, "seconds": None, "stopped": "no kernel"}
+        if job["provider"] == "eager" and n == 2048:
+            return {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
+        if job["provider"] == "slow" and n == 512:
+            return {"peak_mib": None, "seconds": None, "stopped": "over 300 s"}
+        return {"peak_mib": n / 16 if job["provider"] == "eager" else 1.0, "seconds": 0.1, "stopped": None}
+
+    found = [EAGER, Provider("slow", bias_attention), Provider("refuses", _refuses), Provider("breaks", _breaks)]
+    monkeypatch.setattr(attention_memory, "peak_of_child", peak)
+    monkeypatch.setattr(bench_attention, "providers", lambda *_: (found, {}))
+    options = ["--memory", "100", "--memory", "20", "--dtype", "fp32", "--longest", "4096"]
+    paths = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    done = CliRunner().invoke(cli, ["attention", "--device", "cpu", *options, *paths])
+    assert done.exit_code == 0, done.output
+    rows = {line.split()[0]: line.split() for line in done.output.splitlines() if line.split()[1:]}
+    assert rows["eager"][1:] == ["16", "32", "64", "too", "much", "256", "1024"]
+    assert rows["slow"][1:] == ["1", "over", "300", "s", ">=", "256", ">=", "256"]
+    assert rows["breaks"][1:] == ["no", "kernel", ">=", "0", ">=", "0"]
+    assert rows["no"][-4:] == [">=", "4096", ">=", "4096"]
+    assert "absent: refuses: not on this device" in done.output
+    assert tables(json.loads((tmp_path / "r.json").read_text())).strip() in done.output
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--mask", "diagonal"], "diagonal"),
+        (["--head-dim", "257"], "257"),
+        (["--batch", "0"], "0"),
+        (["--backend", "cpp"], "cpp"),
+        (["--memory", "0"], "0"),
+        (["--memory", "9", "--seq", "64"], "--longest"),
+        (["--peer", "flash"], "flash"),
+        (["--device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_bad_options_are_named(arguments, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(cli, ["attention", *arguments])
+    assert done.exit_code == 2
+    assert words in done.output

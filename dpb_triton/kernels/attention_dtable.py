@@ -139,8 +139,12 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
     if HAS_RIGHT:
         acc = tl.where(diagonal <= right, acc, 0.0)
     # Skew: column t takes from row a the element on diagonal t, or, where that lies left of the window, t - BLOCK_N.
+    # Gathered from one row of BLOCK_M * BLOCK_N, through shared memory: row by row it would be shuffles, and selects
+    # among all registers of a row.
     t = c[None, :]
-    skewed = tl.gather(acc, (t - a[:, None]) & (BLOCK_N - 1), axis=1)
+    element = tl.arange(0, BLOCK_M * BLOCK_N)
+    source = element - element % BLOCK_N + ((element % BLOCK_N - element // BLOCK_N) & (BLOCK_N - 1))
+    skewed = tl.reshape(tl.gather(tl.reshape(acc, [BLOCK_M * BLOCK_N]), source, axis=0), [BLOCK_M, BLOCK_N])
     lower = tl.sum(tl.where(t >= a[:, None], skewed, 0.0), axis=0)
     upper = tl.sum(tl.where(t < a[:, None], skewed, 0.0), axis=0)
     span = n_bands * BLOCK_N

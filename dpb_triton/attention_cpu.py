@@ -27,10 +27,10 @@ import torch
 from . import ops
 
 # Scores a tile and query rows a tile, counting those of all heads that share a key head. Backward of 8 heads x 2048^2
-# takes the same CPU time on one thread with 2^19 to 2^23 scores (0.52 to 0.61 s), but every operation ends in a barrier:
-# on two threads of a busy machine 5.9, 4.5, 3.7, 2.9 s with 2^20 to 2^23. 2^22 are 16 MiB in float32, of which backward
-# holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS make the products slow, more than MAX_ROWS make
-# a causal call compute too many forbidden pairs.
+# takes the same CPU time on one thread with 2^19 to 2^23 scores (0.52 to 0.61 s), but every operation ends in a
+# barrier: on two threads of a busy machine 5.9, 4.5, 3.7, 2.9 s with 2^20 to 2^23. 2^22 are 16 MiB in float32, of which
+# backward holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS make the products slow, more than
+# MAX_ROWS make a causal call compute too many forbidden pairs.
 TILE, MIN_ROWS, MAX_ROWS = 1 << 22, 32, 256
 
 
@@ -60,25 +60,31 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
 
     A view of overlapping rows, so the bias is read from the band itself and takes no memory.
     """
-    key, value = (tensor.to(lse.dtype) for tensor in (key, value))
-    key, value = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (key, value))
+    if grid.i == 0:
+        return
+    key, value = (_unit_stride(tensor.to(lse.dtype)) for tensor in (key, value))
     mirror = grid.band.flip(1)
-    for rows, keys in grid.chunks(grid.flash_rows()):
-        if keys.start == keys.stop:
-            out[:, :, rows].zero_()
-            continue
-        # heads that share a key head are those of one batch element there, so that keys need no copies
-        for b in range(grid.batch) if grid.group > 1 else [slice(None)]:
-            q, k, v = query[b, :, rows].to(lse.dtype).flip(-2), key[b, :, keys], value[b, :, keys]
-            if grid.group > 1:
-                q = q.unflatten(0, (-1, grid.group))
-                k, v = (tensor.unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))
+    # heads that share a key head are those of one batch element here, so that keys need no copies
+    for b in range(grid.batch) if grid.group > 1 else [slice(None)]:
+        q, k, v = _unit_stride(query[b].flip(-2).to(lse.dtype)), key[b], value[b]
+        if grid.group > 1:
+            q = q.unflatten(0, (-1, grid.group))
+            k, v = (tensor.unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))
+        parts = []
+        for rows, keys in grid.chunks(grid.flash_rows()):
+            q_rows = q[:, :, grid.i - rows.stop : grid.i - rows.start]
+            if keys.start == keys.stop:
+                parts.append((torch.zeros_like(q_rows), q_rows.new_zeros(q_rows.shape[:3])))
+                continue
             mask = grid.reversed_bias(mirror, q.shape[:2], rows, keys)
-            o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, False, attn_mask=mask, scale=scale
+            parts.append(
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q_rows, k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=scale
+                )
             )
-            out[b, :, rows] = o.flip(2).reshape(out[b, :, rows].shape)
-            lse[b, :, rows] = log_sum.flip(2).reshape(lse[b, :, rows].shape)
+        o, log_sum = (torch.cat(part, 2).flip(2) for part in zip(*reversed(parts), strict=True))
+        out[b] = o.reshape(out[b].shape)
+        lse[b] = log_sum.reshape(lse[b].shape)
     lse.masked_fill_(grid.empty_rows(), -torch.inf)
 
 
@@ -128,13 +134,14 @@ def backward(
                 dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
                 band = grid.band_of(block)
                 dband = torch.zeros_like(band)
+                all_q = _matrices(query[:, :, x], block, lse.dtype).mul(scale / (softcap or 1))
+                all_do = _matrices(dout[:, :, x], block, lse.dtype).mul(1 / (1 - dropout_p))
+                all_dq = []
                 for rows, keys in grid.chunks(grid.rows):
                     if keys.start == keys.stop:
-                        if needs_dq:
-                            _part(dq[:, :, x], block, rows).zero_()
+                        all_dq.append(torch.zeros_like(all_q[:, rows]))
                         continue
-                    q = _matrices(query[:, :, x], block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
-                    do = _matrices(dout[:, :, x], block, lse.dtype, rows).contiguous()
+                    q, do = all_q[:, rows], all_do[:, rows]
                     s, capped = grid.scores(band, q, k, rows, keys, softcap)
                     p = torch._softmax(s, 2, False, out=s)
                     if has_empty_rows:
@@ -142,7 +149,6 @@ def backward(
                     kept = p
                     if dropout_p:
                         keep = keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p)
-                        do = do * (1 / (1 - dropout_p))
                         kept = p * keep
                     if needs_dkv:
                         _add_product(dv_t[:, :, keys], grid.share(do).mT, grid.share(kept))
@@ -157,10 +163,11 @@ def backward(
                     if capped is not None:
                         torch.ops.aten.tanh_backward(ds, capped, grad_input=ds)
                     if needs_dq:
-                        dq_rows = torch.bmm(grid.share(ds), k[:, keys]).mul_(scale)
-                        _write(dq[:, :, x], block, rows, dq_rows)
+                        all_dq.append(torch.bmm(grid.share(ds), k[:, keys]).view(q.shape))
                     if needs_dkv:
                         _add_product(dk_t[:, :, keys], grid.share(q).mT, grid.share(ds))
+                if needs_dq and all_dq:
+                    _write(dq[:, :, x], block, slice(None), torch.cat(all_dq, 1).mul_(scale))
                 if needs_dkv:
                     _write(dk[:, :, y], grid.key_heads(block), slice(None), dk_t.mul_(softcap or 1).mT)
                     _write(dv[:, :, y], grid.key_heads(block), slice(None), dv_t.mT)
@@ -225,6 +232,11 @@ def _part(tensor, block, rows):
 def _write(tensor, block, rows, part):
     part_of = _part(tensor, block, rows)
     part_of.copy_(part.reshape(part_of.shape))
+
+
+def _unit_stride(tensor):
+    """Copy `tensor` unless its rows lie in memory as torch's kernels want them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _add_product(total, a, b):
@@ -321,7 +333,7 @@ class _Grid:
 
     def share(self, tile):
         """(heads, rows, …) -> (key heads, rows of all heads of the group, …)."""
-        return tile.view(tile.shape[0] // self.group, self.group * tile.shape[1], tile.shape[2])
+        return tile.reshape(tile.shape[0] // self.group, self.group * tile.shape[1], tile.shape[2])
 
     def scores(self, band, q, k, rows, keys, softcap):
         """The scores (heads, rows, keys) and, with a softcap, tanh(t / softcap); q is scaled, by 1 / softcap too."""
@@ -338,9 +350,9 @@ class _Grid:
     def flash_rows(self):
         """Rows a call of flash attention: all, unless a bound makes chunks worth it, which then skip keys."""
         if self.left is None and self.right is None:
-            return max(self.i, 1)
+            return self.i
         most = 1024 if self.left is None or self.right is None else max(64, self.left + self.right + 1)
-        return min(max(256, self.i // 8), most)
+        return min(max(256, self.i // 4), most)
 
     def reversed_bias(self, mirror, heads, rows, keys):
         """(*heads, rows in reverse, keys) as a view of the reversed band, whose column 2 n - 2 - c is the band's c."""

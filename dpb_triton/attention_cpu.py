@@ -70,6 +70,7 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
         # heads that share a key head are those of one batch element there, so that keys need no copies
         for b in range(grid.batch) if grid.group > 1 else [slice(None)]:
             q, k, v = query[b, :, rows].to(lse.dtype).flip(-2), key[b, :, keys], value[b, :, keys]
+            q = q if q.stride(-1) == 1 else q.contiguous()  # flip keeps the order of the strides
             if grid.group > 1:
                 q = q.unflatten(0, (-1, grid.group))
                 k, v = (tensor.unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))

@@ -71,8 +71,9 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         top = abs(s[p > 0]).max()
         top = top if top < 1e6 else 0.0
         moved = p * (1 + 2 * top * (1 - p))
+        again = moved + p * min(top, 100)  # backward makes p from an lse that was rounded: not a reason to lose 1e30
         dp_size, delta_size = inverse * (abs(v) @ abs(grad)), (moved * inverse) @ (abs(v) @ abs(grad))
-        ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x])) + (moved - p) * abs(dx)
+        ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x])) + (again - p) * abs(dx)
         dt_size = abs(scale) * slope * ds_size
 
         exact["out"][b, h, x], size["out"][b, h, x] = out, (moved * inverse) @ abs(v)
@@ -82,7 +83,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         exact["dk"][b, g, allowed] += np.outer(dt, q)
         size["dk"][b, g, allowed] += np.outer(dt_size, abs(q))
         exact["dv"][b, g, allowed] += np.outer(p * inverse, grad)
-        size["dv"][b, g, allowed] += np.outer(moved * inverse, abs(grad))
+        size["dv"][b, g, allowed] += np.outer(again * inverse, abs(grad))
         np.add.at(exact["dtable"][h], columns, ds)
         np.add.at(size["dtable"][h], columns, ds_size)
     return {name: (torch.from_numpy(exact[name]), torch.from_numpy(size[name])) for name in NAMES}

@@ -204,7 +204,7 @@ def cases(draw, longest, most, dtypes):
 ALL = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(case=cases(24, 9, (*ALL, torch.float64)))
 def test_random_combinations_torch(case, device):
     check(attend("torch"), case, device)

@@ -25,19 +25,19 @@ def assert_same(ours, eager):
         assert tensor.dtype == eager[name].dtype
 
 
-OPTIONS = {
-    "plain": {},
-    "all": {"is_causal": True, "window": (40, 3), "softcap": 2.0, "scale": 0.3, "signed": True, "enable_gqa": True},
-}
+OPTIONS = {"is_causal": True, "window": (40, 3), "softcap": 2.0, "scale": 0.3, "signed": True, "enable_gqa": True}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_one_graph_for_five_lengths(options, attention_backend, device):
-    assert_one_graph("aot_eager", options, attention_backend, device)
+def test_one_graph_for_five_lengths(attention_backend, device):
+    assert_one_graph("aot_eager", OPTIONS, attention_backend, device)
+
+
+def test_one_graph_for_five_lengths_without_options(device):
+    assert_one_graph("aot_eager", {}, None, device)
 
 
 def test_one_graph_for_five_lengths_in_inductor(device):
-    assert_one_graph("inductor", OPTIONS["all"], None, device)
+    assert_one_graph("inductor", OPTIONS, None, device)
 
 
 def assert_one_graph(compiler, options, backend, device):
@@ -54,15 +54,14 @@ def assert_one_graph(compiler, options, backend, device):
     assert counter.frame_count == first <= (2 if options else 1), "recompiled"
 
 
-def test_offset_and_window_are_symbols(attention_backend, device):
-    attend = partial(bias_attention, backend=attention_backend)
+def test_offset_and_window_are_symbols(device):
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(bias_attention, fullgraph=True, dynamic=True, backend=counter)
     for i, j, offset, left in ((4, 9, 2, 3), (5, 11, 3, 4), (7, 12, 5, 7), (8, 20, 9, 6), (30, 40, 7, 20)):
         options = {"offset": offset, "window": (left, None)}
         tensors = Case(i=i, j=j, options=options, spare=3).draw(device)
         ours = attention_oracle.run(compiled, *tensors, **options)
-        assert_same(ours, attention_oracle.run(attend, *tensors, **options))
+        assert_same(ours, attention_oracle.run(bias_attention, *tensors, **options))
     assert counter.frame_count == 1, "recompiled"
 
 
@@ -120,9 +119,9 @@ def test_a_layer_trains_in_one_graph(autocast, device):
     assert counter.frame_count == 1, "recompiled"
 
 
-def test_packed_sequences(attention_backend, device):
+def test_packed_sequences(device):
     counter = CompileCounterWithBackend("aot_eager")
-    attend = partial(bias_attention_varlen, backend=attention_backend, is_causal=True)
+    attend = partial(bias_attention_varlen, is_causal=True)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ((3, 5, 2), (4, 4, 9), (7, 1, 11), (20, 13, 2), (2, 30, 5)):
         total, longest = sum(lengths), max(lengths)

@@ -52,7 +52,7 @@ def test_small_and_empty(i, j):
 
 def test_dropout():
     keep = attention_oracle.dropout_keep(0x0123456789ABCDEF, 2, 2, 21, 37, 0.3)
-    assert_same(Case(dtype=torch.float64, options={"dropout_p": 0.3}), keep)
+    assert_same(Case(batch=2, dtype=torch.float64, options={"dropout_p": 0.3}), keep)
 
 
 def test_dropout_hash():

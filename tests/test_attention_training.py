@@ -122,7 +122,7 @@ def eager(bias, query, key, value):
 def train(attention, steps, device):
     torch.manual_seed(0)
     model = LanguageModel(attention)
-    tokens = torch.randint(VOCABULARY, (steps, 2, LENGTH + 1))
+    tokens = torch.randint(VOCABULARY, (steps, 1, LENGTH + 1))
     for t in range(3, LENGTH + 1):  # each token is the one three before: only the distance tells
         tokens[:, :, t] = tokens[:, :, t - 3]
     model.to(device)
@@ -143,5 +143,6 @@ def test_a_language_model_learns_the_same(attention_backend, device):
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     assert losses[-1] < losses[0] - 0.3
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        if not name.endswith("bias.mlp.4.bias"):  # its true gradient is 0, and Adam makes steps of the rounding
+        # the true gradients of these, or of a part of them, are 0, and Adam makes steps of the rounding
+        if not name.endswith(("bias.mlp.4.bias", "qkv.bias")):
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2, msg=lambda m, name=name: f"{name}: {m}")

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_blocks import generation
 from .attention_tiles import LOG2E
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
@@ -21,7 +22,7 @@ def precision_of(query):
     """How tl.dot multiplies: float32 as three tf32 products, which keep its bits, or as torch is told to."""
     if query.dtype != torch.float32:
         return "tf32"  # says nothing about 2-byte types
-    if torch.version.hip:
+    if generation() == "cdna":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 

@@ -169,7 +169,9 @@ def plot_memory(result):
             points = [(n, r["peak_mib"]) for n, r in sorted(records.items()) if r["peak_mib"]]
             style = {"linestyle": "--", "color": "grey"} if provider == "no bias" else {"marker": "o"}
             panel.plot([n for n, _ in points], [mib for _, mib in points], label=provider, **style)
+        lengths = sorted({n for records in lines.values() for n in records})
         panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, lengths)
         panel.set_yscale("log", base=10)
         panel.set(title=f"{dtype}, {mask}", xlabel="sequence length", ylabel="peak MiB of forward + backward")
         panel.grid(alpha=0.3)

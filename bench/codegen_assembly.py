@@ -51,6 +51,8 @@ _SASS_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8,
 
 def _sass_kind(opcode):
     name, *suffixes = opcode.split(".")
+    if name == "MUFU":
+        return "exp2" if "EX2" in suffixes else None
     kind = _SASS_KINDS.get(name)
     if kind in ("load", "store", "copy", "atomic"):
         return f"{kind}.{next((_SASS_WIDTHS[s] for s in suffixes if s in _SASS_WIDTHS), 32)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Triton attention kernels with small tiles, so that a small grid has edges, whole tiles, several bands and chunks."""
+"""The Triton attention kernels with small tiles: small grids then have edges, whole tiles, several bands and chunks."""
 
 from functools import partial
 

@@ -25,9 +25,11 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, **options):
     from dpb_triton.kernels import attention_backward
 
     query, key, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
-    lse = torch.empty(query.shape[:3], device="meta")
-    dlse = lse if options.get("dropout_p") else None
-    attention_backward.backward(query, dlse, query, key, key, table, query, lse, seqlens, *arguments, True, True, True)
+    state = torch.empty((2, *query.shape[:3]), device="meta")
+    dlse = state[0] if options.get("dropout_p") else None
+    attention_backward.backward(
+        query, dlse, query, key, key, table, query, state, seqlens, *arguments, True, True, True
+    )
 
 
 def _arguments(

@@ -61,8 +61,8 @@ def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, 
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     options = (seqlens, seed, *longest, offset, signed, *bounds, *numbers)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, table)):
-        return BiasAttention.apply(query, key, value, table, *options, suffix, return_lse)
-    return ops.call("attention_forward", suffix, query, key, value, table, *options)
+        return BiasAttention.apply(query, key, value, table, *options, suffix, return_lse)[:2]
+    return ops.call("attention_forward", suffix, query, key, value, table, *options)[:2]
 
 
 def bias_attention(

@@ -7,40 +7,25 @@ from . import attention_ops, ops
 
 
 class BiasAttention(torch.autograd.Function):
-    """apply(query, key, value, table, seqlens, seed, …the operator's options, suffix, with_lse) -> (out, lse).
+    """apply(query, key, value, table, seqlens, seed, …the operator's options, suffix, with_lse) -> (out, lse, state).
 
-    Saves its inputs, out and lse: O(n). `with_lse` False says that nobody differentiates lse.
+    Saves its inputs, out and state: O(n). `with_lse` False says that nobody differentiates lse.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, table, seqlens, seed, *options):
         *ctx.options, ctx.suffix, ctx.with_lse = options
         arguments = (query, key, value, table, seqlens, seed, *ctx.options)
-        out, lse = ops.call("attention_forward", ctx.suffix, *arguments)
-        ctx.save_for_backward(query, key, value, table, seqlens, seed, out, lse)
-        if not ctx.with_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+        out, lse, state = ops.call("attention_forward", ctx.suffix, *arguments)
+        ctx.save_for_backward(query, key, value, table, out, state, seqlens, seed)
+        ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
+        return out, lse, state
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        query, key, value, table, seqlens, seed, out, lse = ctx.saved_tensors
+    def backward(ctx, dout, dlse, dstate):
         needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
-        needs_dkv = needs_dk or needs_dv
-        arguments = (
-            dout,
-            dlse if ctx.with_lse else None,
-            query,
-            key,
-            value,
-            table,
-            out,
-            lse,
-            seqlens,
-            seed,
-            *ctx.options,
-        )
-        arguments = (*arguments, needs_dq, needs_dkv, needs_dtable)
+        needs = needs_dq, needs_dk or needs_dv, needs_dtable
+        arguments = (dout, dlse if ctx.with_lse else None, *ctx.saved_tensors, *ctx.options, *needs)
         if torch.is_grad_enabled():
             dq, dk, dv, dtable = _Gradient.apply(ctx.suffix, *arguments)
         else:

@@ -38,7 +38,7 @@ def forward(
     query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale, softcap,
     dropout_p,
 ):  # fmt: skip
-    """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i)."""
+    """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     options = signed, left, right
     out, lse = _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
@@ -52,7 +52,9 @@ def forward(
             else:
                 dropout = seed, number, longest_query, dropout_p
                 _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout)
-    return out, lse
+        # backward computes whole rows of the softmax again: of the state it only asks which rows are empty
+        state = torch.stack([lse, torch.ones_like(lse)])
+    return out, lse, state
 
 
 def _forward_flash(grid, query, key, value, out, lse, scale):
@@ -116,7 +118,7 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
 
 
 def backward(
-    dout, dlse, query, key, value, table, out, lse, seqlens, seed, longest_query, longest_key, offset, signed, left,
+    dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset, signed, left,
     right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable,
 ):  # fmt: skip
     """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is not read."""
@@ -124,18 +126,18 @@ def backward(
     dq = _like(query) if needs_dq else query.new_empty(0)
     dk, dv = (_like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
-    has_empty_rows = bool(lse.isneginf().any())
+    has_empty_rows = bool(state[0].isneginf().any())
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
             for block in grid.blocks():
-                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), lse.dtype) for tensor in (key, value))
+                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), state.dtype) for tensor in (key, value))
                 # transposed, (key heads, dim, j), because these products are the faster ones
                 dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
                 band = grid.band_of(block)
                 dband = torch.zeros_like(band)
-                all_q = _matrices(query[:, :, x], block, lse.dtype).mul(scale / (softcap or 1))
-                all_do = _matrices(dout[:, :, x], block, lse.dtype).mul(1 / (1 - dropout_p))
+                all_q = _matrices(query[:, :, x], block, state.dtype).mul(scale / (softcap or 1))
+                all_do = _matrices(dout[:, :, x], block, state.dtype).mul(1 / (1 - dropout_p))
                 all_dq = []
                 for rows, keys in grid.chunks(grid.rows):
                     if keys.start == keys.stop:
@@ -145,7 +147,7 @@ def backward(
                     s, capped = grid.scores(band, q, k, rows, keys, softcap)
                     p = torch._softmax(s, 2, False, out=s)
                     if has_empty_rows:
-                        p.masked_fill_(_matrices(lse[:, :, x, None], block, lse.dtype, rows).isneginf(), 0)
+                        p.masked_fill_(_matrices(state[0][:, :, x, None], block, state.dtype, rows).isneginf(), 0)
                     kept = p
                     if dropout_p:
                         keep = keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p)
@@ -157,7 +159,7 @@ def backward(
                         dp.mul_(keep)
                     ds = torch._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)  # p * (dp - rowsum(p * dp))
                     if dlse is not None:
-                        ds.addcmul_(p, _matrices(dlse[:, :, x, None], block, lse.dtype, rows))
+                        ds.addcmul_(p, _matrices(dlse[:, :, x, None], block, state.dtype, rows))
                     if needs_dtable:
                         grid.reduce(dband, ds, rows, keys)
                     if capped is not None:

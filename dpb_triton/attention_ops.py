@@ -9,7 +9,9 @@
 `seqlens` is None, or says where packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j,
 offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query` and `longest_key` are the largest i
 and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
-`seed`, one int64, says which scores dropout drops. softcap 0.0 is none. Outputs lie in memory as (batch, length,
+`seed`, one int64, says which scores dropout drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward
+computes probabilities from again: of each query the largest score, in units of log2, and the sum of exp2(score -
+largest). Where scores are large, their logarithm lse swallows that sum. Outputs lie in memory as (batch, length,
 heads, head_dim), which is what the projection behind an attention wants.
 """
 
@@ -23,9 +25,9 @@ _OPTIONS = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table"
 SCHEMAS = {
-    "attention_forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    "attention_forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor state)",
     "attention_backward": (
-        f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool needs_dq, bool needs_dkv, "
+        f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor state, {_OPTIONS}, bool needs_dq, bool needs_dkv, "
         "bool needs_dtable) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)"
     ),
 }
@@ -54,7 +56,8 @@ def _triton_backward(dout, *args):
 
 def _fake_forward(query, key, value, table, *options):
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=accumulator)
+    lse = query.new_empty(query.shape[:3], dtype=accumulator)
+    return like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
 
 
 def _fake_backward(dout, dlse, query, key, value, table, *args):

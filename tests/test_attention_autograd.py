@@ -204,15 +204,15 @@ NEEDED = [("dense", (1, 1, 1)), ("dense", (1, 0, 0)), ("dense", (0, 1, 0)), ("de
 @pytest.mark.parametrize(("name", "needs"), [*NEEDED, ("dropout", (1, 1, 1)), ("packed", (1, 1, 1))], ids=str)
 def test_opcheck_backward(name, needs, attention_backend, device):
     inputs = arguments(device, **VARIANTS[name])
-    out, lse = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
+    out, lse, state = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
     dlse = None if needs == (1, 0, 0) else torch.randn_like(lse)
-    backward = (torch.randn_like(out), dlse, *inputs[:4], out, lse, *inputs[4:], *map(bool, needs))
+    backward = (torch.randn_like(out), dlse, *inputs[:4], out, state, *inputs[4:], *map(bool, needs))
     torch.library.opcheck(ops.OPERATORS[f"attention_backward_{attention_backend}"], backward)
 
 
 def test_an_operator_called_directly_has_its_gradient(attention_backend, device):
     inputs = arguments(device, requires_grad=True)
-    out, lse = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
+    out, lse, _ = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
     (out.square().sum() + lse.sum()).backward()
     for tensor, expected in zip(inputs[:4], gradients_of_reference(inputs), strict=True):
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5)

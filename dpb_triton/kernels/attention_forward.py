@@ -72,8 +72,9 @@ def _attend(query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, first_y, i, j
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "n_blocks",
                                "longest_query", "threshold"])  # fmt: skip
 def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, out_ptr, lse_ptr,
+                    state_ptr,
                     stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
-                    stride_ob, stride_oh, stride_ox, stride_lb, stride_lh,
+                    stride_ob, stride_oh, stride_ox, stride_lb, stride_lh, stride_s,
                     i, j, offset, left, right, zero, width, batch, heads, group, n_blocks, longest_query,
                     scale, cap_in, cap_out, threshold, keep_scale,
                     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -94,6 +95,7 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     value_ptr += row * stride_vb + (head // group) * stride_vh + first_key_row * stride_vy
     out_ptr += row * stride_ob + head * stride_oh + first_query * stride_ox
     lse_ptr += row * stride_lb + head * stride_lh + first_query
+    state_ptr += row * stride_lb + head * stride_lh + first_query
 
     a = tl.arange(0, BLOCK_M)
     x = first_x + (BLOCK_M - 1 - a)  # from the last query to the first, see attention_tiles.py
@@ -129,11 +131,14 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     store_rows(out_ptr, out, first_x, i, stride_ox, BLOCK_M, VALUE_DIM, BLOCK_V, True)
     lse = tl.where(sees_a_key, (m_i + tl.log2(divisor)) * LN2, float("-inf"))
     tl.store(lse_ptr + x, lse, mask=x < i)
+    # apart, because a large m_i swallows the logarithm of l_i
+    tl.store(state_ptr + x, m_i, mask=x < i)
+    tl.store(state_ptr + stride_s + x, l_i, mask=x < i)
 
 
 def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
             softcap, dropout_p, *, blocks=None):  # fmt: skip
-    """Launch the forward pass: (out, lse). `attention_ops.py` says what the arguments are.
+    """Launch the forward pass: (out, lse, state). `attention_ops.py` says what the arguments are.
 
     `blocks`: other constants than `attention_blocks.py`'s, for tests of small shapes and for tuning.
     """
@@ -141,9 +146,10 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     kv_heads, j, value_dim = value.shape[1:]
     out = query.new_empty((batch, i, heads, value_dim)).transpose(1, 2)
     lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
+    state = torch.empty((2, batch, heads, i), dtype=torch.float32, device=query.device)
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
 
     query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
@@ -151,13 +157,14 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     sequences = batch if seqlens is None else seqlens.shape[0]
     n_blocks = triton.cdiv(longest_query, block_m)
     _forward_kernel[(n_blocks * sequences * heads,)](
-        query, key, value, bias, seqlens, seed, out, lse, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *out.stride()[:3], *lse.stride()[:2], i, j, offset, left or 0, right or 0, zero, bias.shape[1], sequences,
-        heads, heads // kv_heads, n_blocks, longest_query, **score_numbers(scale, softcap, dropout_p),
+        query, key, value, bias, seqlens, seed, out, lse, state, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], state.stride(0), i, j, offset, left or 0, right or 0,
+        zero, bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query,
+        **score_numbers(scale, softcap, dropout_p),
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=padded(head_dim), BLOCK_V=padded(value_dim),
         BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_p > 0, IS_PACKED=seqlens is not None,
         PRECISION=precision_of(query),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return out, lse
+    return out, lse, state

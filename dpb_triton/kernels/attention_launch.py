@@ -42,7 +42,7 @@ def score_numbers(scale, softcap, dropout_p):
     """{name: argument} of `add_bias` and `is_kept`: what is to be computed once."""
     return {
         "scale": scale * LOG2E.value,
-        "cap_in": 2 * LOG2E.value * scale / softcap if softcap else 0.0,
+        "cap_in": scale / softcap if softcap else 0.0,
         "cap_out": softcap * LOG2E.value,
         "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
         "keep_scale": 1.0 / (1.0 - dropout_p),

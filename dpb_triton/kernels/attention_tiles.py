@@ -38,6 +38,21 @@ def load_bias(ptrs):
 
 
 @triton.jit
+def load_state(ptr, x, i, stride, IS_MASKED: tl.constexpr):
+    """(largest, inverse, delta) of the queries x, as backward's rows kernel wrote them; beyond i: p = ds = 0."""
+    if IS_MASKED:
+        mask = x < i
+        largest = tl.load(ptr + x, mask=mask, other=float("inf"))
+        return (
+            largest,
+            tl.load(ptr + stride + x, mask=mask, other=0.0),
+            tl.load(ptr + 2 * stride + x, mask=mask, other=0.0),
+        )
+    else:
+        return tl.load(ptr + x), tl.load(ptr + stride + x), tl.load(ptr + 2 * stride + x)
+
+
+@triton.jit
 def opaque(x):
     """int32 x, about whose value the compiler learns nothing.
 
@@ -177,11 +192,24 @@ def is_allowed(x, first_y, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_R
 
 
 @triton.jit
+def tanh_of(u):
+    """The tanh to float32's rounding: 1 - 2 / (1 + exp(2 u)), near 0, where that cancels, Cephes' polynomial.
+
+    The hardware's tanh.approx keeps 11 bits.
+    """
+    square = u * u
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = (near * square - 3.33332819422e-1) * square * u + u
+    return tl.where(tl.abs(u) < 0.625, near, 1.0 - 2.0 / (1.0 + tl.exp2(u * (2.0 * LOG2E))))
+
+
+@triton.jit
 def add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of log2, and the derivative of the cap (1.0 without one). scale and cap_out hold log2(e)."""
     if HAS_SOFTCAP:
-        # tanh from one exp2, exact to rounding; tanh.approx keeps 11 bits
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(qk * cap_in))
+        tanh = tanh_of(qk * cap_in)
         return tanh * cap_out + bias, 1.0 - tanh * tanh
     else:
         return qk * scale + bias, 1.0

@@ -33,10 +33,21 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, **options):
 
 
 def _arguments(
-    dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1, is_packed=False
+    dtype,
+    head_dim,
+    i,
+    j,
+    is_causal=True,
+    window=None,
+    softcap=0.0,
+    dropout_p=0.0,
+    group=1,
+    is_packed=False,
+    is_float32=False,
 ):
     import torch  # here, so that the command's own process stays free of torch and Triton
 
+    dtype = torch.float32 if is_float32 else dtype
     batch, heads = (1, 8) if is_packed else (2, 8)
     query = torch.empty((batch, i, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
     key = torch.empty((batch, j, heads // group, head_dim), dtype=dtype, device="meta").transpose(1, 2)

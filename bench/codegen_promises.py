@@ -74,9 +74,10 @@ _SHAPES = {
     "huge": Layout({"i": 65536, "j": 65535}),  # strides and sizes beyond 32 bits
 }
 _HEADS = {
-    "d64": Layout({"head_dim": 64}, is_wide=False, is_common=True),
+    "d64": Layout({"head_dim": 64}, is_wide=False),
     "d128": Layout({"head_dim": 128}, is_wide=False),
     "d256": Layout({"head_dim": 256}, is_wide=False),
+    "d64 float32": Layout({"head_dim": 64, "is_float32": True}, is_wide=False),
 }
 OPS = {
     "expand": Op(launch_expand, _SHAPES, {"_expand_kernel": "store"}),

@@ -56,9 +56,14 @@ def test_keeps_its_promises(records, case):
     assert {record["kernel"] for record in kernels} == {
         "expand": {"_expand_kernel"},
         "reduce": {"_reduce_kernel", "_fold_kernel"},
-    }[case.op]
+        "attention": {"_bias_kernel", "_forward_kernel"},
+        "attention backward": {
+            "_bias_kernel", "_rows_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel", "_fold_dtable_kernel",
+        },
+    }[case.op]  # fmt: skip
     for record in kernels:
-        assert (record["spills"], record["scalar_spills"], record["stack"]) == (0, 0, 0)
+        assert (record["spills"], record["stack"]) == (0, 0)
+        assert record["scalar_spills"] == 0 or "attention" in case.op
         assert "local" not in record["counts"]
         assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
         if case.is_wide and record["kernel"] in STREAMS:
@@ -75,6 +80,21 @@ def test_the_matrix_is_complete(records):
             for op in ("expand", "reduce"):
                 assert {(op, "aligned", dtype, arch), (op, "ragged", dtype, arch)} <= set(records)
         assert {("expand", "one key", "bf16", arch), ("reduce", "one query", "bf16", arch)} <= set(records)
+
+
+def test_attention_multiplies_on_tensor_cores_and_shares_bias_loads(records):
+    """Head_dim 64 in bf16: of an accumulator's elements on one diagonal a thread loads the bias once."""
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for op in ("attention", "attention backward"):
+            for record in records[op, "d64", "bf16", arch]:
+                if record["kernel"] in ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel"):
+                    assert record["interior"]["counts"]["tensor"] >= 4
+    (forward,) = (r for r in records["attention", "d64", "bf16", "sm_90"] if r["kernel"] == "_forward_kernel")
+    constants = forward["constants"]
+    assert (constants["BLOCK_M"], constants["BLOCK_N"], forward["threads"]) == (128, 64, 128)  # 64 elements a thread
+    assert forward["interior"]["counts"]["load.32"] == 34  # 17 diagonals of either parity
+    for record in records["attention backward", "d64", "bf16", "sm_90"]:
+        assert not {name for name in record["counts"] if name.startswith("atomic")}  # hence the same bits in every run
 
 
 def test_ints_that_are_one_stay_arguments(records):
@@ -225,3 +245,21 @@ def test_amdgcn_counts_by_width_and_predicate(select, predicated):
     }  # fmt: skip
     assert loop.predicated == predicated
     assert loop.instructions == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda record: record.update(interior=None), "no loop with tensor-core instructions"),
+        (lambda record: record["interior"]["counts"].update({"load.32": 64}), "64 loads of single elements"),
+        (lambda record: record["interior"]["counts"].update(local=2), "2 accesses of local memory"),
+        (lambda record: record.update(spills=1), "1 spills"),
+    ],
+)
+def test_a_broken_promise_of_attention_is_named(records, change, words):
+    found = records["attention", "d64", "bf16", "sm_90"]
+    record = copy.deepcopy(next(record for record in found if record["kernel"] == "_forward_kernel"))
+    assert codegen_promises.broken(record) == []
+    change(record)
+    (sentence,) = codegen_promises.broken(record)
+    assert words in sentence

@@ -26,12 +26,12 @@ import torch
 
 from . import ops
 
-# Scores a tile and query rows a tile, counting those of all heads that share a key head. Backward of 8 heads x 2048^2
-# takes the same CPU time on one thread with 2^19 to 2^23 scores (0.52 to 0.61 s), but every operation ends in a
-# barrier: on two threads of a busy machine 5.9, 4.5, 3.7, 2.9 s with 2^20 to 2^23. 2^22 are 16 MiB in float32, of which
-# backward holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS make the products slow, more than
-# MAX_ROWS make a causal call compute too many forbidden pairs.
-TILE, MIN_ROWS, MAX_ROWS = 1 << 22, 32, 256
+# Scores a tile and query rows a tile, counting those of all heads that share a key head: few, large tiles, because
+# every operation on one ends in a barrier. Forward and backward of 8 heads x 2048^2 in float32, with 2^20, 2^22, 2^23
+# scores: on two threads that share about one free CPU 2.8, 1.3, 1.1 s, on one thread 0.75 and 0.80 s with the last two.
+# 2^23 are 32 MiB in float32, of which backward holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS
+# make the products slow, more than MAX_ROWS make a causal call compute too many forbidden pairs.
+TILE, MIN_ROWS, MAX_ROWS = 1 << 23, 32, 512
 
 
 def forward(

@@ -31,9 +31,10 @@ CASES = {
 
 @pytest.fixture(params=TILES, ids=["16", "tall", "wide"])
 def small_tiles(request, monkeypatch):
-    for generation in blocks.BLOCKS:
-        constants = {kernel: (tile,) * 3 for kernel, tile in request.param.items()}
-        monkeypatch.setitem(blocks.BLOCKS, generation, constants)
+    for constants in (blocks.BLOCKS, blocks.FLOAT32):
+        for generation in constants:
+            tiles = {kernel: (tile,) * 3 for kernel, tile in request.param.items()}
+            monkeypatch.setitem(constants, generation, tiles)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +46,7 @@ def test_small_tiles(name, small_tiles, device):
 
 def test_constants_fit_the_kernels():
     """The skew of the table's gradient wants BLOCK_M <= BLOCK_N; the padding of the bias table, both within 256."""
-    for kernels in blocks.BLOCKS.values():
+    for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
             for block_m, block_n, _, _ in widths:
                 assert block_m + block_n <= 256

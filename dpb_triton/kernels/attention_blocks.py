@@ -2,7 +2,7 @@
 """Launch constants of the attention kernels: (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages).
 
 For each generation of GPUs and each width of head the largest tiles for which the compiler needs no local memory and
-no more shared memory than a block may have; where two fit, those with fewer instructions a score. `python -m bench
+no more shared memory than a block may have. `python -m bench
 codegen --kernel attention --kernel "attention backward"` compiles them all and says so where one does not fit. They
 have not been timed on a GPU yet.
 """
@@ -12,7 +12,7 @@ import triton
 
 from .expand import IS_INTERPRETED
 
-# {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types; float32 takes the next wider ones
+# {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
 BLOCKS = {
     "ampere": {
         "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -40,6 +40,35 @@ BLOCKS = {
     },
 }
 
+# The same for float32, whose products are three of tf32 each and want that many registers: small tiles. Beyond 64 they
+# are a compromise that still spills on some GPUs.
+FLOAT32 = {
+    "ampere": {
+        "forward": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "hopper": {
+        "forward": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "blackwell": {
+        "forward": ((64, 64, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "cdna": {
+        "forward": ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((64, 32, 8, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+}
+
 
 def padded(dim):
     """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
@@ -58,5 +87,6 @@ def generation():
 
 def blocks_of(kernel, query, value):
     """The launch constants of "forward", "dkdv", "dq" or "dtable"."""
-    width = max(padded(query.shape[3]), padded(value.shape[3])) * (2 if query.dtype == torch.float32 else 1)
-    return BLOCKS[generation()][kernel][0 if width <= 64 else 1 if width <= 128 else 2]
+    blocks = FLOAT32 if query.dtype == torch.float32 else BLOCKS
+    width = max(padded(query.shape[3]), padded(value.shape[3]))
+    return blocks[generation()][kernel][0 if width <= 64 else 1 if width <= 128 else 2]

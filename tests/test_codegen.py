@@ -251,7 +251,7 @@ def test_amdgcn_counts_by_width_and_predicate(select, predicated):
     ("change", "words"),
     [
         (lambda record: record.update(interior=None), "no loop with tensor-core instructions"),
-        (lambda record: record["interior"]["counts"].update({"load.32": 64}), "64 loads of single elements"),
+        (lambda record: record["interior"]["counts"].update({"load.32": 99}), "99 loads of single elements"),
         (lambda record: record["interior"]["counts"].update(local=2), "2 accesses of local memory"),
         (lambda record: record.update(spills=1), "1 spills"),
     ],

@@ -64,7 +64,14 @@ def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 1000  # one graph a shape
-    return torch.compile(flex_attention, dynamic=False)  # fullgraph=True would hide the reasons of its refusals
+    # without fullgraph a call that fails once makes all later ones run uncompiled, silently
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _uncompiled_flex(query, key, value):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value)
 
 
 @cache
@@ -81,7 +88,11 @@ def flex(query, key, value, table, is_causal):
         return score + table[h, (x - y).abs()]
 
     blocks = _causal_blocks(query.shape[2], query.device) if is_causal else None
-    return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
+    try:
+        return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
+    except torch._dynamo.exc.Unsupported:
+        _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # says why, if it refuses too
+        raise
 
 
 EAGER = Provider("eager", eager)

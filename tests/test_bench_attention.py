@@ -2,6 +2,7 @@
 """The attention bench: what it checks, what it leaves out and why, what it says of memory."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
 from click.testing import CliRunner  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
@@ -120,11 +122,26 @@ def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
     assert "absent: refuses, training: not on this device" in done.output
 
 
-def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu():
-    options = ["--peer", "flex trained table", "--backend", "torch"]
-    done = CliRunner().invoke(cli, [*QUICK, *options])
+def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu(monkeypatch):
+    def hides_the_reason(*_, **__):
+        raise torch._dynamo.exc.Unsupported("Observed exception")
+
+    monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: hides_the_reason)
+    done = CliRunner().invoke(cli, [*QUICK, "--peer", "flex trained table", "--backend", "torch"])
     assert done.exit_code == 0, done.output
     assert "absent: flex trained table, training: FlexAttention does not support backward on CPU" in done.output
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_flex_attention_stays_compiled_after_a_refusal():
+    """Dynamo may run a function uncompiled once it failed, and eager would then be measured as FlexAttention."""
+    *tensors, dout = inputs(SHAPE, "cpu")
+    provider = PEERS["flex fixed table"]
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        training(provider, *tensors, dout, True)
+    before = counters["stats"]["unique_graphs"]
+    forward(provider, *tensors, dout, True)
+    assert counters["stats"]["unique_graphs"] == before + 1
 
 
 def _peak(provider, n, budget=4096, **limits):

@@ -23,6 +23,7 @@ KERNELS = [
     "attention_dtable",
     "attention_forward",
     "attention_launch",
+    "attention_blocks",
     "attention_tiles",
     "expand",
 ]

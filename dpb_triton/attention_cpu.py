@@ -40,7 +40,7 @@ def forward(
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     options = signed, left, right
-    out, lse = _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
+    out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
     is_plain = query.device.type == "cpu" and not softcap and not dropout_p and query.shape[3] == value.shape[3]
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
@@ -123,8 +123,8 @@ def backward(
 ):  # fmt: skip
     """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is not read."""
     options = signed, left, right
-    dq = _like(query) if needs_dq else query.new_empty(0)
-    dk, dv = (_like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
+    dq = like(query) if needs_dq else query.new_empty(0)
+    dk, dv = (like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
     has_empty_rows = bool(state[0].isneginf().any())
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
@@ -212,7 +212,7 @@ def _accumulator(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _like(tensor, dim=None):
+def like(tensor, dim=None):
     """Empty, of `tensor`'s shape (but for the last dimension, if given), in memory (batch, rows, heads, dim)."""
     batch, heads, rows, last = tensor.shape
     return tensor.new_empty((batch, rows, heads, last if dim is None else dim)).transpose(1, 2)

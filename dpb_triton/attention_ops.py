@@ -34,12 +34,6 @@ SCHEMAS = {
 SUFFIXES = {"torch": "_torch", "triton": "_triton"}
 
 
-def like(tensor, dim=None):
-    """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
-    batch, heads, length, last = tensor.shape
-    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
-
-
 def _triton_forward(query, *args):
     from .kernels import attention_forward as kernels
 
@@ -57,15 +51,15 @@ def _triton_backward(dout, *args):
 def _fake_forward(query, key, value, table, *options):
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=accumulator)
-    return like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
+    return attention_cpu.like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
 
 
 def _fake_backward(dout, dlse, query, key, value, table, *args):
     needs_dq, needs_dkv, needs_dtable = args[-3:]
     return (
-        like(query) if needs_dq else query.new_empty((0,)),
-        like(key) if needs_dkv else key.new_empty((0,)),
-        like(value) if needs_dkv else value.new_empty((0,)),
+        attention_cpu.like(query) if needs_dq else query.new_empty((0,)),
+        attention_cpu.like(key) if needs_dkv else key.new_empty((0,)),
+        attention_cpu.like(value) if needs_dkv else value.new_empty((0,)),
         table.new_empty(table.shape) if needs_dtable else table.new_empty((0,)),
     )
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .attention_blocks import blocks_of, padded
 from .attention_dtable import launch_dtable
-from .attention_launch import pad_bias, precision_of, reach_of, score_numbers, unit_rows
+from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, unit_rows
 from .attention_tiles import (
     add_bias,
     dot,
@@ -246,12 +246,6 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     store_rows(dq_ptr, dq * softmax_scale, first_x, i, stride_dqx, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
 
-def _like(tensor):
-    """Uninitialised, in memory (batch, length, heads, dim)."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty((batch, length, heads, dim)).transpose(1, 2)
-
-
 def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset,
              signed, left, right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable, *,
              blocks=None):  # fmt: skip
@@ -262,8 +256,8 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
-    dq = _like(query) if needs_dq else query.new_empty((0,))
-    dk, dv = (_like(key), _like(value)) if needs_dkv else (key.new_empty((0,)), value.new_empty((0,)))
+    dq = like(query) if needs_dq else query.new_empty((0,))
+    dk, dv = (like(key), like(value)) if needs_dkv else (key.new_empty((0,)), value.new_empty((0,)))
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or reach[0] > reach[1]:
         dtable = torch.zeros_like(table) if needs_dtable else table.new_empty((0,))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .attention_blocks import blocks_of, padded
-from .attention_launch import pad_bias, precision_of, reach_of, score_numbers, unit_rows
+from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, unit_rows
 from .attention_tiles import (
     LN2,
     add_bias,
@@ -144,7 +144,7 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
-    out = query.new_empty((batch, i, heads, value_dim)).transpose(1, 2)
+    out = like(query, value_dim)
     lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
     state = torch.empty((2, batch, heads, i), dtype=torch.float32, device=query.device)
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)

@@ -13,6 +13,12 @@ PADDING = 256
 BIAS_BLOCK = 1024
 
 
+def like(tensor, dim=None):
+    """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
+    batch, heads, length, last = tensor.shape
+    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
+
+
 def unit_rows(tensor):
     """`tensor` with its last dimension side by side; a copy where it is not."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

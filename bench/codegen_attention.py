@@ -28,7 +28,7 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, **options):
     state = torch.empty((2, *query.shape[:3]), device="meta")
     dlse = state[0] if options.get("dropout_p") else None
     attention_backward.backward(
-        query, dlse, query, key, key, table, query, state, seqlens, *arguments, True, True, True
+        query, dlse, query, key, key, table, query, state, seqlens, *arguments, False, True, True, True
     )
 
 

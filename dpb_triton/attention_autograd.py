@@ -25,7 +25,7 @@ class BiasAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse, dstate):
         needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
         needs = needs_dq, needs_dk or needs_dv, needs_dtable
-        arguments = (dout, dlse if ctx.with_lse else None, *ctx.saved_tensors, *ctx.options, *needs)
+        arguments = (dout, dlse if ctx.with_lse else None, *ctx.saved_tensors, *ctx.options, False, *needs)
         if torch.is_grad_enabled():
             dq, dk, dv, dtable = _Gradient.apply(ctx.suffix, *arguments)
         else:

@@ -15,12 +15,15 @@ Softcap, dropout, other devices and backward, which torch's kernels do not serve
 matrix products and a few passes between them. A tile's bias is dpb_triton::expand of a slice of the band, what its
 product is added to; dpb_triton::reduce sums its gradient along the diagonals, so that of the table needs no scatter.
 Backward computes p again, from the scores rather than from lse, so that it sums to 1 exactly; delta is then
-rowsum(p * dp), free in softmax's own backward and unrounded also where out is bfloat16.
+rowsum(p * dp), free in softmax's own backward and unrounded also where out is bfloat16. Where the keys are a part of
+the softmax's only (`is_part`), both come from the whole's state and out, as in the kernels.
 
 Memory: O(tile) and, for one block of heads, O(j * head_dim); O(heads * (i + j)) for the band.
 Numerics: float32 (float64 for float64) from the products to the accumulators, rounded once, at the end.
 Determinism: every sum in an order that depends on the shapes and the number of threads only.
 """
+
+import math
 
 import torch
 
@@ -52,8 +55,8 @@ def forward(
             else:
                 dropout = seed, number, longest_query, dropout_p
                 _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout)
-        # backward computes whole rows of the softmax again: of the state it only asks which rows are empty
-        state = torch.stack([lse, torch.ones_like(lse)])
+        # a pair that means the same: flash attention gives lse only
+        state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
     return out, lse, state
 
 
@@ -119,14 +122,15 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
 
 def backward(
     dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset, signed, left,
-    right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable,
+    right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
 ):  # fmt: skip
-    """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is not read."""
+    """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is read if `is_part`."""
     options = signed, left, right
     dq = like(query) if needs_dq else query.new_empty(0)
     dk, dv = (like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
-    has_empty_rows = bool(state[0].isneginf().any())
+    has_empty_rows = not is_part and bool(state[0].isneginf().any())
+    whole = _whole_rows(dout, dlse, out, state) if is_part else ()
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
@@ -145,7 +149,11 @@ def backward(
                         continue
                     q, do = all_q[:, rows], all_do[:, rows]
                     s, capped = grid.scores(band, q, k, rows, keys, softcap)
-                    p = torch._softmax(s, 2, False, out=s)
+                    if is_part:
+                        largest, total, delta = (_matrices(z[:, :, x], block, z.dtype, rows) for z in whole)
+                        p = s.sub_(largest).exp_().div_(total)
+                    else:
+                        p = torch._softmax(s, 2, False, out=s)
                     if has_empty_rows:
                         p.masked_fill_(_matrices(state[0][:, :, x, None], block, state.dtype, rows).isneginf(), 0)
                     kept = p
@@ -157,8 +165,11 @@ def backward(
                     dp = torch.bmm(grid.share(do), v[:, keys].mT).view(p.shape)
                     if dropout_p:
                         dp.mul_(keep)
-                    ds = torch._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)  # p * (dp - rowsum(p * dp))
-                    if dlse is not None:
+                    if is_part:
+                        ds = dp.sub_(delta).mul_(p)
+                    else:  # p * (dp - rowsum(p * dp))
+                        ds = torch._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)
+                    if dlse is not None and not is_part:
                         ds.addcmul_(p, _matrices(dlse[:, :, x, None], block, state.dtype, rows))
                     if needs_dtable:
                         grid.reduce(dband, ds, rows, keys)
@@ -176,6 +187,16 @@ def backward(
                 if needs_dtable:
                     grid.add_band(dtable, dband, block)
     return dq, dk, dv, dtable
+
+
+def _whole_rows(dout, dlse, out, state):
+    """Of rows whose keys are not all here, (batch, heads, i, 1) each: the largest score, the sum, and delta."""
+    is_empty = state[0].isneginf()
+    largest = (state[0] * math.log(2)).masked_fill_(is_empty, torch.inf)  # exp(s - inf) = 0, whatever s is
+    delta = (dout.to(state.dtype) * out).sum(3)
+    if dlse is not None:
+        delta -= dlse
+    return [z.unsqueeze(3) for z in (largest, state[1].masked_fill(is_empty, 1), delta)]
 
 
 def keep_mask(seed, numbers, keys, dropout_p):

@@ -11,7 +11,9 @@ offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query
 and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
 `seed`, one int64, says which scores dropout drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward
 computes probabilities from again: of each query the largest score, in units of log2, and the sum of exp2(score -
-largest). Where scores are large, their logarithm lse swallows that sum. Outputs lie in memory as (batch, length,
+largest). Where scores are large, their logarithm lse swallows that sum. `is_part` says that the keys are a
+part of those that `out`, `state` and `dlse` belong to, as in context parallelism: the gradients are then this part's
+terms of the whole's. Outputs lie in memory as (batch, length,
 heads, head_dim), which is what the projection behind an attention wants.
 """
 
@@ -27,8 +29,8 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table"
 SCHEMAS = {
     "attention_forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor state)",
     "attention_backward": (
-        f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor state, {_OPTIONS}, bool needs_dq, bool needs_dkv, "
-        "bool needs_dtable) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)"
+        f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor state, {_OPTIONS}, bool is_part, bool needs_dq, "
+        "bool needs_dkv, bool needs_dtable) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)"
     ),
 }
 SUFFIXES = {"torch": "_torch", "triton": "_triton"}

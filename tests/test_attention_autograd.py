@@ -201,13 +201,38 @@ def test_opcheck_forward(variant, requires_grad, attention_backend, device):
 NEEDED = [("dense", (1, 1, 1)), ("dense", (1, 0, 0)), ("dense", (0, 1, 0)), ("dense", (0, 0, 1))]
 
 
+@pytest.mark.parametrize("is_part", [False, True])
 @pytest.mark.parametrize(("name", "needs"), [*NEEDED, ("dropout", (1, 1, 1)), ("packed", (1, 1, 1))], ids=str)
-def test_opcheck_backward(name, needs, attention_backend, device):
+def test_opcheck_backward(name, needs, is_part, attention_backend, device):
     inputs = arguments(device, **VARIANTS[name])
     out, lse, state = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
     dlse = None if needs == (1, 0, 0) else torch.randn_like(lse)
-    backward = (torch.randn_like(out), dlse, *inputs[:4], out, state, *inputs[4:], *map(bool, needs))
+    backward = (torch.randn_like(out), dlse, *inputs[:4], out, state, *inputs[4:], is_part, *map(bool, needs))
     torch.library.opcheck(ops.OPERATORS[f"attention_backward_{attention_backend}"], backward)
+
+
+def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, device):
+    """Backward over a part of the keys, given the out and state of all: what context parallelism sums."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 9, 8, device=device), torch.randn(2, 2, 24, 8, device=device)
+    value, table = torch.randn(2, 2, 24, 5, device=device), torch.randn(4, 47, device=device)
+    dout, dlse = torch.randn(2, 4, 9, 5, device=device), torch.randn(2, 4, 9, device=device)
+    forward, backward = (ops.OPERATORS[f"attention_{way}_{attention_backend}"] for way in ("forward", "backward"))
+
+    def options(y):  # query 0 stands at -2, so that causality leaves two rows without a key
+        return None, None, 9, y.stop - y.start, -2 - y.start, True, 7, 0, 0.4, 3.0, 0.0
+
+    out, _, state = forward(query, key, value, table, *options(slice(0, 24)))
+    inputs = dout, dlse, query, key, value, table, out, state
+    expected = backward(*inputs, *options(slice(0, 24)), False, True, True, True)
+    found = [torch.zeros_like(gradient) for gradient in expected]
+    for y in (slice(0, 3), slice(3, 4), slice(4, 24)):
+        part = dout, dlse, query, key[:, :, y], value[:, :, y], table, out, state
+        dq, dk, dv, dtable = backward(*part, *options(y), True, True, True, True)
+        found[0] += dq
+        found[1][:, :, y], found[2][:, :, y] = dk, dv
+        found[3] += dtable
+    torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_an_operator_called_directly_has_its_gradient(attention_backend, device):

@@ -247,11 +247,12 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
 
 
 def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset,
-             signed, left, right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable, *,
-             blocks=None):  # fmt: skip
+             signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
+             *, blocks=None):  # fmt: skip
     """Launch the backward pass: (dq, dk, dv, dtable), (0,) for one that is not needed.
 
-    `attention_ops.py` says what the arguments are. `blocks`: {"dkdv" | "dq" | "dtable": (block_m, block_n, num_warps,
+    `attention_ops.py` says what the arguments are; `is_part` changes nothing, because p and delta come from `state` and
+    `out` here, whatever keys these belong to. `blocks`: {"dkdv" | "dq" | "dtable": (block_m, block_n, num_warps,
     num_stages)} for tests of small shapes and for tuning.
     """
     batch, heads, i, head_dim = query.shape

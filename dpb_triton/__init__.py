@@ -14,6 +14,7 @@ The letters, the same in every file:
 from . import reference
 from .attention import bias_attention, bias_attention_varlen
 from .autograd import ExpandBias, ReduceBias
+from .context_parallel import context_parallel_attention
 from .functional import expand_bias
 from .module import DynamicPositionBias
 from .plot import plot_bias
@@ -25,6 +26,7 @@ __all__ = [
     "ReduceBias",
     "bias_attention",
     "bias_attention_varlen",
+    "context_parallel_attention",
     "expand_bias",
     "plot_bias",
     "reference",

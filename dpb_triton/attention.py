@@ -37,7 +37,7 @@ def check_attention_backend(backend, query):
     return attention_ops.SUFFIXES[backend]
 
 
-def _autocast(query, key, value):
+def to_autocast(query, key, value):
     """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them.
 
     Before the checks, which ask for one dtype; what is no tensor is left to them.
@@ -122,7 +122,7 @@ def bias_attention(
 
     The schedule is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = to_autocast(query, key, value)
     suffix, signed, table_length, bounds, numbers = _check_common(
         query, key, value, table, ("batch", "heads", "length"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,
@@ -181,7 +181,7 @@ def bias_attention_varlen(
         TypeError, ValueError, RuntimeError: as `bias_attention`; also cu_seqlens that do not start at 0, decrease, or
             end elsewhere.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = to_autocast(query, key, value)
     suffix, signed, table_length, bounds, numbers = _check_common(
         query, key, value, table, ("total", "heads"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,

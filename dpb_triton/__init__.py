@@ -17,12 +17,14 @@ from .autograd import ExpandBias, ReduceBias
 from .context_parallel import context_parallel_attention
 from .functional import expand_bias
 from .module import DynamicPositionBias
+from .multihead import MultiheadAttention
 from .plot import plot_bias
 
 __version__ = "0.1.0"
 __all__ = [
     "DynamicPositionBias",
     "ExpandBias",
+    "MultiheadAttention",
     "ReduceBias",
     "bias_attention",
     "bias_attention_varlen",

@@ -17,6 +17,7 @@ from .attention_checks import (
     check_softcap,
     check_window,
 )
+from .attention_padding import check_key_padding_mask, clear_unseen, pad
 from .checks import FLOATING, check_flag
 from .functional import is_transformed, why_not
 
@@ -78,6 +79,7 @@ def bias_attention(
     window=None,
     softcap=None,
     dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
+    key_padding_mask=None,
     enable_gqa=False,
     return_lse=False,
     backend=None,
@@ -102,6 +104,10 @@ def bias_attention(
         softcap: softcap * tanh(scale q k^T / softcap) replaces scale q k^T, before the bias.
         dropout_p: probability to drop an attention weight. The mask is a function of one seed from torch's generator
             and of (batch, head, x, y), the same on every backend; backward computes it again.
+        key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it: bool, True for a key that nobody sees,
+            or floating, added to the scores of the key (at most 1e8 of it, rounded to query's dtype; differentiable).
+            Not with softcap, and for a head_dim below 256. Costs eight more columns of query and key; where the lengths
+            are known, `bias_attention_varlen` saves the work instead.
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
         return_lse: also return the logarithm of the softmax's denominator, differentiable: what merging the results
             of key shards needs.
@@ -128,13 +134,20 @@ def bias_attention(
         enable_gqa, return_lse, backend,
     )  # fmt: skip
     offset = check_dense(query, key, table, table_length, offset, *bounds)
+    check_key_padding_mask(key_padding_mask, query, key, softcap)
     if is_transformed(query, key, value, table):
         return _transformed(
             query, key, value, table, backend, is_causal=is_causal, scale=scale, offset=offset, signed=signed,
-            window=window, softcap=softcap, dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
+            window=window, softcap=softcap, dropout_p=dropout_p, key_padding_mask=key_padding_mask,
+            enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
+    if key_padding_mask is not None:
+        query, key, scale, unseen = pad(query, key, key_padding_mask, numbers[0])
+        numbers = scale, *numbers[1:]
     longest = query.shape[2], key.shape[2]
     out, lse = _attend(query, key, value, table, None, longest, offset, signed, bounds, numbers, suffix, return_lse)
+    if key_padding_mask is not None:
+        out, lse = clear_unseen(out, lse, unseen)
     return (out, lse) if return_lse else out
 
 

@@ -47,6 +47,7 @@ def attention(
     window=None,
     softcap=None,
     dropout_p=0.0,
+    key_padding_mask=None,
     enable_gqa=False,
     return_lse=False,
     keep=None,
@@ -78,6 +79,9 @@ def attention(
         s = s.masked_fill(distances > left, -torch.inf)
     if right is not None:
         s = s.masked_fill(-distances > right, -torch.inf)
+    if key_padding_mask is not None:
+        mask = rearrange(key_padding_mask, "b j -> b 1 1 j")
+        s = s.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else s + mask
     dead = (s == -torch.inf).all(-1)  # a row without a key has neither probabilities nor gradients
     s = s.masked_fill(dead[..., None], 0)
     p = s.softmax(-1).masked_fill(dead[..., None], 0)

@@ -28,6 +28,9 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
     left, right = options.get("window") or (None, None)
     right = 0 if options.get("is_causal") else right
     signed, softcap, dropout_p = options.get("signed", False), options.get("softcap"), options.get("dropout_p", 0.0)
+    mask = options.get("key_padding_mask")
+    hidden = np.zeros((batch, j), bool) if mask is None or mask.is_floating_point() else mask.cpu().numpy()
+    added = np.zeros((batch, j)) if mask is None or mask.dtype == torch.bool else _double(mask)
     n = (table.shape[1] + 1) // 2
     dlse = np.zeros((batch, heads, i)) if dlse is None else _double(dlse)
 
@@ -46,6 +49,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
             y
             for y in range(j)
             if (left is None or y >= x + offset - left) and (right is None or y <= x + offset + right)
+            if not hidden[b, y]
         ]
         distances = np.array([x + offset - y for y in allowed], dtype=np.int64)
         columns = distances + n - 1 if signed else abs(distances)
@@ -55,7 +59,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         if softcap is not None:
             t = softcap * np.tanh(t / softcap)
             slope = 1 - (t / softcap) ** 2
-        s = t + table[h, columns]
+        s = t + table[h, columns] + added[b, allowed]
         if not len(s) or s.max() == -np.inf:
             continue  # a row without a key: 0, lse -inf, no gradient
         e = np.exp(s - s.max())

@@ -1,1 +1,210 @@
-CASES = {}
+# SPDX-License-Identifier: MIT
+"""Cases of several processes: DDP, FSDP2 and context parallelism train a model to one process's numbers."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from distributed_model import BATCH, HEADS, LENGTH, batches, build, loss_of, one_process, train
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dpb_triton import DynamicPositionBias, context_parallel_attention
+
+
+def shard_of_batch(tokens):
+    tokens = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def slice_of_sequence(tokens):
+    """The targets are cut like the inputs, so that every rank has as many."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return tokens[:, :-1].chunk(ranks, 1)[rank], tokens[:, 1:].chunk(ranks, 1)[rank]
+
+
+def ranks_mean(losses, group=None):
+    dist.all_reduce(losses, group=group)
+    return losses / dist.get_world_size(group)
+
+
+def check_equal(losses, model, expected, atol=1e-12):
+    """The losses and every parameter are those of `one_process`."""
+    torch.testing.assert_close(losses, expected[0].to(losses.dtype), atol=atol, rtol=atol)
+    assert losses[-1] < losses[0] - 0.1
+    found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+    torch.testing.assert_close(found, expected[1], atol=atol, rtol=atol)
+
+
+def ddp(norm=False, **options):
+    model = build(norm=norm)
+    wrapped = DistributedDataParallel(model, **options)
+    check_equal(ranks_mean(train(wrapped, shard_of_batch)), model, one_process(norm=norm))
+
+
+def ddp_of_the_module_alone():
+    """Its forward(i, j) is what DDP synchronises; each rank looks at other rows of the bias."""
+    modules = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        modules.append(DynamicPositionBias(8, 2, signed=True).double())
+    weights = torch.randn(dist.get_world_size(), 2, 5, 9, dtype=torch.float64)
+    wrapped = DistributedDataParallel(modules[0])
+    (wrapped(5, 9, offset=3) * weights[dist.get_rank()]).sum().backward()
+    (modules[1](5, 9, offset=3) * weights.mean(0)).sum().backward()
+    for ours, theirs in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-12)
+
+
+def fsdp(is_layered, is_alone=False):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build()
+    for layer in model.layers:
+        if is_alone:
+            fully_shard(layer.pos_bias, mesh=mesh)
+            register_fsdp_forward_method(layer.pos_bias, "attention")
+        if is_layered:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    check_equal(ranks_mean(train(model, shard_of_batch)), model, one_process())
+
+
+def fsdp_of_the_module_alone():
+    """forward by itself; `table` and `attention` once they are registered."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    expected = DynamicPositionBias(8, 2).double()
+    module = DynamicPositionBias(8, 2).double()
+    module.load_state_dict(expected.state_dict())
+    fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(module, "table")
+    register_fsdp_forward_method(module, "attention")
+    x = torch.randn(1, 2, 6, 4, dtype=torch.float64)
+    calls = (
+        lambda m: m(5, 9),
+        lambda m: m.table(7),
+        lambda m: m.attention(x, x, x, is_causal=True),
+    )
+    for call in calls:
+        results = []
+        for each in (module, expected):
+            each.zero_grad()
+            results.append(call(each))
+            results[-1].square().sum().backward()
+        torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+        for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, atol=1e-10, rtol=1e-10)
+
+
+def fsdp_mixed_precision():
+    """bfloat16 for the model; a policy of its own keeps the bias's weights, and so its table, float32."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build(torch.float32)
+    tables = [layer.pos_bias.table(LENGTH).detach() for layer in model.layers]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer.pos_bias, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        for name in ("table", "attention"):
+            register_fsdp_forward_method(layer.pos_bias, name)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    seen = []
+
+    def attend(pos_bias, query, key, value):
+        seen.append(pos_bias.table(LENGTH).detach())
+        assert query.dtype == torch.bfloat16
+        return pos_bias.attention(query, key, value, is_causal=True)
+
+    losses = ranks_mean(train(model, shard_of_batch, attend=attend).float())
+    assert all(map(torch.equal, seen[:2], tables))
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(losses, one_process()[0].float(), atol=0.03, rtol=0.03)
+
+
+def fsdp_state_dict():
+    """The full state_dict is one process's, and loads again, also into a module that is not sharded."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, other = build(), build(norm=False)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for each in (model, other):
+        for layer in each.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(each, mesh=mesh)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    found = get_model_state_dict(model, options=options)  # on rank 0
+    if dist.get_rank() == 0:
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+        build().load_state_dict(found)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, found, options=options)
+    loaded = {name: parameter.full_tensor() for name, parameter in other.state_dict().items()}
+    torch.testing.assert_close(loaded, expected, atol=0, rtol=0)
+
+
+def context(wrap):
+    """Each rank trains on a slice of every sequence; nothing but the wrapper sums gradients."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def attend(pos_bias, query, key, value):
+        return context_parallel_attention(query, key, value, pos_bias.table(LENGTH), mesh, is_causal=True)
+
+    model = build()
+    losses = ranks_mean(train(wrap(model, mesh), slice_of_sequence, attend=attend))
+    check_equal(losses, model, one_process())
+
+
+def wrap_ddp(model, mesh):
+    return DistributedDataParallel(model, process_group=mesh.get_group())
+
+
+def wrap_fsdp(model, mesh):
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def context_by_hand():
+    """Slices of different lengths: a rank's loss is its sum over the total, gradients are summed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    lengths = [LENGTH - 2 * (mesh.size() - 1)] + [2] * (mesh.size() - 1)
+    start = sum(lengths[: dist.get_rank()])
+    part = slice(start, start + lengths[dist.get_rank()])
+
+    def attend(pos_bias, query, key, value):
+        table = pos_bias.table(LENGTH)
+        return context_parallel_attention(query, key, value, table, mesh, lengths=lengths, is_causal=True)
+
+    model, other = build(), build()
+    tokens = batches()[0]
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss_of(other(inputs), targets).backward()
+    loss = loss_of(model(inputs[:, part], attend=attend), targets[:, part]) * lengths[dist.get_rank()] / LENGTH
+    loss.backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        dist.all_reduce(ours.grad)
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-12)
+
+
+assert BATCH % 4 == 0 and LENGTH % 4 == 0 and HEADS % 4 == 0
+CASES = {
+    "ddp": ddp,
+    "ddp of a static graph": partial(ddp, static_graph=True),
+    "ddp finding unused parameters": partial(ddp, find_unused_parameters=True, norm=True),
+    "ddp with gradients as views": partial(ddp, gradient_as_bucket_view=True),
+    "ddp of the module alone": ddp_of_the_module_alone,
+    "fsdp": partial(fsdp, False),
+    "fsdp of layers": partial(fsdp, True),
+    "fsdp of the bias within": partial(fsdp, True, is_alone=True),
+    "fsdp of the module alone": fsdp_of_the_module_alone,
+    "fsdp in mixed precision": fsdp_mixed_precision,
+    "fsdp state_dict": fsdp_state_dict,
+    "context and ddp": partial(context, wrap_ddp),
+    "context and fsdp": partial(context, wrap_fsdp),
+    "context by hand": context_by_hand,
+}

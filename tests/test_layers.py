@@ -15,9 +15,9 @@ import dpb_triton
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # Each file may import from those after it, never from those before.
 LAYERS = [
-    "plot", "multihead", "module", "context_parallel", "attention", "functional", "ring", "attention_padding",
-    "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu", "ops", "kernels", "cpu",
-    "checks", "reference",
+    "plot", "multihead", "tensor_parallel", "module", "context_parallel", "attention", "functional", "ring",
+    "attention_padding", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu", "ops",
+    "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward",

@@ -97,7 +97,6 @@ def _offset(mask, position_bias, i, j):
 
 def _why_not(module, query, key, mask, scaling, softcap, position_bias, options):
     """None if `bias_attention` computes what this layer asks for, else the reason, for people."""
-    eager = find_eager_attention(type(module))
     if options.get("output_attentions"):
         return "output_attentions=True"
     if isinstance(mask, torch.Tensor):
@@ -106,7 +105,7 @@ def _why_not(module, query, key, mask, scaling, softcap, position_bias, options)
         return "its mask is neither causal, nor bidirectional, nor a window of them"
     if position_bias is not None:
         return f"its position bias is no table of the distance, but of shape {tuple(position_bias.shape)}"
-    if eager is not None and not _is_plain(eager):
+    if not _is_plain(type(module)):
         return "that is more than softmax(scale q k^T + bias) v"
     if scaling is not None and not isinstance(scaling, numbers.Real):
         return f"its scaling is no number, but of type {type(scaling).__name__}"
@@ -144,7 +143,6 @@ def _attend_eagerly(module, query, key, value, mask, position_bias, reason, *, o
     return eager(module, query, key, value, mask, **numbers, **options)
 
 
-@constant_under_compile
 def find_eager_attention(layer_type):
     """The eager function of a layer that uses the attention interface; None for another module.
 
@@ -159,6 +157,7 @@ def find_eager_attention(layer_type):
 
 
 @constant_under_compile
-def _is_plain(eager):
-    code = inspect.unwrap(eager).__code__
-    return set(code.co_names) <= _PLAIN
+def _is_plain(layer_type):
+    """Whether the layer's eager function is the attention that everybody means, as far as its names tell."""
+    eager = find_eager_attention(layer_type)
+    return eager is None or set(inspect.unwrap(eager).__code__.co_names) <= _PLAIN

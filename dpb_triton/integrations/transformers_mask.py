@@ -1,42 +1,114 @@
 # SPDX-License-Identifier: MIT
 """What a transformers model wants masked, as a window and the padded keys instead of an (i, j) mask.
 
-transformers describes a mask by a function of (batch, head, query, key), built from a few of its own functions. Those
-that say how far a query sees are read here; any other (packed sequences, chunks, blocks that see both ways, a mask
-function of the caller's) keeps transformers' own mask, made when it is needed.
+transformers describes a mask by a function of (batch, head, query, key). One that only says how far a query sees is
+read here; any other (packed sequences, chunks, blocks that see both ways) keeps transformers' own mask, made when it is
+needed.
 """
 
 import torch
 from transformers import masking_utils
 
-_AND = masking_utils.and_masks().__code__
-_WINDOW = masking_utils.sliding_window_overlay(1).__code__
-_WINDOW_BOTH_WAYS = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+
+class _Letter:
+    """What a mask function is run on: it raises on everything that it cannot stand for."""
+
+    device = None
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise TypeError("not a number")
+
+    __bool__ = __ne__ = __eq__
+
+
+class _Linear(_Letter):
+    """a x + b y + c of the positions x of a query and y of a key."""
+
+    def __init__(self, a, b, c):
+        self.a, self.b, self.c = a, b, c
+
+    def __add__(self, other):
+        if type(other) is int:
+            return _Linear(self.a, self.b, self.c + other)
+        return _Linear(self.a + other.a, self.b + other.b, self.c + other.c)
+
+    def __neg__(self):
+        return _Linear(-self.a, -self.b, -self.c)
+
+    def __sub__(self, other):
+        return self + -other
+
+    def __abs__(self):
+        return _Distance(self)
+
+    def __ge__(self, other):
+        difference = self - other
+        if (difference.a, difference.b) == (-1, 1):  # y - x + c >= 0
+            return _Window(difference.c, None)
+        if (difference.a, difference.b) == (1, -1):  # x - y + c >= 0
+            return _Window(None, difference.c)
+        if min(difference.a, difference.b, difference.c) >= 0:  # positions are at least 0
+            return _Window(None, None)
+        raise TypeError("no condition on the distance")
+
+    def __gt__(self, other):
+        return self >= other + 1
+
+    def __le__(self, other):
+        return -self >= -other
+
+    def __lt__(self, other):
+        return self + 1 <= other
+
+    def new_ones(self, *_, **__):
+        return _Window(None, None)
+
+
+class _Distance(_Letter):
+    """|x - y|."""
+
+    def __init__(self, linear):
+        if (linear.a * linear.b, linear.c) != (-1, 0):
+            raise TypeError("no distance")
+
+    def __le__(self, size):
+        return _Window(size, size)
+
+    def __lt__(self, size):
+        return self <= size - 1
+
+
+class _Window(_Letter):
+    """x - left <= y <= x + right, what a mask function returns, or a part of it."""
+
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+    def __and__(self, other):
+        return _Window(_smaller(self.left, other.left), _smaller(self.right, other.right))
+
+    def to(self, _):
+        return self
+
+
+def _smaller(side, other):
+    return min(side, other) if side is not None and other is not None else other if side is None else side
 
 
 def read_window(mask_function):
-    """(left, right) of `bias_attention` for a mask function of transformers; None if it asks for something else."""
-    if mask_function is masking_utils.causal_mask_function:
-        return None, 0
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return None, None
-    code = getattr(mask_function, "__code__", None)
-    if code is _AND:
-        windows = [read_window(function) for function in _enclosed(mask_function, "mask_functions")]
-        if any(window is None for window in windows):
-            return None
-        sides = ([side for side in sides if side is not None] for sides in zip(*windows, strict=True))
-        return tuple(min(side) if side else None for side in sides)
-    if code is _WINDOW or code is _WINDOW_BOTH_WAYS:
-        size = _enclosed(mask_function, "sliding_window")
-        if type(size) is not int or size < 1:
-            return None
-        return (size - 1, None) if code is _WINDOW else (size, size)
-    return None
+    """(left, right) of `bias_attention` for a mask function of transformers; None if it asks for something else.
 
-
-def _enclosed(function, name):
-    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+    The function is run on letters instead of numbers. One that looks anything up (padding, the sequence of a position),
+    or that knows batch and head, raises on them.
+    """
+    try:
+        window = mask_function(_Letter(), _Letter(), _Linear(1, 0, 0), _Linear(0, 1, 0))
+        sides = window.left, window.right
+    except Exception:  # whatever somebody's function raises on what it was not made for
+        return None
+    # a window that does not reach the query itself has no such name
+    return sides if all(side is None or (type(side) is int and side >= 0) for side in sides) else None
 
 
 class Mask:

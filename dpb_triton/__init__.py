@@ -16,12 +16,14 @@ from .attention import bias_attention, bias_attention_varlen
 from .autograd import ExpandBias, ReduceBias
 from .functional import expand_bias
 from .module import DynamicPositionBias
+from .multihead import MultiheadAttention
 from .plot import plot_bias
 
 __version__ = "0.1.0"
 __all__ = [
     "DynamicPositionBias",
     "ExpandBias",
+    "MultiheadAttention",
     "ReduceBias",
     "bias_attention",
     "bias_attention_varlen",

@@ -15,8 +15,8 @@ import dpb_triton
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # Each file may import from those after it, never from those before.
 LAYERS = [
-    "plot", "module", "attention", "functional", "attention_padding", "attention_checks", "attention_autograd",
-    "autograd", "attention_ops", "attention_cpu", "ops", "kernels", "cpu", "checks", "reference",
+    "plot", "multihead", "module", "table_cache", "attention", "functional", "attention_padding", "attention_checks",
+    "attention_autograd", "autograd", "attention_ops", "attention_cpu", "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward",

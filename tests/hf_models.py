@@ -51,7 +51,7 @@ def padding(batch, length, side, seed=0):
         mask[:, 0] = True
     else:
         lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
-        lengths[-1] = length
+        lengths[0], lengths[-1] = (length + 1) // 2, length  # one is padded for certain, one is full
         mask = torch.arange(length) < lengths
         mask = mask.flip(1) if side == "left" else mask
     return mask.long()

@@ -218,7 +218,8 @@ def test_bfloat16_is_within_eagers_error(name):
 def test_compiles_to_one_graph(name):
     from torch._dynamo.testing import CompileCounter
 
-    model = t5() if name == "T5" else decoder(name, **({"sliding_window": 4} if name == "Mistral" else {}))
+    options = {"sliding_window": 4} if name == "Mistral" else {}
+    model = t5(num_layers=1) if name == "T5" else decoder(name, num_hidden_layers=1, **options)
     model.set_attn_implementation(NAME)
     inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
     inputs |= {"decoder_input_ids": tokens(2, 5)} if name == "T5" else {"use_cache": False}

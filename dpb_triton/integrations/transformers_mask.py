@@ -129,6 +129,10 @@ class Mask:
         self.shape = request["batch_size"], 1, request["q_length"], request["kv_length"]
         self._request, self._dense = request, None
 
+    def contiguous(self):
+        """Itself: what `generate` asks of a mask that it makes ahead, up to transformers 5.22."""
+        return self
+
     def dense(self):
         """The mask of transformers' own eager attention: (batch, 1, i, j), floating, to be added."""
         if self._dense is None:

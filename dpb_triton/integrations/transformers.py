@@ -7,17 +7,20 @@ Importing this registers the attention under the name "dpb_triton":
     from dpb_triton import DynamicPositionBias
     from dpb_triton.integrations.transformers import add_position_bias, use_bias_attention
 
-    t5 = use_bias_attention(T5ForConditionalGeneration(T5Config()))  # its learned bias stays a table, also in training
+    t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=2, vocab_size=256))
+    use_bias_attention(t5)  # its learned bias stays a table of the distance, in training too
 
-    llama = LlamaForCausalLM(LlamaConfig())
+    llama = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4,
+                                         num_hidden_layers=2, vocab_size=256))
     llama.set_attn_implementation("dpb_triton")  # the same numbers as before
-    add_position_bias(llama, DynamicPositionBias(64, llama.config.num_attention_heads))  # trained with the model
+    add_position_bias(llama, DynamicPositionBias(16, heads=4))  # a bias in every layer, trained with the model
 
 Causal and bidirectional attention, sliding windows, softcap, dropout, grouped heads, padding on either side, dynamic
 and static caches have their O(n) path. Everything else a model may ask for (`output_attentions=True`, a mask (i, j) of
 the caller's, packed sequences, chunks, attention sinks, a bias that is no table of the distance, padding together with
 softcap, …) goes through the model's own eager attention, whose numbers and whose memory it then has; a warning says so
-once. What even that cannot do raises.
+once. What even that cannot do raises. Under torch.compile give decoders an attention_mask: without one transformers
+makes a mask (i, j) that looks for packed sequences.
 """
 
 try:

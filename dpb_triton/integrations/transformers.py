@@ -7,7 +7,8 @@ Importing this registers the attention under the name "dpb_triton":
     from dpb_triton import DynamicPositionBias
     from dpb_triton.integrations.transformers import add_position_bias, use_bias_attention
 
-    t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=2, vocab_size=256))
+    t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=2, vocab_size=256,
+                                             decoder_start_token_id=0))
     use_bias_attention(t5)  # its learned bias stays a table of the distance, in training too
 
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|codegen|gpu|table`: measure, read compiled kernels, all that needs a GPU, show."""
+"""`python -m bench expand|attention|train|codegen|gpu|table`: measure, train, read compiled kernels, show."""
 
 import click
 
@@ -8,6 +8,7 @@ from .codegen import codegen
 from .expand import expand
 from .gpu import gpu
 from .report import table
+from .train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -15,7 +16,7 @@ def cli():
     """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
 
 
-for command in (expand, attention, codegen, gpu, table):
+for command in (expand, attention, train, codegen, gpu, table):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
+from .train_report import training_table
+
 
 def write_json(path, result):
     """Replace the file in one step: whoever is cut off leaves the last whole result."""
@@ -182,6 +184,8 @@ def plot_memory(result):
 
 def tables(result, style="simple", directions=None):
     """What a run of any bench prints."""
+    if result["bench"] == "train":
+        return training_table(result, style)
     return memory_table(result, style) if "budgets" in result else times_table(result, style, directions)
 
 

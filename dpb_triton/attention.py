@@ -135,11 +135,12 @@ def bias_attention(
     )  # fmt: skip
     offset = check_dense(query, key, table, table_length, offset, *bounds)
     check_key_padding_mask(key_padding_mask, query, key, softcap)
-    if is_transformed(query, key, value, table):
+    is_exported = torch.onnx.is_in_onnx_export()  # to what knows torch's operators, and none of ours
+    if is_exported or is_transformed(query, key, value, table):
         return _transformed(
-            query, key, value, table, backend, is_causal=is_causal, scale=scale, offset=offset, signed=signed,
-            window=window, softcap=softcap, dropout_p=dropout_p, key_padding_mask=key_padding_mask,
-            enable_gqa=enable_gqa, return_lse=return_lse,
+            query, key, value, table, "torch" if is_exported else backend, is_causal=is_causal, scale=scale,
+            offset=offset, signed=signed, window=window, softcap=softcap, dropout_p=dropout_p,
+            key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
     if key_padding_mask is not None:
         query, key, scale, unseen = pad(query, key, key_padding_mask, numbers[0])

@@ -11,6 +11,7 @@ from torch import nn
 from .attention import bias_attention
 from .checks import check_dtype, check_flag, check_grid, check_int, check_tensor, constant_under_compile
 from .functional import expand_bias
+from .table_cache import TableCache, is_traced
 
 
 def _is_autocast(device_type):
@@ -30,6 +31,9 @@ class DynamicPositionBias(nn.Module):
     numbers. Only the unique distances go through the MLP, and the MLP always runs in float32 (float64 for float64
     parameters), also under autocast and for bfloat16 parameters: the distances of long sequences are no bfloat16
     numbers. The result is rounded once, at the end.
+
+    In eval mode, where no gradient is asked for, the table is kept from call to call until a parameter changes, so a
+    decoding step runs no MLP. On a GPU a write through `parameter.data` alone goes unseen: call `eval()` after it.
 
     Args:
         dim: width of the MLP's hidden layers.
@@ -67,6 +71,7 @@ class DynamicPositionBias(nn.Module):
                 layers.append(nn.LayerNorm(dim, bias=layer > 0, **options))
             layers.append(nn.SiLU())
         self.mlp = nn.Sequential(*layers, nn.Linear(dim, heads, **options))
+        self._cache = TableCache()
 
     @property
     def device(self):
@@ -81,6 +86,22 @@ class DynamicPositionBias(nn.Module):
         signed table to distance d - (n - 1). What `expand_bias` takes.
         """
         n = check_int("n", n, 0)
+        kept = self._kept(n)
+        if kept is None:
+            return self._compute(n)
+        spare = (kept.shape[1] + 1) // 2 - n if self.signed else 0
+        return kept[:, spare : spare + max(2 * n - 1, 0) if self.signed else n].clone()
+
+    def _kept(self, n):
+        """The kept table, of n distances or more, or None."""
+        return None if is_traced(self.device.type) else self._cache.get(self, n, self._compute)
+
+    def _table(self, n):
+        """A table of n distances or more, not to be written to."""
+        kept = self._kept(n)
+        return self._compute(n) if kept is None else kept
+
+    def _compute(self, n):
         device, dtype = self.device, self._table_dtype()
         mlp_dtype = torch.float64 if _is_tf32(device.type) else dtype
         with torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else nullcontext():
@@ -114,7 +135,7 @@ class DynamicPositionBias(nn.Module):
             dtype = next(self.parameters()).dtype
             if _is_autocast(self.device.type) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(self.device.type)
-        return expand_bias(self.table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
+        return expand_bias(self._table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
 
     def attention(self, query, key, value, *, offset=None, **options):
         """`bias_attention` with this module's bias, which is never materialised; trains the MLP.
@@ -133,7 +154,11 @@ class DynamicPositionBias(nn.Module):
             check_tensor(name, tensor, ("batch", "heads", "length", "head_dim"))
         i, j, offset = check_grid(query.shape[2], key.shape[2], offset)
         n = max(i + offset, j - offset) if i > 0 and j > 0 else 0
-        return bias_attention(query, key, value, self.table(n), offset=offset, signed=self.signed, **options)
+        return bias_attention(query, key, value, self._table(n), offset=offset, signed=self.signed, **options)
+
+    def train(self, mode=True):
+        self._cache.clear()
+        return super().train(mode)
 
     def extra_repr(self):
         return (

@@ -97,6 +97,12 @@ def fsdp_of_the_module_alone():
         torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
         for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, atol=1e-10, rtol=1e-10)
+    module.eval(), expected.eval()
+    with torch.no_grad():  # where the table is kept, until a parameter changes
+        for _ in range(3):
+            torch.testing.assert_close(module(5, 9), expected(5, 9), atol=1e-12, rtol=1e-12)
+            for parameter in (*module.parameters(), *expected.parameters()):
+                parameter.mul_(1.5)
 
 
 def fsdp_mixed_precision():

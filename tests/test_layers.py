@@ -13,11 +13,12 @@ import pytest
 import dpb_triton
 
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
-# Each file may import from those after it, never from those before.
+# Each file may import from those after it, never from those before. Nothing below imports from integrations/, whose own
+# files may import from all of these.
 LAYERS = [
-    "plot", "multihead", "tensor_parallel", "module", "context_parallel", "attention", "functional", "ring",
-    "attention_padding", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu", "ops",
-    "kernels", "cpu", "checks", "reference",
+    "plot", "multihead", "tensor_parallel", "module", "table_cache", "context_parallel", "attention", "functional",
+    "ring", "attention_padding", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu",
+    "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward",
@@ -28,13 +29,14 @@ KERNELS = [
     "attention_tiles",
     "expand",
 ]
+INTEGRATIONS = ["transformers", "transformers_attention", "transformers_table", "transformers_mask"]
 
 
-def imports(path):
-    """The package's files that a file imports, at any depth of its code."""
+def imports(path, level=None):
+    """The package's files that a file imports, at any depth of its code; `level` dots only, if given."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level and level in (None, node.level):
             found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found
 
@@ -47,6 +49,14 @@ def test_imports_point_down(path):
         return
     layers = LAYERS if path.parent == PACKAGE else KERNELS
     assert imports(path) <= set(layers[layers.index(path.stem) + 1 :])
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_imports_of_integrations_point_down(name):
+    path = PACKAGE / "integrations" / f"{name}.py"
+    assert {p.stem for p in path.parent.glob("*.py")} == {"__init__", *INTEGRATIONS}
+    assert imports(path, level=1) <= set(INTEGRATIONS[INTEGRATIONS.index(name) + 1 :])
+    assert imports(path, level=2) <= set(LAYERS)
 
 
 def run(code, **environment):
@@ -83,7 +93,9 @@ assert torch.equal(bias, dpb_triton.reference.expand(module.table(9), 5, 9))
 
 
 @pytest.mark.parametrize(
-    "names", [("triton",), ("dpb_triton._C",), ("triton", "dpb_triton._C", "matplotlib", "numpy")], ids=str
+    "names",
+    [("triton",), ("dpb_triton._C",), ("triton", "dpb_triton._C", "matplotlib", "numpy", "transformers")],
+    ids=str,
 )
 def test_works_without(names):
     result = run(BLOCK.format(names=names) + USE)
@@ -107,11 +119,12 @@ def test_works_with_a_binary_that_does_not_load(tmp_path, content, words):
 
 def test_says_what_is_missing():
     code = (
-        BLOCK.format(names=("triton", "dpb_triton._C", "matplotlib"))
+        BLOCK.format(names=("triton", "dpb_triton._C", "matplotlib", "transformers"))
         + USE
         + """
 for call in (lambda: dpb_triton.expand_bias(torch.ones(1, 3), 2, 3, backend='triton'),
-             lambda: dpb_triton.plot_bias(module, 4)):
+             lambda: dpb_triton.plot_bias(module, 4),
+             lambda: __import__('dpb_triton.integrations.transformers')):
     try:
         call()
     except (ValueError, ImportError) as error:
@@ -121,11 +134,13 @@ for call in (lambda: dpb_triton.expand_bias(torch.ones(1, 3), 2, 3, backend='tri
     result = run(code)
     assert "Triton is not installed (pip install 'dpb_triton[triton]')" in result.stdout, result.stderr
     assert "pip install 'dpb_triton[plot]'" in result.stdout
+    assert "pip install 'dpb_triton[transformers]'" in result.stdout
 
 
-def test_import_touches_neither_cuda_nor_triton():
+def test_import_touches_no_cuda_no_triton_no_transformers():
     code = "import sys, torch; before = set(sys.modules); import dpb_triton; new = set(sys.modules) - before\n"
-    result = run(code + "assert not torch.cuda.is_initialized(); assert not any(m.startswith('triton') for m in new)")
+    code += "assert not torch.cuda.is_initialized()\n"
+    result = run(code + "assert not any(m.startswith(('triton', 'transformers')) for m in new)")
     assert result.returncode == 0, result.stderr
 
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""A training state on disk that a kill at any moment leaves whole: the old one or the new one, never half of one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def save(path, state):
+    """Write `state` (tensors and plain Python) beside `path`, to the disk, then rename it over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path):
+    """What `save` wrote, on the CPU; runs no code that a file may hold. None where there is no file."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{path.name}*.tmp"):  # of a save that was killed
+        leftover.unlink()
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

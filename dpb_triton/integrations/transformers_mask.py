@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""What a transformers model wants masked, as a window and the padded keys instead of an (i, j) mask.
+
+transformers describes a mask by a function of (batch, head, query, key). One that only says how far a query sees is
+read here; any other (packed sequences, chunks, blocks that see both ways) keeps transformers' own mask, made when it is
+needed.
+"""
+
+import torch
+from transformers import masking_utils
+
+
+class _Letter:
+    """What a mask function is run on: it raises on everything that it cannot stand for."""
+
+    device = None
+    __hash__ = None
+
+    def __eq__(self, other):
+        raise TypeError("not a number")
+
+    __bool__ = __ne__ = __eq__
+
+
+class _Linear(_Letter):
+    """a x + b y + c of the positions x of a query and y of a key."""
+
+    def __init__(self, a, b, c):
+        self.a, self.b, self.c = a, b, c
+
+    def __add__(self, other):
+        if type(other) is int:
+            return _Linear(self.a, self.b, self.c + other)
+        return _Linear(self.a + other.a, self.b + other.b, self.c + other.c)
+
+    def __neg__(self):
+        return _Linear(-self.a, -self.b, -self.c)
+
+    def __sub__(self, other):
+        return self + -other
+
+    def __abs__(self):
+        return _Distance(self)
+
+    def __ge__(self, other):
+        difference = self - other
+        if (difference.a, difference.b) == (-1, 1):  # y - x + c >= 0
+            return _Window(difference.c, None)
+        if (difference.a, difference.b) == (1, -1):  # x - y + c >= 0
+            return _Window(None, difference.c)
+        if min(difference.a, difference.b, difference.c) >= 0:  # positions are at least 0
+            return _Window(None, None)
+        raise TypeError("no condition on the distance")
+
+    def __gt__(self, other):
+        return self >= other + 1
+
+    def __le__(self, other):
+        return -self >= -other
+
+    def __lt__(self, other):
+        return self + 1 <= other
+
+    def new_ones(self, *_, **__):
+        return _Window(None, None)
+
+
+class _Distance(_Letter):
+    """|x - y|."""
+
+    def __init__(self, linear):
+        if (linear.a * linear.b, linear.c) != (-1, 0):
+            raise TypeError("no distance")
+
+    def __le__(self, size):
+        return _Window(size, size)
+
+    def __lt__(self, size):
+        return self <= size - 1
+
+
+class _Window(_Letter):
+    """x - left <= y <= x + right, what a mask function returns, or a part of it."""
+
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+    def __and__(self, other):
+        return _Window(_smaller(self.left, other.left), _smaller(self.right, other.right))
+
+    def to(self, _):
+        return self
+
+
+def _smaller(side, other):
+    return min(side, other) if side is not None and other is not None else other if side is None else side
+
+
+def read_window(mask_function):
+    """(left, right) of `bias_attention` for a mask function of transformers; None if it asks for something else.
+
+    The function is run on letters instead of numbers. One that looks anything up (padding, the sequence of a position),
+    or that knows batch and head, raises on them.
+    """
+    try:
+        window = mask_function(_Letter(), _Letter(), _Linear(1, 0, 0), _Linear(0, 1, 0))
+        sides = window.left, window.right
+    except Exception:  # whatever somebody's function raises on what it was not made for
+        return None
+    # a window that does not reach the query itself has no such name
+    return sides if all(side is None or (type(side) is int and side >= 0) for side in sides) else None
+
+
+class Mask:
+    """One forward pass's mask, shared by its layers.
+
+    Attributes:
+        window: (left, right) as `bias_attention` takes it; None if only `dense` can say what is masked.
+        offset: position of the first query relative to the first key, an int, or an int64 tensor () where a static
+            cache keeps it on the device.
+        key_padding_mask: bool (batch, j), True for a key that nobody sees, or None.
+        shape: (batch, 1, i, j), that of the mask this stands for.
+    """
+
+    ndim = 4  # transformers hands a mask of four dimensions on as it is
+
+    def __init__(self, window, offset, key_padding_mask, request):
+        self.window, self.offset, self.key_padding_mask = window, offset, key_padding_mask
+        self.shape = request["batch_size"], 1, request["q_length"], request["kv_length"]
+        self._request, self._dense = request, None
+
+    def contiguous(self):
+        """Itself: what `generate` asks of a mask that it makes ahead, up to transformers 5.22."""
+        return self
+
+    def dense(self):
+        """The mask of transformers' own eager attention: (batch, 1, i, j), floating, to be added."""
+        if self._dense is None:
+            self._dense = masking_utils.eager_mask(**self._request)
+        return self._dense
+
+
+def make_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=masking_utils.causal_mask_function,
+    attention_mask=None,
+    **options,
+):
+    """The `Mask` of a forward pass: what transformers' mask interface calls.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the mask.
+        q_offset, kv_offset: positions of the first query and the first key; q_offset may be a tensor.
+        mask_function: which pairs see each other, but for padding.
+        attention_mask: bool (batch, positions), True for a token, or a `Mask` made ahead of the forward pass.
+        options: of `transformers.masking_utils.eager_mask`.
+    """
+    if isinstance(attention_mask, Mask):
+        return attention_mask
+    options.pop("allow_is_causal_skip", None)
+    options["allow_is_bidirectional_skip"] = False
+    request = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **options,
+    }
+    padding = None
+    if attention_mask is not None:
+        tokens = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        padding = ~tokens[:, kv_offset : kv_offset + kv_length].bool()
+        # no padding costs nothing, at the price of one look a forward pass, as transformers' own masks
+        if not torch.compiler.is_compiling() and not padding.any():
+            padding = None
+    if isinstance(q_offset, torch.Tensor):
+        # a copy, because a static cache adds to it in place; nobody waits for the number on a CPU
+        is_free = q_offset.device.type == "cpu" and not torch.compiler.is_compiling()
+        request["q_offset"] = q_offset = int(q_offset) if is_free else q_offset.clone()
+    return Mask(read_window(mask_function), q_offset - kv_offset, padding, request)

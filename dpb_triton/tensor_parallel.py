@@ -20,11 +20,19 @@ class HeadParallel(ParallelStyle):
     other layers are the same on every rank.
 
     Raises:
-        TypeError: on another module, or one whose last layer is no Linear.
+        TypeError: on another module (a `MultiheadAttention` too: it packs its projections in one weight), or one whose
+            last layer is no Linear.
         ValueError: a mesh of several dimensions, or whose size does not divide the number of heads.
     """
 
     def _apply(self, module, device_mesh):
+        if isinstance(module, nn.MultiheadAttention):
+            # a _StridedShard trains it, but set_model_state_dict(broadcast_from_rank0=True) of torch 2.13 then loads
+            # other rows than a rank's, without a word
+            raise TypeError(
+                "HeadParallel is not for a MultiheadAttention, whose packed in_proj_weight torch cannot load sharded "
+                "by heads: use a DynamicPositionBias with projections of its own"
+            )
         if not isinstance(module, DynamicPositionBias):
             raise TypeError(f"HeadParallel is for a DynamicPositionBias, got {type(module).__name__}")
         last = module.mlp[-1]

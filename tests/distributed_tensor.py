@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dpb_triton import DynamicPositionBias
+from dpb_triton import DynamicPositionBias, MultiheadAttention
 from dpb_triton.tensor_parallel import HeadParallel
 
 
@@ -77,6 +77,8 @@ def bad_input():
         parallelize_module(DynamicPositionBias(4, 3), mesh, HeadParallel())
     with pytest.raises(TypeError, match="HeadParallel is for a DynamicPositionBias.*got Linear"):
         parallelize_module(torch.nn.Linear(4, 4), mesh, HeadParallel())
+    with pytest.raises(TypeError, match="HeadParallel is not for a MultiheadAttention"):
+        parallelize_module(MultiheadAttention(8, 4), mesh, HeadParallel())
     with pytest.raises(ValueError, match="mesh must have one dimension"):
         HeadParallel()._apply(DynamicPositionBias(4, 4), square)
     odd = DynamicPositionBias(4, 4)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dpb_triton import DynamicPositionBias, context_parallel_attention
+from dpb_triton import DynamicPositionBias, MultiheadAttention, context_parallel_attention
 
 
 def shard_of_batch(tokens):
@@ -105,6 +105,22 @@ def fsdp_of_the_module_alone():
                 parameter.mul_(1.5)
 
 
+def multihead_attention(wrap):
+    """The gradients of a rank's batch, averaged by the wrapper, are those of the whole batch."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    modules = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        modules.append(MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64))
+    wrapped = wrap(modules[0], mesh)
+    x = torch.randn(BATCH, 7, 8, dtype=torch.float64)
+    for module, batch in ((wrapped, x.chunk(mesh.size())[mesh.get_local_rank()]), (modules[1], x)):
+        module(batch, batch, batch, need_weights=False)[0].square().mean().backward()
+    for ours, theirs in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        grad = ours.grad.full_tensor() if isinstance(ours.grad, DTensor) else ours.grad
+        torch.testing.assert_close(grad, theirs.grad, atol=1e-12, rtol=1e-12)
+
+
 def fsdp_mixed_precision():
     """bfloat16 for the model; a policy of its own keeps the bias's weights, and so its table, float32."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -170,7 +186,7 @@ def wrap_ddp(model, mesh):
 
 
 def wrap_fsdp(model, mesh):
-    for layer in model.layers:
+    for layer in getattr(model, "layers", []):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -208,6 +224,8 @@ CASES = {
     "fsdp of layers": partial(fsdp, True),
     "fsdp of the bias within": partial(fsdp, True, is_alone=True),
     "fsdp of the module alone": fsdp_of_the_module_alone,
+    "ddp of MultiheadAttention": partial(multihead_attention, wrap_ddp),
+    "fsdp of MultiheadAttention": partial(multihead_attention, wrap_fsdp),
     "fsdp in mixed precision": fsdp_mixed_precision,
     "fsdp state_dict": fsdp_state_dict,
     "context and ddp": partial(context, wrap_ddp),

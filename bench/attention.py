@@ -21,7 +21,7 @@ from .cells import run
 from .environment import describe, one_line
 from .options import DTYPES, chosen_device, shared_options
 
-DEFAULT_SEQS = {"cpu": (1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
+DEFAULT_SEQS = {"cpu": (512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) of the check
 GRADIENTS = ("dq", "dk", "dv", "dtable")
 
@@ -109,7 +109,7 @@ class Cells:
 
 
 @click.command()
-@shared_options(tuple(PEERS), BACKENDS, "1024, 2048 on a CPU, 2048 to 16384 on a GPU")
+@shared_options(tuple(PEERS), BACKENDS, "512, 1024 on a CPU, 2048 to 16384 on a GPU")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
 @click.option("--mask", "masks", multiple=True, type=click.Choice(["causal", "full"]), default=("causal",),

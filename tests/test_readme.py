@@ -21,7 +21,8 @@ def test_the_blocks_are_of_known_kinds():
 
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="one block draws (extra: plot)")
+    for library in ("matplotlib", "transformers", "x_transformers"):
+        pytest.importorskip(library, reason="a block needs it (extra: test)")
     monkeypatch.chdir(tmp_path)
     scope = {}
     for language, block in BLOCKS:
@@ -29,6 +30,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
             exec(compile(block, "README.md", "exec"), scope)
     assert scope["shard"].shape == (8, 32, 128)
     assert scope["per_head"].shape == (8, 16, 32)
+    assert scope["generated"].shape == (2, 15)
     assert (tmp_path / "bias.png").exists()
 
 

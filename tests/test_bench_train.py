@@ -20,6 +20,8 @@ from bench import checkpoint, text
 from bench.__main__ import cli
 from bench.train_report import plot_training, training_table
 
+pytestmark = pytest.mark.xdist_group("bench train")  # one worker, which makes the whole run once
+
 ROOT = Path(__file__).parents[1]
 SIZES = ["--dim", "32", "--layers", "1", "--heads", "2", "--seq", "32", "--batch", "2", "--evaluate", "32",
          "--evaluate", "128", "--device", "cpu"]  # fmt: skip

@@ -125,7 +125,7 @@ def main(length):
         rows += [(name, rank, *each) for rank, each in enumerate(everyone)]
     if dist.get_rank() == 0:
         print(one_line(describe("cpu")))
-        print(f"{mesh.size()} processes on gloo, 1 x {HEADS} x {length} x {HEAD_DIM}, float32, causal")
+        print(f"\n{mesh.size()} processes on gloo, 1 x {HEADS} x {length} x {HEAD_DIM}, float32, causal\n")
         headers = ["who", "rank", "error", "ms", "peak MiB"]
         print(tabulate(rows, headers, tablefmt="github", floatfmt=(None, None, None, ".1f", ".1f")))
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ from .report import tables, write_json
 
 LENGTHS = (1024, 2047, 4096, 8191, 8192, 16383, 16384)
 ATTENTION_LENGTHS = (2048, 4096, 8192, 16384)
+CPU_TESTS = ("bench_train", "distributed", "multihead", "transformers")  # the same on every machine
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,20 @@ def parts(device, lengths=LENGTHS, attention_lengths=ATTENTION_LENGTHS):
     longest lengths come alone, without the peers.
     """
     workers = ("-n", str(min(8, os.cpu_count()))) if importlib.util.find_spec("xdist") else ()
-    tests = ("-m", "pytest", "-q", *workers, "--device", device, "--maxfail=20", "-p", "no:cacheprovider", "tests")
+    ignored = [f"--ignore-glob=tests/test_{name}*" for name in CPU_TESTS]
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        *workers,
+        "--device",
+        device,
+        "--maxfail=20",
+        "-p",
+        "no:cacheprovider",
+        *ignored,
+        "tests",
+    )
     found = [Part("tests", tests, 200)]
     peers = ("--peer", "eager", "--peer", "sdpa with bias")
     flex = ("--peer", "flex trained table", "--peer", "flex fixed table")

@@ -106,8 +106,9 @@ def bias_attention(
             and of (batch, head, x, y), the same on every backend; backward computes it again.
         key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it: bool, True for a key that nobody sees,
             or floating, added to the scores of the key (at most 1e8 of it, rounded to query's dtype; differentiable).
-            Not with softcap, and for a head_dim below 256. Costs eight more columns of query and key; where the lengths
-            are known, `bias_attention_varlen` saves the work instead.
+            Not with softcap, and for a head_dim below 256. Costs eight more columns of query and key (in Triton, whose
+            tiles are powers of two wide, 64 more for a head_dim of 64); where the lengths are known,
+            `bias_attention_varlen` saves the work instead.
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
         return_lse: also return the logarithm of the softmax's denominator, differentiable: what merging the results
             of key shards needs.

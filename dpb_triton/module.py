@@ -33,7 +33,8 @@ class DynamicPositionBias(nn.Module):
     numbers. The result is rounded once, at the end.
 
     In eval mode, where no gradient is asked for, the table is kept from call to call until a parameter changes, so a
-    decoding step runs no MLP. On a GPU a write through `parameter.data` alone goes unseen: call `eval()` after it.
+    decoding step runs no MLP (inside torch.compile it does). On a GPU a write through `parameter.data` goes unseen:
+    call `eval()` after it.
 
     Args:
         dim: width of the MLP's hidden layers.

@@ -53,14 +53,21 @@ def test_tables_are_those_of_the_files():
     pytest.importorskip("tabulate", reason="the tables need the extra `bench`")
     import json
 
-    from bench.report import times_table
+    from bench.report import tables as tables_of
 
     tables = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
     assert tables
     for path, table in tables:
         result = json.loads((ROOT / path).read_text())
-        assert table.strip() == times_table(result, style="github").strip()
+        assert table.strip() == tables_of(result, style="github").strip()
         assert (ROOT / path).name in README
+
+
+def test_texts_are_those_of_the_files():
+    found = re.findall(r"<!-- file: (\S+) -->\n(.*?)<!-- end of file -->", README, re.S)
+    assert found
+    for path, text in found:
+        assert text.strip() == (ROOT / path).read_text().strip()
 
 
 def test_links_lead_to_files():

@@ -34,7 +34,7 @@ bench: $(READY)  ## the position bias and the attention with it against their pe
 	$(PYTHON) -m bench attention
 
 test: $(READY)  ## the suite: kernels in Triton's interpreter, code generation offline
-	$(PYTHON) -m pytest -q -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 check: lint test  ## lint, suite, and the benches' smoke runs: the command before a push, and CI's
 	$(PYTHON) -m bench expand --smoke

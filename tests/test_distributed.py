@@ -45,7 +45,6 @@ def launch(tmp_path_factory):
 CASES = [(size, name) for size in (2, 4) for name in distributed_worker.names_for(size)]
 
 
-@pytest.mark.xdist_group("distributed")  # one worker, or each would launch for itself
 @pytest.mark.parametrize(("size", "name"), CASES, ids=lambda value: str(value))
 def test_several_processes(size, name, launch):
     results, output = launch(size)

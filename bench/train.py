@@ -15,6 +15,7 @@ command goes on from the last checkpoint and ends with the same numbers.
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -28,6 +29,7 @@ from .memory import peak_mib
 from .options import DTYPES, chosen_device
 from .report import write_json
 from .text import batch_of, fingerprint, load_text, windows
+from .timing import measure
 from .train_report import plot_training, training_table
 
 VARIANTS = {
@@ -93,12 +95,6 @@ class Variant:
         self.optimizer.step()
         self.losses.append(loss.item())
         self.seconds.append(self._now() - begin)
-
-    def time(self, inputs, targets):
-        """Seconds of one forward and backward."""
-        begin = self._now()
-        self.gradients(inputs, targets)
-        return self._now() - begin
 
     @torch.no_grad()
     def evaluate(self, text, total, seq):
@@ -181,15 +177,13 @@ def compare(variants, text, run, rounds):
     found = []
     for batch, seq in ((run.batch, run.seq), (1, run.batch * run.seq)):
         tensors = [x.to(run.device) for x in batch_of(text, 0, batch=batch, seq=seq, seed=run.seed)]
-        records = {name: {"batch": batch, "seq": seq, "name": name, "seconds": []} for name in variants}
-        for name, variant in variants.items():
-            records[name]["peak_mib"] = peak_mib(lambda v=variant: v.gradients(*tensors), run.device)  # noqa: B023
-        for _ in range(rounds):
-            for name, variant in variants.items():
-                records[name]["seconds"].append(variant.time(*tensors))
+        calls = {name: partial(variant.gradients, *tensors) for name, variant in variants.items()}
+        peaks = {name: peak_mib(call, run.device) for name, call in calls.items()}
+        for name, times in measure(calls, run.device, rounds, seconds=0.1).items():
+            seconds = [milliseconds / 1e3 for milliseconds in times.rounds]
+            found.append({"batch": batch, "seq": seq, "name": name, "seconds": seconds, "peak_mib": peaks[name]})
         for variant in variants.values():
             variant.optimizer.zero_grad()
-        found += records.values()
     return found
 
 

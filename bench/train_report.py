@@ -6,6 +6,8 @@ from statistics import fmean, median
 
 from tabulate import tabulate
 
+from .timing import Time
+
 
 def _bits(loss):
     """Nats as bits, of which there are eight in a byte."""
@@ -18,28 +20,20 @@ def _render(rows, headers, style):
     )
 
 
-def _ratio(eager, ours):
-    """How many times faster: the median over the pairs, which were timed one after the other."""
-    return f"{median(a / b for a, b in zip(eager, ours, strict=True)):.2f}"
-
-
 def _training_rows(result):
     run, losses, seconds = result["run"], result["losses"], result["step_seconds"]
     last = max(1, run["steps"] // 10)
     for name in run["variants"]:
-        eager = losses.get("eager")
-        apart = (
-            ""
-            if eager is None or name != "fused"
-            else f"{max(abs(a - b) for a, b in zip(eager, losses[name], strict=True)):.1g}"
-        )
+        apart = ""
+        if name == "fused" and "eager" in losses:
+            apart = f"{max(abs(a - b) for a, b in zip(losses['eager'], losses[name], strict=True)):.1g}"
         yield [
             name,
             f"{result['parameters'][name] / 1e6:.2f}",
             f"{_bits(fmean(losses[name][-last:])):.3f}",
             apart,
             f"{run['batch'] * run['seq'] / median(seconds[name]):.0f}",
-            _ratio(seconds["eager"], seconds[name]) if "eager" in seconds else "",
+            f"{Time(seconds[name]).ratio(Time(seconds['eager'])):.2f}" if "eager" in seconds else "",
         ]
 
 
@@ -53,7 +47,7 @@ def _comparison_rows(result):
             record["name"],
             f"{1e3 * median(record['seconds']):.0f}",
             f"{shape[0] * shape[1] / median(record['seconds']):.0f}",
-            _ratio(eager[shape], record["seconds"]) if shape in eager else "",
+            f"{Time(record['seconds']).ratio(Time(eager[shape])):.2f}" if shape in eager else "",
             "" if record["peak_mib"] is None else f"{record['peak_mib']:.0f}",
         ]
 

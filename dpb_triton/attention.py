@@ -233,5 +233,5 @@ def _transformed(query, key, value, table, backend, *, dropout_p, **options):
             "forward-mode derivatives: ask for backend='torch', which is then made of plain torch operations"
         )
     if dropout_p > 0:
-        raise RuntimeError(f"inside a torch.func transform dropout_p must be 0, got {dropout_p}")
+        raise RuntimeError(f"inside a torch.func transform or an ONNX export dropout_p must be 0, got {dropout_p}")
     return reference.attention(query, key, value, table, **options)

@@ -11,10 +11,10 @@ offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query
 and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
 `seed`, one int64, says which scores dropout drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward
 computes probabilities from again: of each query the largest score, in units of log2, and the sum of exp2(score -
-largest). Where scores are large, their logarithm lse swallows that sum. `is_part` says that the keys are a
-part of those that `out`, `state` and `dlse` belong to, as in context parallelism: the gradients are then this part's
-terms of the whole's. Outputs lie in memory as (batch, length,
-heads, head_dim), which is what the projection behind an attention wants.
+largest). Where scores are large, their logarithm lse swallows that sum. `is_part` says that the keys are a part of
+those that `out`, `state` and `dlse` belong to, as in context parallelism: the gradients are then this part's terms of
+the whole's. Outputs lie in memory as (batch, length, heads, head_dim), which is what the projection behind an attention
+wants.
 """
 
 import torch

@@ -19,6 +19,11 @@ _MASKED = -1e8
 _QUERY_COLUMN = 4096.0
 
 
+def largest_head_dim(mask):
+    """Of query, where `mask` or None is given: a mask takes a column."""
+    return LARGEST_HEAD_DIM if mask is None else LARGEST_HEAD_DIM - 1
+
+
 def check_key_padding_mask(mask, query, key, softcap):
     """The mask, or None; what `pad` can take."""
     if mask is None:
@@ -35,7 +40,7 @@ def check_key_padding_mask(mask, query, key, softcap):
         raise ValueError(f"key_padding_mask must be on query's device {query.device}, got {mask.device}")
     if softcap is not None:
         raise ValueError(f"key_padding_mask and softcap cannot be combined, got softcap = {softcap!r} and a mask")
-    if query.shape[3] == LARGEST_HEAD_DIM:
+    if query.shape[3] > largest_head_dim(mask):
         raise ValueError(f"with key_padding_mask head_dim must be less than {LARGEST_HEAD_DIM}, got {query.shape[3]}")
 
 

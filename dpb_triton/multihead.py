@@ -6,7 +6,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn import functional as F
 
-from .attention_checks import LARGEST_HEAD_DIM
+from .attention_padding import largest_head_dim
 from .checks import check_int
 from .module import DynamicPositionBias
 
@@ -131,13 +131,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _is_fused(self, need_weights, attn_mask, key_padding_mask, is_causal, is_square):
-        largest = LARGEST_HEAD_DIM if key_padding_mask is None else LARGEST_HEAD_DIM - 1
         return (
             not need_weights
             and (attn_mask is None or (is_causal and is_square))
             and self.bias_k is None
             and not self.add_zero_attn
-            and self.head_dim <= largest
+            and self.head_dim <= largest_head_dim(key_padding_mask)
         )
 
     def _fused(self, query, key, value, key_padding_mask, is_causal, offset):

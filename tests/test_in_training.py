@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpb_triton import DynamicPositionBias, MultiheadAttention
-
-pytest.importorskip("click", reason="the language model is the bench's, which needs the extra `bench`")
-
 from bench.language_model import Config, LanguageModel, loss_of
+from dpb_triton import DynamicPositionBias, MultiheadAttention
 
 SMALL = {"dim": 32, "layers": 2, "heads": 4}
 

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..attention import bias_attention
-from ..attention_checks import LARGEST_HEAD_DIM
+from ..attention_padding import largest_head_dim
 from ..checks import constant_under_compile
 from ..functional import expand_bias
 from ..module import DynamicPositionBias
@@ -109,9 +109,10 @@ def _why_not(module, query, key, mask, scaling, softcap, position_bias, options)
         return "that is more than softmax(scale q k^T + bias) v"
     if scaling is not None and not isinstance(scaling, numbers.Real):
         return f"its scaling is no number, but of type {type(scaling).__name__}"
-    if mask is not None and mask.key_padding_mask is not None and softcap is not None:
+    padding = None if mask is None else mask.key_padding_mask
+    if padding is not None and softcap is not None:
         return "padding and softcap together"
-    largest = LARGEST_HEAD_DIM - (mask is not None and mask.key_padding_mask is not None)
+    largest = largest_head_dim(padding)
     if query.shape[-1] > largest:
         return f"its head_dim is {query.shape[-1]}, more than {largest}"
     if query.shape[0] != key.shape[0]:

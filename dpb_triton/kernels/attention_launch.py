@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_blocks import generation
+from .attention_blocks import generation, padded
 from .attention_tiles import LOG2E
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
@@ -34,6 +34,20 @@ def whole_rows(tensor):
     ):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def describe(tensors, block, seqlens):
+    """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none.
+
+    A box of a packed sequence would hold its neighbour's rows, wide rows of float32 are read in chunks, and descriptors
+    take only strides of 16 bytes and more.
+    """
+    is_strided = all(s and s % 8 == 0 for t in tensors for s in t.stride()[:3])
+    if seqlens is not None or tensors[0].dtype == torch.float32 or not is_strided:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 
 def precision_of(query):

@@ -22,22 +22,15 @@ from tqdm import tqdm
 
 from . import codegen_attention as attention
 from .codegen_cuda import compile_cuda, nvcc
-from .codegen_promises import (
-    ARCHS,
-    DEFAULT_DTYPES,
-    DTYPES,
-    OPS,
-    broken,
-    cases,
-    interior_loop,
-    is_wide_access,
-    resident_warps,
-)
+from .codegen_matrix import ARCHS, DTYPES, OPS, cases
+from .codegen_products import blocks_a_multiprocessor
+from .codegen_promises import broken, interior_loop, is_wide_access, resident_warps
 
 HEADERS = [
-    "kernel", "arch", "dtype", "layout", "registers", "warps\n/SM", "spills", "shared\nbytes", "instruc-\ntions",
-    "in the\nloop", "128-bit", "other", "tensor", "verdict",
+    "kernel", "arch", "dtype", "layout", "tile", "registers", "warps\n/SM", "blocks\n/SM", "spills", "shared\nbytes",
+    "instruc-\ntions", "in the\nloop", "128-bit", "other", "exp2", "tensor", "waits", "verdict",
 ]  # fmt: skip
+KERNEL_NAMES = tuple(name.removeprefix("_").removesuffix("_kernel") for name in attention.KERNELS)
 
 
 @contextlib.contextmanager
@@ -72,7 +65,7 @@ def _compile_case(case):
 
     record = asdict(case) | {"triton": triton.__version__}
     try:
-        reports = [asdict(report) for report in compile_launches(launch, case.arch)]
+        reports = [asdict(report) for report in compile_launches(launch, case.arch, case.only)]
     except Exception as error:  # whatever a compiler throws is a finding
         return [record | {"kernel": case.op, "error": f"{type(error).__name__}: {error}"}]
     for report in reports:
@@ -87,7 +80,7 @@ def compile_all(matrix, jobs):
     """The records of all cases, in the order of the matrix."""
     groups, found = {}, {}
     for case in matrix:  # layouts often share a kernel, which one process compiles and reads once
-        groups.setdefault((case.op, case.dtype, case.arch), []).append(case)
+        groups.setdefault(case.family, []).append(case)
     longest_first = sorted(groups.values(), key=len, reverse=True)
     with _environment(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_compile, group) for group in longest_first]
@@ -105,15 +98,26 @@ def _accesses(loop):
     return wide, sum(found.values()) - wide
 
 
+def _tile(record):
+    """BLOCK_M x BLOCK_N, warps, stages of an attention kernel."""
+    if record["kernel"] not in attention.KERNELS:
+        return None
+    constants = record["constants"]
+    width = 64 if record["arch"].startswith("gfx9") else 32
+    tile = constants["BLOCK_M"], constants["BLOCK_N"], record["threads"] // width, record["stages"]
+    return ",".join(map(str, tile))
+
+
 def _row(record):
     row = [record["kernel"], record["arch"], record["dtype"], record["layout"]]
     verdict = "; ".join(broken(record)) or "ok"
     if "error" in record:
-        return [*row, *[None] * 9, verdict[:80]]
-    row += [record["registers"], resident_warps(record), record["spills"] + record["scalar_spills"]]
-    row += [record["shared"], record["instructions"]]
+        return [*row, *[None] * 13, verdict[:80]]
+    row += [_tile(record), record["registers"], resident_warps(record), blocks_a_multiprocessor(record)]
+    row += [record["spills"] + record["scalar_spills"], record["shared"], record["instructions"]]
     loop = record["interior"]
-    row += [loop["instructions"], *_accesses(loop), loop["counts"].get("tensor")] if loop else [None] * 4
+    row += [loop["instructions"], *_accesses(loop)] if loop else [None] * 3
+    row += [loop["counts"].get(name) if loop else None for name in ("exp2", "tensor", "wait")]
     return [*row, verdict]
 
 
@@ -124,15 +128,33 @@ def _check_archs(context, parameter, archs):
     return archs
 
 
+def _tiles(context, parameter, words):
+    """{"dkdv": (64, 64, 4, 2)} of ("dkdv=64,64,4,2",)."""
+    found = {}
+    for word in words:
+        kernel, _, numbers = word.partition("=")
+        tile = tuple(int(number) for number in numbers.split(",") if number.isdecimal())
+        if kernel not in KERNEL_NAMES or len(tile) != 4:
+            raise click.BadParameter(f"expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got {word!r}")
+        found[kernel] = tile
+    return found
+
+
 @click.command()
 @click.option("--arch", "archs", multiple=True, default=ARCHS, show_default=True, callback=_check_archs,
               help="Any sm_NN or gfxNNN that Triton compiles for.")  # fmt: skip
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPES,
-              show_default=True)  # fmt: skip
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)),
+              help="Unless given: bf16, fp16, fp32, of attention what the matrix says.")  # fmt: skip
 @click.option("--kernel", "ops", multiple=True, type=click.Choice(list(OPS)), default=list(OPS), show_default=True)
 @click.option("--layout", "layouts", multiple=True,
-              type=click.Choice(list(dict.fromkeys(name for op in OPS.values() for name in op.layouts))),
-              help="All unless given: aligned and ragged for every dtype, the others for the first.")  # fmt: skip
+              help="By name, as the table shows it: aligned, ragged, …, 'd64 causal'. All unless given.")  # fmt: skip
+@click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Of attention.")
+@click.option("--options", multiple=True, type=click.Choice(list(attention.OPTIONS)),
+              help="Option sets of attention.")  # fmt: skip
+@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES",
+              help="Other launch constants for one of forward, dkdv, dq, dtable.")  # fmt: skip
+@click.option("--only", multiple=True, type=click.Choice(KERNEL_NAMES), help="Compile only these attention kernels.")
+@click.option("--full", "is_full", is_flag=True, help="Attention: every option set at every head_dim.")
 @click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",
               help="Compile for this many queries and keys instead of the layouts.")  # fmt: skip
 @click.option("--block", type=(int, int), default=None, metavar="M N", help="Another window than the launchers' own.")
@@ -140,14 +162,21 @@ def _check_archs(context, parameter, archs):
 @click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it there.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
-def codegen(archs, dtypes, ops, layouts, shapes, block, is_csrc, jobs, path, check):
+def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_full, shapes, block, is_csrc, jobs, path,
+            check):  # fmt: skip
     """Compile the kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
     if is_csrc and nvcc() is None:
         raise click.UsageError("--csrc needs nvcc: set CUDA_HOME or put it on PATH")
     if is_csrc:
         records = compile_cuda(archs, jobs)
     else:
-        records = compile_all(cases(archs, dtypes, ops, layouts, shapes, block), jobs)
+        matrix = cases(
+            archs, dtypes, ops, layouts, shapes, block, head_dims=head_dims, options=options, tiles=tiles,
+            only=[f"_{name}_kernel" for name in only], is_full=is_full,
+        )  # fmt: skip
+        if not matrix:
+            raise click.UsageError(f"--layout: no kernel that is asked for has {', '.join(layouts)}")
+        records = compile_all(matrix, jobs)
     for record in records:
         record["broken"] = broken(record)
     triton = records[0]["triton"] if records else "?"

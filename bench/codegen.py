@@ -21,6 +21,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from . import codegen_attention as attention
+from . import codegen_attention_promises as promises
 from .codegen_cuda import compile_cuda, nvcc
 from .codegen_matrix import ARCHS, DTYPES, OPS, cases
 from .codegen_products import blocks_a_multiprocessor
@@ -63,7 +64,7 @@ def _compile_case(case):
     def launch():
         OPS[case.op].launch(getattr(torch, DTYPES[case.dtype]), **case.options)
 
-    record = asdict(case) | {"triton": triton.__version__}
+    record = asdict(case) | {"triton": triton.__version__, "is_trial": "blocks" in case.options}
     try:
         reports = [asdict(report) for report in compile_launches(launch, case.arch, case.only)]
     except Exception as error:  # whatever a compiler throws is a finding
@@ -73,6 +74,7 @@ def _compile_case(case):
         report["interior"] = interior_loop(report["loops"], kind) if kind and case.is_wide else None
         if report["kernel"] in attention.KERNELS:
             report["interior"] = attention.main_loop(report["loops"])
+        report["serialised"] = next((word for word in report["warnings"] if word.startswith("(C75")), None)
     return [record | report for report in reports]
 
 
@@ -161,9 +163,12 @@ def _tiles(context, parameter, words):
 @click.option("--csrc", "is_csrc", is_flag=True, help="csrc/'s CUDA kernels instead of the Triton ones; needs nvcc.")
 @click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it there.")
+@click.option(
+    "--list-broken", "is_listing", is_flag=True, help="Print the lines that codegen_exceptions.txt would need."
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
 def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_full, shapes, block, is_csrc, jobs, path,
-            check):  # fmt: skip
+            is_listing, check):  # fmt: skip
     """Compile the kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
     if is_csrc and nvcc() is None:
         raise click.UsageError("--csrc needs nvcc: set CUDA_HOME or put it on PATH")
@@ -184,6 +189,11 @@ def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_ful
     click.echo(tabulate([_row(record) for record in records], headers=HEADERS))
     if path:
         path.write_text(json.dumps({"triton": triton, "records": records}, indent=1))
+    ours = [record for record in records if record["kernel"] in attention.KERNELS and "error" not in record]
+    if allowed := [line for record in ours for line in promises.allowed_lines(record)]:
+        click.echo("\n".join(["allowed by the list of exceptions, each up to the last number:", *allowed]))
+    if is_listing:
+        click.echo("\n".join(line for record in ours for line in promises.broken_lines(record)))
     failures = sum(bool(record["broken"]) for record in records)
     click.echo(f"{len(records)} kernels, {failures} break a promise")
     if check and failures:

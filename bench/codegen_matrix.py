@@ -160,7 +160,6 @@ def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=()
         if layouts and layout not in layouts:
             continue
         chosen = {"head_dim": head_dim, **attention.OPTIONS[name], **({"blocks": tiles} if tiles else {})}
-        for size in shapes or [()]:
-            known = dict(zip("ij", size, strict=False))
-            found.append(Case(op, layout, dtype, arch, chosen | known, False, tuple(only)))
+        sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
+        found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]
     return found

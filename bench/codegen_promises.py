@@ -3,8 +3,8 @@
 
 Every kernel: no spill, no local memory, room for a block in a multiprocessor. The kernels that stream, in every layout
 that allows it: an interior loop whose only global accesses are vectors of 16 bytes that no lane skips. The attention
-kernels: what `codegen_attention_promises.py` says; of their fifty arguments some may live in lanes of vector registers
-on AMD.
+kernels: what `codegen_attention_promises.py` says, where a few spills are listed; of their fifty arguments some may live
+in lanes of vector registers on AMD.
 """
 
 from . import codegen_attention_promises as attention
@@ -53,19 +53,16 @@ def broken(record):
     """What a record breaks of what its kernel promises, as sentences."""
     if "error" in record:
         return ["does not compile: " + record["error"].strip().splitlines()[-1]]
-    found = []
-    if record["spills"]:
-        found.append(f"{record['spills']} spills")
-    if record["scalar_spills"] and record["kernel"] not in KERNELS:
-        found.append(f"{record['scalar_spills']} spills of scalar registers")
-    if record["stack"]:
-        found.append(f"{record['stack']} bytes of local memory")
+    if record["kernel"] in KERNELS:
+        found = attention.broken(record)
+    else:
+        found = [f"{record['spills']} spills"] if record["spills"] else []
+        found += [f"{record['scalar_spills']} spills of scalar registers"] if record["scalar_spills"] else []
+        found += [f"{record['stack']} bytes of local memory"] if record["stack"] else []
     if not resident_warps(record):
         found.append(f"{record['registers']} registers x {record['threads']} threads do not fit")
     if record["shared"] > shared_limit(record["arch"]):
         found.append(f"{record['shared']} bytes of shared memory, more than {shared_limit(record['arch'])}")
-    if record["kernel"] in KERNELS:
-        found += attention.broken(record)
     kind = record["streams"] if "streams" in record else OPS[record["op"]].streams.get(record["kernel"])
     if kind and record["is_wide"]:
         found += _broken_interior(record["interior"], kind)

@@ -1,96 +1,32 @@
 # SPDX-License-Identifier: MIT
 """What the compilers make of the kernels, for GPUs that are not there: `python -m bench codegen`.
 
-Compiles every launch of the matrix in `codegen_promises.py` in child processes, or with --csrc the CUDA kernels of
+Compiles every launch of the matrix in `codegen_matrix.py` in child processes, or with --csrc the CUDA kernels of
 csrc/, prints a table, and exits with 1 if a kernel breaks a promise. Needs no GPU.
 """
 
-import contextlib
 import json
 import os
 import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
 
 import click
 from tabulate import tabulate
-from tqdm import tqdm
 
 from . import codegen_attention as attention
 from . import codegen_attention_promises as promises
 from .codegen_cuda import compile_cuda, nvcc
 from .codegen_matrix import ARCHS, DTYPES, OPS, cases
 from .codegen_products import blocks_a_multiprocessor
-from .codegen_promises import broken, interior_loop, is_wide_access, resident_warps
+from .codegen_promises import broken, is_wide_access, resident_warps
+from .codegen_run import compile_all
 
 HEADERS = [
     "kernel", "arch", "dtype", "layout", "tile", "registers", "warps\n/SM", "blocks\n/SM", "spills", "shared\nbytes",
     "instruc-\ntions", "in the\nloop", "128-bit", "other", "exp2", "tensor", "waits", "verdict",
 ]  # fmt: skip
 KERNEL_NAMES = tuple(name.removeprefix("_").removesuffix("_kernel") for name in attention.KERNELS)
-
-
-@contextlib.contextmanager
-def _environment():
-    """Children compile (kernels decorated under TRITON_INTERPRET cannot be), and read no stale binaries."""
-    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
-    with tempfile.TemporaryDirectory(prefix="dpb_triton_codegen_") as cache:
-        os.environ.pop("TRITON_INTERPRET", None)
-        os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
-
-
-def _compile(group):
-    """{case: its records, one a kernel} of a group of cases; runs in a child."""
-    return {case: _compile_case(case) for case in group}
-
-
-def _compile_case(case):
-    import torch
-    import triton
-
-    from .codegen_compile import compile_launches
-
-    def launch():
-        OPS[case.op].launch(getattr(torch, DTYPES[case.dtype]), **case.options)
-
-    record = asdict(case) | {"triton": triton.__version__, "is_trial": "blocks" in case.options}
-    try:
-        reports = [asdict(report) for report in compile_launches(launch, case.arch, case.only)]
-    except Exception as error:  # whatever a compiler throws is a finding
-        return [record | {"kernel": case.op, "error": f"{type(error).__name__}: {error}"}]
-    for report in reports:
-        kind = OPS[case.op].streams.get(report["kernel"])
-        report["interior"] = interior_loop(report["loops"], kind) if kind and case.is_wide else None
-        if report["kernel"] in attention.KERNELS:
-            report["interior"] = attention.main_loop(report["loops"])
-        report["serialised"] = next((word for word in report["warnings"] if word.startswith("(C75")), None)
-    return [record | report for report in reports]
-
-
-def compile_all(matrix, jobs):
-    """The records of all cases, in the order of the matrix."""
-    groups, found = {}, {}
-    for case in matrix:  # layouts often share a kernel, which one process compiles and reads once
-        groups.setdefault(case.family, []).append(case)
-    longest_first = sorted(groups.values(), key=len, reverse=True)
-    with _environment(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_compile, group) for group in longest_first]
-        with tqdm(total=len(matrix), desc="compile", unit="launch", disable=None) as progress:
-            for future in as_completed(futures):
-                found |= future.result()
-                progress.update(len(found) - progress.n)
-    return [record for case in matrix for record in found[case]]
 
 
 def _accesses(loop):

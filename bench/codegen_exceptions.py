@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The exceptions from the attention kernels' promises: `codegen_exceptions.txt`, one a line.
 
-A line names the Triton versions, the GPU, the dtype, the layout ("d64 full"), the kernel, what it breaks and how much of
-that is allowed, with two spaces or more between them. A promise is broken by more than its line allows, by what has no
-line, and by a line that is no longer needed.
+A line names the Triton versions, the GPU, the dtype, the layout ("d64 full"), the kernel, what it breaks and how much
+of that is allowed, with two spaces or more between them. A promise is broken by more than its line allows, by what has
+no line, and by a line that is no longer needed.
 """
 
 import functools

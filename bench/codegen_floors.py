@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How long the attention kernels' main loops may be: sm_90, bf16, causal, for each Triton version.
 
-Instructions of one thread for each score that it holds, so that tiles of all sizes compare. A loop that gets longer than
-this is noticed; a shorter one is a reason to lower its number.
+Instructions of one thread for each score that it holds, so that tiles of all sizes compare. A loop that gets longer
+than this is noticed; a shorter one is a reason to lower its number.
 """
 
 from .codegen_products import scores_a_thread

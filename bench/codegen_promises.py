@@ -3,8 +3,8 @@
 
 Every kernel: no spill, no local memory, room for a block in a multiprocessor. The kernels that stream, in every layout
 that allows it: an interior loop whose only global accesses are vectors of 16 bytes that no lane skips. The attention
-kernels: what `codegen_attention_promises.py` says, where a few spills are listed; of their fifty arguments some may live
-in lanes of vector registers on AMD.
+kernels: what `codegen_attention_promises.py` says, where a few spills are listed; of their fifty arguments some may
+live in lanes of vector registers on AMD.
 """
 
 from . import codegen_attention_promises as attention

@@ -98,6 +98,20 @@ def sass_resources(text):
     return {"registers": registers, "stack": stack + local}
 
 
+def ptxas_notes(log):
+    """The numbered remarks in what ptxas printed, say "(C7515) Potential Performance Loss: wgmma…"."""
+    return re.findall(r"\(C\d+\).*", log)
+
+
+def serialising_note(notes):
+    """The remark that says that a wgmma waits for the one before it; None if there is none.
+
+    (C7519) alone, an arrive that ptxas adds, costs nothing.
+    """
+    found = [note for word in ("serialized", "warpgroup.wait is injected") for note in notes if word in note]
+    return found[0] if found else None
+
+
 _AMDGCN_ACCESS = re.compile(r"(?:buffer|global|flat)_(load|store|atomic)_(\w+)$")
 _AMDGCN_WIDTHS = [
     (r"dwordx4|b128", 128), (r"dwordx3|b96", 96), (r"dwordx2|x2|b64|f64", 64), (r"short|[ubi]16|ushort", 16),

@@ -40,7 +40,7 @@ class Report:
     signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made one
     constants: dict[str, int] = field(default_factory=dict)  # the launch's
     stages: int = 0  # of the software pipeline
-    warnings: list[str] = field(default_factory=list)  # ptxas' numbered ones, say "(C7515) Potential Performance Loss…"
+    notes: list[str] = field(default_factory=list)  # ptxas' numbered remarks
 
 
 def target_of(arch):
@@ -138,7 +138,7 @@ def report(kernel):
             if isinstance(value, int)
         },
         stages=kernel.metadata.num_stages,
-        warnings=re.findall(r"\(C\d+\).*", _logs.get(kernel.hash, "")),
+        notes=assembly.ptxas_notes(_logs.get(kernel.hash, "")),
     )
 
 

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 
 from tqdm import tqdm
 
+from .codegen_assembly import serialising_note
 from .codegen_attention import KERNELS, main_loop
 from .codegen_matrix import DTYPES, OPS
 from .codegen_promises import interior_loop
@@ -56,7 +57,7 @@ def compile_case(case):
         report["interior"] = interior_loop(report["loops"], kind) if kind and case.is_wide else None
         if report["kernel"] in KERNELS:
             report["interior"] = main_loop(report["loops"])
-        report["serialised"] = next((word for word in report["warnings"] if word.startswith("(C75")), None)
+        report["serialised"] = serialising_note(report["notes"])
     return [record | report for report in reports]
 
 

@@ -5,11 +5,11 @@
     dp = dout v^T                                                 dk = scale ds^T q
     ds = p (dp - delta)      delta = rowsum(dout out) - dlse      dq = scale ds k
 
-    rows   m, 1 / l and delta / l of every query, ready for the tiles: one small kernel. ds is then exp2(s - m) times
-           one multiply-add of dp. m and l come apart from forward: m + log(l) would swallow l where scores are large
     dk dv  one program: BLOCK_N keys of one key head; loops over the query heads that share it and over the query
            blocks that see it. Its tiles are transposed, [BLOCK_N keys, BLOCK_M queries], so that p^T needs no transpose
     dq     one program: BLOCK_M queries of one head; loops over the key blocks they see
+    attention_prologue.py writes the padded table and m, 1 / l and delta / l of every query for them. A tile at an edge
+    holds pairs that do not count: their p and ds are selected away, whatever lies there
 
 Grids: (blocks, batch, heads) in one dimension, heads slowest, as forward. Each program owns what it writes: no
 atomics, the order of every sum depends on the shape alone, the same bits in every run.
@@ -23,7 +23,8 @@ import triton.language as tl
 
 from .attention_blocks import blocks_of, padded
 from .attention_dtable import launch_dtable
-from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, unit_rows
+from .attention_launch import like, precision_of, reach_of, score_numbers, whole_rows
+from .attention_prologue import launch_prologue
 from .attention_tiles import (
     add_bias,
     dot,
@@ -41,53 +42,25 @@ from .attention_tiles import (
     visible_blocks,
 )
 
-ROW_BLOCK = 64
-
-
-@triton.jit(do_not_specialize=["rows", "i", "heads"])
-def _rows_kernel(dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, stride_db, stride_dh, stride_dx,
-                 stride_ob, stride_oh, stride_ox, rows, i, heads, HAS_DLSE: tl.constexpr,
-                 VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x, head, index = row % i, row // i % heads, row // i // heads
-    offs_v = tl.arange(0, BLOCK_V)[None, :]
-    is_row = row < rows
-    mask = is_row[:, None] & (offs_v < VALUE_DIM)
-    out_ptrs = out_ptr + (index * stride_ob + head * stride_oh + x * stride_ox)[:, None] + offs_v
-    dout_ptrs = dout_ptr + (index * stride_db + head * stride_dh + x * stride_dx)[:, None] + offs_v
-    out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(out * tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + row, mask=is_row, other=0.0)
-    largest = tl.load(state_ptr + row, mask=is_row, other=0.0)
-    # a query that sees no key: exp2(s - inf) = 0, whatever s is
-    is_empty = largest == float("-inf")
-    inverse = 1.0 / tl.where(is_empty, 1.0, tl.load(state_ptr + rows + row, mask=is_row, other=1.0))
-    tl.store(rows_ptr + row, tl.where(is_empty, float("inf"), largest), mask=is_row)
-    tl.store(rows_ptr + rows + row, inverse, mask=is_row)
-    tl.store(rows_ptr + 2 * rows.to(tl.int64) + row, delta * inverse, mask=is_row)
-
 
 @triton.jit
 def _add_queries(dk, dv, key, value, query_ptr, dout_ptr, rows_ptr, seed_ptr, bias_ptr, y, first_x, i,
-                 offset, left, right, first_row, stride_qx, stride_dx, stride_r, scale, cap_in, cap_out, threshold,
+                 offset, left, right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold,
                  keep_scale,
                  HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                  HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                  IS_MASKED: tl.constexpr):  # fmt: skip
     """One block of queries taken into dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_V]."""
-    x = first_x + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
-    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, IS_MASKED)
-    dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, IS_MASKED)
-    largest, inverse, delta = load_state(rows_ptr, x, i, stride_r, IS_MASKED)
+    x = first_x + tl.arange(0, BLOCK_M)
+    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, False, IS_MASKED)
+    dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, False, IS_MASKED)
+    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
 
     kq = dot(key, tl.trans(query), PRECISION)  # [BLOCK_N, BLOCK_M]
-    bias = load_bias((bias_ptr - first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
+    bias = load_bias((bias_ptr + first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
     s, slope = add_bias(kq, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[None, :])
-    if IS_MASKED:
-        e = tl.where(is_allowed(y, first_x, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M, True), e, 0.0)
     dp = dot(value, tl.trans(dout), PRECISION)
     kept = e * inverse[None, :]
     if HAS_DROPOUT:
@@ -95,8 +68,13 @@ def _add_queries(dk, dv, key, value, query_ptr, dout_ptr, rows_ptr, seed_ptr, bi
         keep = is_kept(first_key[None, :], second_key[None, :], opaque(y)[:, None], threshold)
         kept = tl.where(keep, kept, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
+    if IS_MASKED:
+        mask = is_allowed(y, first_x, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M, False)
+        kept = tl.where(mask, kept, 0.0)
     dv = dot_add(narrow(kept, dout.dtype), dout, dv, PRECISION)
     ds = e * (dp * inverse[None, :] - delta[None, :]) * slope
+    if IS_MASKED:
+        ds = tl.where(mask, ds, 0.0)
     dk = dot_add(narrow(ds, query.dtype), query, dk, PRECISION)
     return dk, dv
 
@@ -106,7 +84,7 @@ def _add_queries(dk, dv, key, value, query_ptr, dout_ptr, rows_ptr, seed_ptr, bi
 def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr,
                  dk_ptr, dv_ptr,
                  stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
-                 stride_db, stride_dh, stride_dx, stride_rb, stride_rh, stride_r,
+                 stride_db, stride_dh, stride_dx, stride_rb, stride_rh,
                  stride_dkb, stride_dkh, stride_dky, stride_dvb, stride_dvh, stride_dvy,
                  i, j, offset, left, right, zero, width, batch, heads, group, n_blocks, longest_query,
                  softmax_scale, scale, cap_in, cap_out, threshold, keep_scale,
@@ -126,12 +104,13 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
     value_ptr += row * stride_vb + kv_head * stride_vh + first_key_row * stride_vy
     query_ptr += row * stride_qb + first_query * stride_qx
     dout_ptr += row * stride_db + first_query * stride_dx
-    rows_ptr += row * stride_rb + first_query
+    rows_ptr += 4 * (row * stride_rb + first_query)
 
-    y = first_y + tl.arange(0, BLOCK_N)
-    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, True)
-    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, True)
-    bias_ptr += zero - offset + first_y - (BLOCK_M - 1)
+    y = first_y + (BLOCK_N - 1 - tl.arange(0, BLOCK_N))
+    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, True, True)
+    # the mirror, in which y - x - offset is at width - 1 - zero - (y - x - offset), lies behind the table of all heads
+    bias_ptr += tl.cast(heads, tl.int64) * width + (width - 1 - zero + offset - first_y - (BLOCK_N - 1))
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     enter, inside, outside, leave = visible_blocks(
@@ -140,28 +119,28 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
     for member in range(0, group):
         head = kv_head * group + member
         q_ptr, do_ptr = query_ptr + head * stride_qh, dout_ptr + head * stride_dh
-        r_ptr = rows_ptr + head * stride_rh
+        r_ptr = rows_ptr + 4 * head * stride_rh
         b_ptr = bias_ptr + head * width
         first_row = (index.to(tl.int64) * heads + head) * longest_query
         for edge in range(enter, leave - (outside - inside)):
             m = edge if edge < inside else edge + (outside - inside)
             dk, dv = _add_queries(
                 dk, dv, key, value, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, m * BLOCK_M, i, offset, left,
-                right, first_row, stride_qx, stride_dx, stride_r, scale, cap_in, cap_out, threshold, keep_scale,
+                right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
                 PRECISION, True,
             )  # fmt: skip
         for m in range(inside, outside):
             dk, dv = _add_queries(
                 dk, dv, key, value, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, m * BLOCK_M, i, offset, left,
-                right, first_row, stride_qx, stride_dx, stride_r, scale, cap_in, cap_out, threshold, keep_scale,
+                right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
                 PRECISION, False,
             )  # fmt: skip
     dk_ptr += row * stride_dkb + kv_head * stride_dkh + first_key_row * stride_dky
     dv_ptr += row * stride_dvb + kv_head * stride_dvh + first_key_row * stride_dvy
-    store_rows(dk_ptr, dk * softmax_scale, first_y, j, stride_dky, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-    store_rows(dv_ptr, dv * keep_scale, first_y, j, stride_dvy, BLOCK_N, VALUE_DIM, BLOCK_V, False)
+    store_rows(dk_ptr, dk * softmax_scale, first_y, j, stride_dky, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    store_rows(dv_ptr, dv * keep_scale, first_y, j, stride_dvy, BLOCK_N, VALUE_DIM, BLOCK_V, True)
 
 
 @triton.jit
@@ -178,13 +157,13 @@ def _add_keys(dq, query, dout, largest, inverse, delta, key_ptr, value_ptr, bias
     bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, slope = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[:, None])
-    if IS_MASKED:
-        e = tl.where(is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False), e, 0.0)
     dp = dot(dout, tl.trans(value), PRECISION)
     if HAS_DROPOUT:
         y = first_y + opaque(tl.arange(0, BLOCK_N))
         dp = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), dp * keep_scale, 0.0)
     ds = e * (dp * inverse[:, None] - delta[:, None]) * slope
+    if IS_MASKED:
+        ds = tl.where(is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False), ds, 0.0)
     return dot_add(narrow(ds, key.dtype), key, dq, PRECISION)
 
 
@@ -192,7 +171,7 @@ def _add_keys(dq, query, dout, largest, inverse, delta, key_ptr, value_ptr, bias
                                "longest_query", "threshold"])  # fmt: skip
 def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr, dq_ptr,
                stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
-               stride_db, stride_dh, stride_dx, stride_rb, stride_rh, stride_r, stride_dqb, stride_dqh, stride_dqx,
+               stride_db, stride_dh, stride_dx, stride_rb, stride_rh, stride_dqb, stride_dqh, stride_dqx,
                i, j, offset, left, right, zero, width, batch, heads, group, n_blocks, longest_query,
                softmax_scale, scale, cap_in, cap_out, threshold, keep_scale,
                HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -213,7 +192,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     dq_ptr += row * stride_dqb + head * stride_dqh + first_query * stride_dqx
     key_ptr += row * stride_kb + (head // group) * stride_kh + first_key_row * stride_ky
     value_ptr += row * stride_vb + (head // group) * stride_vh + first_key_row * stride_vy
-    rows_ptr += row * stride_rb + head * stride_rh + first_query
+    rows_ptr += 4 * (row * stride_rb + head * stride_rh + first_query)
 
     a = tl.arange(0, BLOCK_M)
     x = first_x + (BLOCK_M - 1 - a)
@@ -223,7 +202,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
         first_key, second_key = row_keys(seed_ptr, (index.to(tl.int64) * heads + head) * longest_query + x)
     query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
     dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, True)
-    largest, inverse, delta = load_state(rows_ptr, x, i, stride_r, True)
+    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     enter, inside, outside, leave = visible_blocks(
         first_x, i, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -264,20 +243,12 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
         dtable = torch.zeros_like(table) if needs_dtable else table.new_empty((0,))
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable
 
-    query, key, value, dout, out = (unit_rows(tensor) for tensor in (query, key, value, dout, out))
-    rows = state.new_empty((3, *state.shape[1:]))
-    count = state[0].numel()
-    _rows_kernel[(triton.cdiv(count, ROW_BLOCK),)](
-        dout, None if dlse is None else dlse.contiguous(), out, state.contiguous(), rows, *dout.stride()[:3],
-        *out.stride()[:3], count, i, heads, HAS_DLSE=dlse is not None, VALUE_DIM=value_dim,
-        BLOCK_V=padded(value_dim), BLOCK_M=ROW_BLOCK,
-    )  # fmt: skip
-    bias, zero = pad_bias(table, signed, reach)
+    query, key, value, dout, out = (whole_rows(tensor) for tensor in (query, key, value, dout, out))
+    rows, row_strides, bias, zero = launch_prologue(dout, dlse, out, state, table, signed, reach)
     sequences = batch if seqlens is None else seqlens.shape[0]
     tensors = query, key, value, bias, seqlens, seed, dout, rows
-    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3]
-    strides = *strides, rows.stride(1), rows.stride(2), rows.stride(0)
-    bounds = i, j, offset, left or 0, right or 0, zero, bias.shape[1], sequences, heads, heads // kv_heads
+    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3], *row_strides
+    bounds = i, j, offset, left or 0, right or 0, zero, bias.shape[2], sequences, heads, heads // kv_heads
     numbers = {"softmax_scale": scale, **score_numbers(scale, softcap, dropout_p)}
     constants = {
         "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_V": padded(value_dim),

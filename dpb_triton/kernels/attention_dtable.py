@@ -38,7 +38,7 @@ FOLD_BLOCK = 256
 
 @triton.jit
 def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, rows_ptr, seed_ptr, first_x, start,
-                i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, stride_r, scale, cap_in, cap_out,
+                i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out,
                 threshold, keep_scale,
                 HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -48,7 +48,7 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, rows_ptr, se
     x = first_x + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
     query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, IS_MASKED)
     key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
-    largest, inverse, delta = load_state(rows_ptr, x, i, stride_r, IS_MASKED)
+    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, True)
     s, _ = add_bias(dot(query, tl.trans(key), PRECISION), bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[:, None])  # [BLOCK_M, BLOCK_N]
     dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, IS_MASKED)
@@ -60,8 +60,8 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, rows_ptr, se
         keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = e * (dp * inverse[:, None] - delta[:, None])
-    if IS_MASKED:  # selected, not multiplied by a mask: beyond the keys e may be inf
-        ds = tl.where(((y >= 0) & (y < j))[None, :], ds, 0.0)
+    if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
+        ds = tl.where((x < i)[:, None] & ((y >= 0) & (y < j))[None, :], ds, 0.0)
     return acc + ds
 
 
@@ -70,7 +70,7 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, rows_ptr, se
 def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr,
                    partial_ptr,
                    stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
-                   stride_db, stride_dh, stride_dx, stride_rb, stride_rh, stride_r,
+                   stride_db, stride_dh, stride_dx, stride_rb, stride_rh,
                    i, j, offset, left, right, zero, width, batch, heads, group, longest_query, least, n_bands,
                    n_chunks, chunk_steps, softmax_scale, scale, cap_in, cap_out, threshold, keep_scale,
                    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -91,7 +91,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
     key_ptr += (head // group) * stride_kh
     value_ptr += (head // group) * stride_vh
     dout_ptr += head * stride_dh
-    rows_ptr += head * stride_rh
+    rows_ptr += 4 * head * stride_rh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for index in range(0, batch):
         first_query, rows, first_key_row, columns, shift = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
@@ -100,7 +100,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
         do_ptr = dout_ptr + row * stride_db + first_query * stride_dx
         k_ptr = key_ptr + row * stride_kb + first_key_row * stride_ky
         v_ptr = value_ptr + row * stride_vb + first_key_row * stride_vy
-        r_ptr = rows_ptr + row * stride_rb + first_query
+        r_ptr = rows_ptr + 4 * (row * stride_rb + first_query)
         first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
 
         # the steps at which the window meets a key, and those at which it lies inside the rows and the columns
@@ -117,14 +117,14 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
             step = edge if edge < inside else edge + (outside - inside)
             acc = _add_window(
                 acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, r_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
-                first_row, stride_qx, stride_ky, stride_vy, stride_dx, stride_r, scale, cap_in, cap_out, threshold,
+                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
                 keep_scale,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
             )  # fmt: skip
         for step in range(inside, outside):
             acc = _add_window(
                 acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, r_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
-                first_row, stride_qx, stride_ky, stride_vy, stride_dx, stride_r, scale, cap_in, cap_out, threshold,
+                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
                 keep_scale,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
             )  # fmt: skip

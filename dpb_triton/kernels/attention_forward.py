@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .attention_blocks import blocks_of, padded
-from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, unit_rows
+from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, whole_rows
 from .attention_tiles import (
     LN2,
     add_bias,
@@ -151,7 +151,7 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
 
-    query, key, value = unit_rows(query), unit_rows(key), unit_rows(value)
+    query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
     block_m, block_n, num_warps, num_stages = blocks or blocks_of("forward", query, value)
     sequences = batch if seqlens is None else seqlens.shape[0]

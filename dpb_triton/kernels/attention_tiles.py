@@ -13,7 +13,8 @@ Query rows run backwards inside a tile: the place of an element is then the sum 
 add. In an accumulator's layout both are a lane's part plus a constant, so the compiler keeps one pointer a lane, puts
 the constants into the instructions, and loads the elements of one diagonal once: 34 loads for the 64 elements that a
 thread holds of 128 x 128. With rows forwards, where the row's place is subtracted, it finds 64 (`python -m bench
-codegen --kernel attention` counts them). A plain tl.load here would be copied through shared memory.
+codegen --kernel attention` counts them). dkdv holds keys in its rows: there the keys run backwards, and the table that
+it reads is mirrored. A plain tl.load here would be copied through shared memory.
 """
 
 import triton
@@ -38,18 +39,25 @@ def load_bias(ptrs):
 
 
 @triton.jit
-def load_state(ptr, x, i, stride, IS_MASKED: tl.constexpr):
-    """(largest, inverse, delta) of the queries x, as backward's rows kernel wrote them; beyond i: p = ds = 0."""
-    if IS_MASKED:
-        mask = x < i
-        largest = tl.load(ptr + x, mask=mask, other=float("inf"))
-        return (
-            largest,
-            tl.load(ptr + stride + x, mask=mask, other=0.0),
-            tl.load(ptr + 2 * stride + x, mask=mask, other=0.0),
-        )
+def load_state(ptr, first_x, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
+    """(largest, 1 / l, delta / l) of the queries first_x … + COUNT - 1, as backward's prologue wrote them, (i, 4).
+
+    Loaded as the bias is, each thread for itself, a query in one access: Triton's pipeliner would copy them 4 bytes at
+    a time through shared memory, and with those copies in flight ptxas waits for every product of the loop (its
+    warning C7515). Queries beyond i get what lies there: whoever asks for them selects the pairs that count.
+    """
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    ptrs = (ptr + 4 * tl.cast(first_x, tl.int64)) + 4 * index
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return tl.load(ptrs), tl.load(ptrs + 1), tl.load(ptrs + 2)
     else:
-        return tl.load(ptr + x), tl.load(ptr + stride + x), tl.load(ptr + 2 * stride + x)
+        largest, inverse, delta, _ = tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [ptrs],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return largest, inverse, delta
 
 
 @triton.jit
@@ -108,6 +116,23 @@ def sequence(seqlens_ptr, index, i, j, offset, IS_PACKED: tl.constexpr):
 
 
 @triton.jit
+def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
+    """Where the rows first + index of a matrix (rows, DIM) lie: [rows, offs_d].
+
+    Rows of a multiple of 8 elements begin at multiples of 16 bytes: the launchers see to it (`whole_rows`). Triton sees
+    it by itself only where the stride is a multiple of 16, and loads 2 bytes at a time elsewhere.
+    """
+    stride = tl.full([], 0, tl.int32) + stride
+    if DIM % 8 == 0:
+        stride = tl.multiple_of(stride, 8)
+        ptr = tl.multiple_of(ptr + first * tl.cast(stride, tl.int64), 16)
+    else:
+        ptr += first * tl.cast(stride, tl.int64)
+    # unsigned: an offset then takes one register, not two
+    return ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
+
+
+@triton.jit
 def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
               IS_REVERSED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
     """Rows first … first + COUNT - 1 of a matrix (rows, DIM), zeros outside of it: [COUNT, BLOCK]."""
@@ -115,9 +140,7 @@ def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, 
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptr += first * tl.cast(stride, tl.int64)
-    # unsigned: an offset then takes one register, not two
-    ptrs = ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
+    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
     if IS_MASKED:
         row = first + index
         mask = (row >= 0) & (row < rows)
@@ -139,8 +162,7 @@ def store_rows(ptr, tile, first, rows, stride, COUNT: tl.constexpr, DIM: tl.cons
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptr += first * tl.cast(stride, tl.int64)
-    ptrs = ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
+    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
     mask = (first + index < rows)[:, None] & (offs_d < DIM)[None, :]
     tl.store(ptrs, narrow(tile, ptr.dtype.element_ty), mask=mask)
 

@@ -63,15 +63,23 @@ def findings(record):
         found.append(Finding("spills", spills or record["stack"], f"{spills} spills, {record['stack']} bytes a thread"))
     if record["serialised"]:
         found.append(Finding("serialised", 1, f"wgmma serialised {record['serialised'][:7]}"))
-    narrow = {f"{kind}.{bits}" for kind in ("load", "copy", "store") for bits in (8, 16)}
-    narrow = {name: count for name, count in record["counts"].items() if name in narrow}
-    if narrow:
-        words = ", ".join(f"{count} {name}" for name, count in narrow.items())
-        found.append(Finding("narrow", sum(narrow.values()), f"rows by single elements: {words}"))
+    if narrow := narrow_accesses(record):
+        found.append(Finding("narrow", sum(narrow.values()), f"rows by single elements: {words(narrow)}"))
     loop = record["interior"]
     if loop is None:
         return [*found, Finding("loop", 1, "no loop with tensor-core instructions")]
     return found + _work(record, loop["counts"]) + _memory(record, loop["counts"]) + floors.findings(record, Finding)
+
+
+def narrow_accesses(record):
+    """{"load.16": count} of the accesses that move one element of a row of 2-byte numbers."""
+    narrow = {f"{kind}.{bits}" for kind in ("load", "copy", "store") for bits in (8, 16)}
+    return {name: count for name, count in record["counts"].items() if name in narrow}
+
+
+def words(counts):
+    """Two counts as "64 load.16, 32 store.16"."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _work(record, counts):

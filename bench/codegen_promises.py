@@ -9,7 +9,7 @@ live in lanes of vector registers on AMD.
 
 from . import codegen_attention_promises as attention
 from .codegen_attention import KERNELS
-from .codegen_matrix import OPS
+from .codegen_matrix import ATTENTION, OPS
 
 
 def is_wide_access(name):
@@ -59,6 +59,8 @@ def broken(record):
         found = [f"{record['spills']} spills"] if record["spills"] else []
         found += [f"{record['scalar_spills']} spills of scalar registers"] if record["scalar_spills"] else []
         found += [f"{record['stack']} bytes of local memory"] if record["stack"] else []
+        if record["op"] in ATTENTION and (narrow := attention.narrow_accesses(record)):
+            found.append(f"rows by single elements: {attention.words(narrow)}")
     if not resident_warps(record):
         found.append(f"{record['registers']} registers x {record['threads']} threads do not fit")
     if record["shared"] > shared_limit(record["arch"]):

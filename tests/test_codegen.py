@@ -15,7 +15,9 @@ pytest.importorskip("triton", reason="compiling needs the extra `triton`")
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the command needs the extra `bench`")
 
+from bench import codegen_exceptions as exceptions  # noqa: E402
 from bench import codegen_matrix, codegen_promises  # noqa: E402
+from bench.codegen_attention import KERNELS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 MATRIX = codegen_matrix.cases()
@@ -61,10 +63,12 @@ def test_keeps_its_promises(records, case):
         },
     }[case.op]  # fmt: skip
     for record in kernels:
-        assert (record["spills"], record["stack"]) == (0, 0)
+        allowed = exceptions.of(record)
+        assert record["spills"] <= allowed.get("spills", 0)
+        assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
         assert record["scalar_spills"] == 0 or "attention" in case.op
-        assert "local" not in record["counts"]
         assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
+        assert "serialised" in allowed or not record["serialised"]
         if case.is_wide and record["kernel"] in STREAMS:
             access = STREAMS[record["kernel"]]
             assert record["interior"]["counts"] == {access: record["interior"]["counts"][access]}  # and nothing else
@@ -85,14 +89,14 @@ def test_attention_multiplies_on_tensor_cores_and_shares_bias_loads(records):
     """Head_dim 64 in bf16: of an accumulator's elements on one diagonal a thread loads the bias once."""
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for op in ("attention", "attention backward"):
-            for record in records[op, "d64", "bf16", arch]:
-                if record["kernel"] in ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel"):
+            for record in records[op, "d64 causal", "bf16", arch]:
+                if record["kernel"] in KERNELS:
                     assert record["interior"]["counts"]["tensor"] >= 4
-    (forward,) = (r for r in records["attention", "d64", "bf16", "sm_90"] if r["kernel"] == "_forward_kernel")
-    constants = forward["constants"]
-    assert (constants["BLOCK_M"], constants["BLOCK_N"], forward["threads"]) == (128, 64, 128)  # 64 elements a thread
-    assert forward["interior"]["counts"]["load.32"] == 34  # 17 diagonals of either parity
-    for record in records["attention backward", "d64", "bf16", "sm_90"]:
+    found = records["attention", "d64 causal", "bf16", "sm_90"]
+    (forward,) = (record for record in found if record["kernel"] == "_forward_kernel")
+    scores = forward["constants"]["BLOCK_M"] * forward["constants"]["BLOCK_N"] / forward["threads"]
+    assert forward["interior"]["counts"]["load.32"] == scores / 2 + 2  # a diagonal more than half, of either parity
+    for record in records["attention backward", "d64 causal", "bf16", "sm_90"]:
         assert not {name for name in record["counts"] if name.startswith("atomic")}  # hence the same bits in every run
 
 

@@ -18,15 +18,19 @@ OPTIONS = {
 }
 
 
-def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
-    """Launch the forward pass, in the layout (batch, length, heads, head_dim)."""
+def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, extra=None, **options):
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim).
+
+    blocks: {kernel: its constants}; extra: further keywords of the launcher.
+    """
     from dpb_triton.kernels import attention_forward
 
     query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
-    attention_forward.forward(query, key, value, table, seqlens, *arguments, blocks=(blocks or {}).get("forward"))
+    own = {"blocks": (blocks or {}).get("forward"), **(extra or {})}
+    attention_forward.forward(query, key, value, table, seqlens, *arguments, **own)
 
 
-def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
+def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, extra=None, **options):
     """Launch the backward pass with all its gradients."""
     import torch
 
@@ -36,8 +40,9 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     state = torch.empty((2, *query.shape[:3]), device="meta")
     dlse = state[0] if options.get("dropout_p") else None
     out = _rows(dtype, *query.shape)
+    arguments = *arguments, False, True, True, True
     attention_backward.backward(
-        out, dlse, query, key, value, table, out, state, seqlens, *arguments, False, True, True, True, blocks=blocks
+        out, dlse, query, key, value, table, out, state, seqlens, *arguments, blocks=blocks, **(extra or {})
     )
 
 

@@ -144,8 +144,11 @@ def _attention_matrix(is_full):
 
 
 def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=(), options=(), tiles=None, only=(),
-                    is_full=False):  # fmt: skip
-    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for; `tiles`: {kernel: its constants}."""
+                    extra=None, is_full=False):  # fmt: skip
+    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for.
+
+    tiles: {kernel: its constants}; extra: further keywords of the launcher.
+    """
     entries = [
         (head_dim, name, dtype, arch)
         for head_dim, name, dtype, is_for_all in _attention_matrix(is_full)
@@ -159,7 +162,9 @@ def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=()
         layout = f"d{head_dim} {name}"
         if layouts and layout not in layouts:
             continue
-        chosen = {"head_dim": head_dim, **attention.OPTIONS[name], **({"blocks": tiles} if tiles else {})}
+        chosen = {"head_dim": head_dim, **attention.OPTIONS[name]}
+        chosen |= {"blocks": tiles} if tiles else {}
+        chosen |= {"extra": extra} if extra else {}
         sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
         found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]
     return found

@@ -69,3 +69,21 @@ def blocks_a_multiprocessor(record):
     registers = 65536 // (-(-record["registers"] // 8) * 8 * 32 * warps)
     memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_103": 228}.get(record["arch"], 100) * 1024
     return min(registers, memory // (record["shared"] + 1024), 64 // warps, 32)
+
+
+# Floating-point operations of a multiprocessor in a clock: 2-byte types, and float32 as this library multiplies it.
+TENSOR_RATES = {"sm_80": (2048, 1024), "sm_90": (4096, 2048), "sm_100": (8192, 4096), "gfx942": (2048, 256)}
+_EXP2_A_CLOCK = 16  # of a multiprocessor
+_ISSUE_A_CLOCK = 4  # warps
+
+
+def clocks_a_tile(record):
+    """{"tensor", "issue", "exp2"}: clocks of a multiprocessor for one tile, if nothing but that took time."""
+    width = 64 if record["arch"].startswith("gfx9") else 32
+    rate = TENSOR_RATES[record["arch"]][record["dtype"] == "fp32"]
+    loop = record["interior"]
+    return {
+        "tensor": tile_flops(record) / rate,
+        "issue": loop["instructions"] * record["threads"] / width / _ISSUE_A_CLOCK,
+        "exp2": loop["counts"].get("exp2", 0) * record["threads"] / _EXP2_A_CLOCK,
+    }

@@ -160,7 +160,7 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
     wanted = groups(kernels, [int(width) for width in widths], dtypes, archs or ("sm_90",))
     lines = _Lines(lines)
     lines.write("start", bench="sweep", device=device, limit=limit, groups=wanted)
-    results = load(path)
+    results = load(path, is_old_welcome=device == "cuda")
     if device == "cpu" or not all(best(results, group) for group in wanted):
         # on a GPU a third of the time at most is for what no list says
         share = limit if device == "cpu" else limit / 3

@@ -9,7 +9,7 @@ from .codegen_promises import shared_limit
 KERNELS = ("forward", "dkdv", "dq", "dtable")
 WIDTHS = (64, 128, 256)  # of heads; `attention_blocks.py` has a row for each
 _SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
-_WARPS = (4, 8)
+_WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
 # What else a launcher takes by keyword, as pairs: each is one more way to launch every tile of that kernel.
 VARIANTS = {kernel: ((),) for kernel in KERNELS}
@@ -70,6 +70,8 @@ def candidates(kernel, width, dtype, arch):
         registers /= warps * lanes
         scores = m * n / (warps * lanes)
         if scores < 1 or registers > 0.85 * most or shared > shared_limit(arch) or (kernel == "dtable" and m > n):
+            continue
+        if warps == 2 and has_wgmma and dtype != "fp32":
             continue
         found.append((_rank(candidate, registers / most, scores), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]

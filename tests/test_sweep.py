@@ -77,6 +77,7 @@ def test_a_list_is_gone_on_with_until_kernels_or_compiler_change(tmp_path, monke
     assert sweep_offline.candidate_of(entry).extra == (("tma", True),)
     monkeypatch.setattr(sweep_offline, "fingerprint", lambda: {"kernels": "others", "triton": "3.6.0"})
     assert sweep_offline.load(path) == {}
+    assert sweep_offline.load(path, is_old_welcome=True) == results
 
 
 class Threads(ThreadPoolExecutor):

@@ -2,14 +2,11 @@
 """Reading machine code: instructions, loops, accesses, products, from short texts."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from bench.codegen_assembly import innermost_loops, parse_amdgcn, parse_sass, ptxas_notes, serialising_note
 from bench.codegen_products import opcode_flops
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def sass(*lines):
@@ -168,10 +165,42 @@ def test_ptxas_remarks_that_serialise(line, number):
     assert (note and note[:7]) == number
 
 
+ACCUMULATOR, DESCRIPTORS = "{%f1, %f2, %f3, %f4}", "%rd2, %rd2"
+WGMMA = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {ACCUMULATOR}, {DESCRIPTORS}, 1, 1, 1, 0, 0;"
+PTX = f"""
+.version 8.4
+.target sm_90a
+.address_size 64
+.visible .entry _kernel(.param .u64 out, .param .u64 descriptor, .param .u32 n)
+{{
+  .reg .b32 %r<2>; .reg .b64 %rd<3>; .reg .f32 %f<5>; .reg .pred %p;
+  ld.param.u64 %rd1, [out];
+  ld.param.u64 %rd2, [descriptor];
+  ld.param.u32 %r1, [n];
+  mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+  wgmma.fence.sync.aligned;
+  {WGMMA}
+  wgmma.commit_group.sync.aligned;
+loop:
+  add.f32 %f1, %f1, 0f3F800000;
+  {WGMMA}
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 1;
+  sub.u32 %r1, %r1, 1;
+  setp.ne.u32 %p, %r1, 0;
+  @%p bra loop;
+  wgmma.wait_group.sync.aligned 0;
+  st.global.v4.f32 [%rd1], {ACCUMULATOR};
+  ret;
+}}
+"""
+
+
 def test_ptxas_still_says_so(tmp_path):
-    """Accumulators that are read while a wgmma writes them: if ptxas' words change, no serialised kernel is seen."""
+    """An accumulator that is changed while a wgmma writes it: if ptxas' words change, no serialised kernel is seen."""
     triton = pytest.importorskip("triton", reason="ptxas comes with Triton")
-    source, target = GOLDEN / "serialised.ptx", tmp_path / "serialised.o"
+    source, target = tmp_path / "serialised.ptx", tmp_path / "serialised.o"
+    source.write_text(PTX)
     command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "serialized" in serialising_note(ptxas_notes(done.stderr))

@@ -113,10 +113,13 @@ def _sass(cubin):
 
 def report(kernel):
     """The Report of a `triton.compiler.CompiledKernel` of either backend."""
+    log = _logs.get(kernel.hash, "")
     if "amdgcn" in kernel.asm:
         instructions = assembly.parse_amdgcn(kernel.asm["amdgcn"])
         resources = assembly.amdgcn_resources(kernel.asm["amdgcn"])
     else:
+        if "Compiling entry function" not in log:
+            raise RuntimeError(f"{kernel.metadata.name}: nothing is known of what ptxas said")
         text = _sass(kernel.asm["cubin"])
         instructions, resources = assembly.parse_sass(text), assembly.sass_resources(text)
     counts = assembly.counts(instructions)
@@ -138,7 +141,7 @@ def report(kernel):
             if isinstance(value, int)
         },
         stages=kernel.metadata.num_stages,
-        notes=assembly.ptxas_notes(_logs.get(kernel.hash, "")),
+        notes=assembly.ptxas_notes(log),
     )
 
 

@@ -37,13 +37,13 @@ def _accesses(loop):
 
 
 def _tile(record):
-    """BLOCK_M x BLOCK_N, warps, stages of an attention kernel."""
+    """The launch constants of an attention kernel, as --tile takes them."""
     if record["kernel"] not in attention.KERNELS:
         return None
     constants = record["constants"]
     width = 64 if record["arch"].startswith("gfx9") else 32
     tile = constants["BLOCK_M"], constants["BLOCK_N"], record["threads"] // width, record["stages"]
-    return ",".join(map(str, tile))
+    return ",".join(map(str, tile)) + (",1" if constants.get("IS_DESCRIBED") else "")
 
 
 def _row(record):
@@ -72,9 +72,9 @@ def _tiles(context, parameter, words):
     for word in words:
         kernel, _, numbers = word.partition("=")
         tile = tuple(int(number) for number in numbers.split(",") if number.isdecimal())
-        if kernel not in KERNEL_NAMES or len(tile) != 4:
+        if kernel not in KERNEL_NAMES or len(tile) < 4:
             raise click.BadParameter(f"expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got {word!r}")
-        found[kernel] = tile
+        found[kernel] = *tile[:4], *map(bool, tile[4:])
     return found
 
 
@@ -89,8 +89,8 @@ def _tiles(context, parameter, words):
 @click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Of attention.")
 @click.option("--options", multiple=True, type=click.Choice(list(attention.OPTIONS)),
               help="Option sets of attention.")  # fmt: skip
-@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES",
-              help="Other launch constants for one of forward, dkdv, dq, dtable.")  # fmt: skip
+@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES[,1]",
+              help="Other launch constants for one of forward, dkdv, dq, dtable; 1: by descriptors.")  # fmt: skip
 @click.option("--only", multiple=True, type=click.Choice(KERNEL_NAMES), help="Compile only these attention kernels.")
 @click.option("--full", "is_full", is_flag=True, help="Attention: every option set at every head_dim.")
 @click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",

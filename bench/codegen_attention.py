@@ -18,19 +18,15 @@ OPTIONS = {
 }
 
 
-def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, extra=None, **options):
-    """Launch the forward pass, in the layout (batch, length, heads, head_dim).
-
-    blocks: {kernel: its constants}; extra: further keywords of the launcher.
-    """
+def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}."""
     from dpb_triton.kernels import attention_forward
 
     query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
-    own = {"blocks": (blocks or {}).get("forward"), **(extra or {})}
-    attention_forward.forward(query, key, value, table, seqlens, *arguments, **own)
+    attention_forward.forward(query, key, value, table, seqlens, *arguments, blocks=(blocks or {}).get("forward"))
 
 
-def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, extra=None, **options):
+def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     """Launch the backward pass with all its gradients."""
     import torch
 
@@ -41,9 +37,7 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, extra=None,
     dlse = state[0] if options.get("dropout_p") else None
     out = _rows(dtype, *query.shape)
     arguments = *arguments, False, True, True, True
-    attention_backward.backward(
-        out, dlse, query, key, value, table, out, state, seqlens, *arguments, blocks=blocks, **(extra or {})
-    )
+    attention_backward.backward(out, dlse, query, key, value, table, out, state, seqlens, *arguments, blocks=blocks)
 
 
 def _rows(dtype, batch, heads, length, head_dim):

@@ -144,11 +144,8 @@ def _attention_matrix(is_full):
 
 
 def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=(), options=(), tiles=None, only=(),
-                    extra=None, is_full=False):  # fmt: skip
-    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for.
-
-    tiles: {kernel: its constants}; extra: further keywords of the launcher.
-    """
+                    is_full=False):  # fmt: skip
+    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for; `tiles`: {kernel: its constants}."""
     entries = [
         (head_dim, name, dtype, arch)
         for head_dim, name, dtype, is_for_all in _attention_matrix(is_full)
@@ -164,7 +161,6 @@ def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=()
             continue
         chosen = {"head_dim": head_dim, **attention.OPTIONS[name]}
         chosen |= {"blocks": tiles} if tiles else {}
-        chosen |= {"extra": extra} if extra else {}
         sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
         found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]
     return found

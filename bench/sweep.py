@@ -29,7 +29,7 @@ def constants_of(group):
 
     kernel, width, dtype, arch = group
     table = FLOAT32 if dtype == "fp32" else BLOCKS
-    return Candidate(kernel, *table[GENERATIONS[arch]][kernel][WIDTHS.index(width)])
+    return Candidate.of(kernel, table[GENERATIONS[arch]][kernel][WIDTHS.index(width)])
 
 
 def _rows(results, wanted, count):
@@ -122,9 +122,8 @@ def advice(times):
                 rounds = times.get((kernel, width, dtype, arch))
                 if rounds:
                     chosen, ratio = faster(rounds, constants_of((kernel, width, dtype, arch)))
-                    extra = "".join(f" with {key}={value}" for key, value in chosen.extra)
                     row[place] = chosen.blocks
-                    remarks.append(f"{width}: {ratio:.2f} times as fast{extra}" if ratio > 1 else f"{width}: stays")
+                    remarks.append(f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays")
             lines.append(f'    "{kernel}": {tuple(row)},  # {", ".join(remarks) or "not timed"}')
         lines.append("}")
     return "\n".join(lines)

@@ -11,31 +11,35 @@ WIDTHS = (64, 128, 256)  # of heads; `attention_blocks.py` has a row for each
 _SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
 _WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
-# What else a launcher takes by keyword, as pairs: each is one more way to launch every tile of that kernel.
+# What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
 VARIANTS = {kernel: ((),) for kernel in KERNELS}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Launch constants of a kernel, and what else its launcher takes by keyword."""
+    """Launch constants of a kernel."""
 
     kernel: str
     block_m: int
     block_n: int
     warps: int
     stages: int
-    extra: tuple = ()  # pairs (keyword, value)
+    more: tuple = ()  # what `attention_blocks.py` has behind the stages
+
+    @classmethod
+    def of(cls, kernel, blocks):
+        """From the constants as the launchers take them."""
+        return cls(kernel, *blocks[:4], tuple(blocks[4:]))
 
     @property
     def blocks(self):
         """As the launchers take them."""
-        return self.block_m, self.block_n, self.warps, self.stages
+        return self.block_m, self.block_n, self.warps, self.stages, *self.more
 
     @property
     def name(self):
         """Say dkdv 64,64,4,2."""
-        extra = (f"{key}={value}" for key, value in self.extra)
-        return " ".join([self.kernel, ",".join(map(str, self.blocks)), *extra])
+        return f"{self.kernel} {','.join(map(str, self.blocks))}"
 
 
 def elements(candidate, width):
@@ -63,15 +67,15 @@ def candidates(kernel, width, dtype, arch):
     is_amd, has_wgmma = arch.startswith("gfx"), arch not in ("sm_80", "gfx942")
     lanes, most = (64, 512) if is_amd else (32, 255)
     found = []
-    for m, n, warps, stages, extra in itertools.product(_SIZES, _SIZES, _WARPS, STAGES, VARIANTS[kernel]):
-        candidate = Candidate(kernel, m, n, warps, stages, extra)
+    for m, n, warps, stages, more in itertools.product(_SIZES, _SIZES, _WARPS, STAGES, VARIANTS[kernel]):
+        candidate = Candidate(kernel, m, n, warps, stages, more)
         registers, stage, stays = elements(candidate, width)
         shared = size * (max(stages - is_amd, 1) * stage + has_wgmma * stays)
         registers /= warps * lanes
         scores = m * n / (warps * lanes)
         if scores < 1 or registers > 0.85 * most or shared > shared_limit(arch) or (kernel == "dtable" and m > n):
             continue
-        if warps == 2 and has_wgmma and dtype != "fp32":
+        if (warps == 2 and has_wgmma and dtype != "fp32") or (more and not has_wgmma):
             continue
         found.append((_rank(candidate, registers / most, scores), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]

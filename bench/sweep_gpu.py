@@ -24,15 +24,13 @@ def calls_of(width, dtype, seq, batch, heads, device):
     numbers = None, seq, seq, 0, False, None, 0, width**-0.5, 0.0, 0.0
 
     def forward(candidate):
-        return attention_forward.forward(
-            query, key, value, table, None, *numbers, blocks=candidate.blocks, **dict(candidate.extra)
-        )[:1]
+        return attention_forward.forward(query, key, value, table, None, *numbers, blocks=candidate.blocks)[:1]
 
     def backward(*needs):
         def launch(candidate):
             found = attention_backward.backward(
                 dout, None, query, key, value, table, out, state, None, *numbers, False, *needs,
-                blocks={candidate.kernel: candidate.blocks}, **dict(candidate.extra),
+                blocks={candidate.kernel: candidate.blocks},
             )  # fmt: skip
             return [tensor for tensor in found if tensor.numel()]
 

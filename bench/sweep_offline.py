@@ -71,12 +71,19 @@ def problems(record):
 
 def compile_candidate(candidate, width, dtype, arch):
     """The result of a candidate, for the file; runs in a child. Not causal only where causal has no problem."""
-    found = {"candidate": _facts(candidate), "width": width, "dtype": dtype, "arch": arch, "problems": []}
+    found = {
+        "kernel": candidate.kernel,
+        "blocks": candidate.blocks,
+        "width": width,
+        "dtype": dtype,
+        "arch": arch,
+        "problems": [],
+    }
     op = "attention" if candidate.kernel == "forward" else "attention backward"
     for options in OPTIONS:
         (case,) = attention_cases(
             op, [arch], [dtype], head_dims=[width], options=[options], tiles={candidate.kernel: candidate.blocks},
-            only=[f"_{candidate.kernel}_kernel"], extra=dict(candidate.extra),
+            only=[f"_{candidate.kernel}_kernel"],
         )  # fmt: skip
         (record,) = compile_case(case)
         found["problems"] += [f"{options}: {sentence}" for sentence in problems(record)]
@@ -91,14 +98,9 @@ def compile_candidate(candidate, width, dtype, arch):
     return found
 
 
-def _facts(candidate):
-    return {"kernel": candidate.kernel, "blocks": list(candidate.blocks), "extra": [list(e) for e in candidate.extra]}
-
-
 def candidate_of(result):
     """The Candidate of a result."""
-    facts = result["candidate"]
-    return Candidate(facts["kernel"], *facts["blocks"], tuple(tuple(pair) for pair in facts["extra"]))
+    return Candidate.of(result["kernel"], result["blocks"])
 
 
 def groups(kernels, widths, dtypes, archs):
@@ -152,7 +154,7 @@ def best(results, group, count=None):
     found = [
         result
         for result in results.values()
-        if not result["problems"] and result["candidate"]["kernel"] == kernel
+        if not result["problems"] and result["kernel"] == kernel
         and (result["width"], result["dtype"], result["arch"]) == (width, dtype, arch)
     ]  # fmt: skip
     found.sort(key=lambda result: (result["causal"]["estimate"], -(result["causal"]["blocks"] or 0)))

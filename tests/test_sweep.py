@@ -44,8 +44,14 @@ def test_the_first_candidates_are_large_tiles():
 
 
 def result(candidate, problems=(), estimate=100.0, blocks=1):
-    facts = {"kernel": candidate.kernel, "blocks": list(candidate.blocks), "extra": [list(e) for e in candidate.extra]}
-    found = {"candidate": facts, "width": 64, "dtype": "bf16", "arch": "sm_90", "problems": list(problems)}
+    found = {
+        "kernel": candidate.kernel,
+        "blocks": list(candidate.blocks),
+        "width": 64,
+        "dtype": "bf16",
+        "arch": "sm_90",
+    }
+    found["problems"] = list(problems)
     clocks = {"tensor": 1.0, "issue": estimate, "exp2": 1.0}
     options = {"registers": 128, "shared": 0, "blocks": blocks, "instructions": 99, "clocks": clocks}
     return found if problems else found | dict.fromkeys(("causal", "full"), options | {"estimate": estimate})
@@ -70,11 +76,11 @@ def test_the_best_have_no_problem_and_the_least_clocks():
 def test_a_list_is_gone_on_with_until_kernels_or_compiler_change(tmp_path, monkeypatch):
     path = tmp_path / "list.json"
     assert sweep_offline.load(path) == {}
-    results = listed(result(Candidate("dkdv", 64, 64, 4, 2, (("tma", True),))))
+    results = listed(result(Candidate("dkdv", 64, 64, 4, 2, (True,))))
     sweep_offline.save(path, results)
     assert sweep_offline.load(path) == results
     (entry,) = results.values()
-    assert sweep_offline.candidate_of(entry).extra == (("tma", True),)
+    assert sweep_offline.candidate_of(entry) == Candidate("dkdv", 64, 64, 4, 2, (True,))
     monkeypatch.setattr(sweep_offline, "fingerprint", lambda: {"kernels": "others", "triton": "3.6.0"})
     assert sweep_offline.load(path) == {}
     assert sweep_offline.load(path, is_old_welcome=True) == results
@@ -120,12 +126,12 @@ def test_a_compilation_says_why_not_and_stops_there(monkeypatch):
         return [{"error": "OutOfResources: shared memory\nRequired: 300000"}]
 
     monkeypatch.setattr(sweep_offline, "compile_case", compile_case)
-    found = sweep_offline.compile_candidate(Candidate("dq", 64, 64, 4, 2, (("tma", True),)), *GROUP[1:])
+    found = sweep_offline.compile_candidate(Candidate("dq", 64, 64, 4, 2, (True,)), *GROUP[1:])
     assert found["problems"] == ["causal: does not compile: Required: 300000"]
     (case,) = seen
     assert case.op == "attention backward"
     assert (case.layout, case.only) == ("d64 causal", ("_dq_kernel",))
-    assert case.options == {"head_dim": 64, "blocks": {"dq": (64, 64, 4, 2)}, "extra": {"tma": True}}
+    assert case.options == {"head_dim": 64, "blocks": {"dq": (64, 64, 4, 2, True)}}
 
 
 def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
@@ -138,7 +144,7 @@ def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
     assert entry["arch"] == "sm_90"
     if not entry["problems"]:
         assert 32 <= entry["causal"]["registers"] <= 255
-        m, n, *_ = entry["candidate"]["blocks"]
+        m, n, *_ = entry["blocks"]
         assert entry["causal"]["clocks"]["tensor"] == 64  # 4 * 1024 * 64 / 4096
         assert entry["full"]["estimate"] >= 64
         assert f"{m},{n}," in done.output

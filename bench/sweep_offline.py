@@ -149,7 +149,7 @@ def is_doubled(job, results):
 
 
 def best(results, group, count=None):
-    """The results of a group without a problem, by the paper's estimate; ties to more blocks a multiprocessor."""
+    """The results of a group without a problem, by the paper's estimate, ties by the instructions to issue."""
     kernel, width, dtype, arch = group
     found = [
         result
@@ -157,5 +157,5 @@ def best(results, group, count=None):
         if not result["problems"] and result["kernel"] == kernel
         and (result["width"], result["dtype"], result["arch"]) == (width, dtype, arch)
     ]  # fmt: skip
-    found.sort(key=lambda result: (result["causal"]["estimate"], -(result["causal"]["blocks"] or 0)))
+    found.sort(key=lambda result: (result["causal"]["estimate"], result["causal"]["clocks"]["issue"]))
     return found[:count]

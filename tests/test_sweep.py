@@ -43,7 +43,7 @@ def test_the_first_candidates_are_large_tiles():
     assert (64, 64, 4, 2) in first
 
 
-def result(candidate, problems=(), estimate=100.0, blocks=1):
+def result(candidate, problems=(), estimate=100.0, issue=None):
     found = {
         "kernel": candidate.kernel,
         "blocks": list(candidate.blocks),
@@ -52,8 +52,8 @@ def result(candidate, problems=(), estimate=100.0, blocks=1):
         "arch": "sm_90",
     }
     found["problems"] = list(problems)
-    clocks = {"tensor": 1.0, "issue": estimate, "exp2": 1.0}
-    options = {"registers": 128, "shared": 0, "blocks": blocks, "instructions": 99, "clocks": clocks}
+    clocks = {"tensor": estimate, "issue": issue or estimate, "exp2": 1.0}
+    options = {"registers": 128, "shared": 0, "blocks": 1, "instructions": 99, "clocks": clocks}
     return found if problems else found | dict.fromkeys(("causal", "full"), options | {"estimate": estimate})
 
 
@@ -65,8 +65,8 @@ def test_the_best_have_no_problem_and_the_least_clocks():
     slow, fast, full, wrong = (Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2, 3, 4))
     other = Candidate("dq", 64, 64, 4, 2)
     results = listed(
-        result(slow, estimate=90), result(wrong, ["causal: 3 spills"]), result(fast, estimate=80, blocks=1),
-        result(full, estimate=80, blocks=2), result(other, estimate=1),
+        result(slow, estimate=90), result(wrong, ["causal: 3 spills"]), result(fast, estimate=80, issue=80),
+        result(full, estimate=80, issue=70), result(other, estimate=1),
     )  # fmt: skip
     found = [sweep_offline.candidate_of(entry) for entry in sweep_offline.best(results, GROUP)]
     assert found == [full, fast, slow]

@@ -131,7 +131,7 @@ def _attention_matrix(is_full):
     The short matrix has every option set at two head_dims and every head_dim with one option set.
     """
     for head_dim in HEAD_DIMS:
-        for name in attention.OPTIONS:
+        for name in attention.TRAINED:
             is_plain = head_dim in (64, 128, 256) and name in (("causal", "full") if is_full else ("causal",))
             if is_full or is_plain or name == "causal" or head_dim in (64, 128):
                 yield head_dim, name, "bf16", is_plain

@@ -14,7 +14,8 @@ TRAINED = {
     "varlen": {"is_packed": True},
     "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
 }
-OPTIONS = TRAINED | {  # by --options only
+OPTIONS = TRAINED | {
+    "3 heads": {"heads": 3},  # rows of 40 or 72 elements are then a multiple of 8 and not of 16 apart
     "ragged": {"i": 4095, "j": 4095},
     "all": {"is_packed": True, "dropout_p": 0.1, "softcap": 30.0, "window": 1000, "group": 4},
 }
@@ -49,10 +50,10 @@ def _rows(dtype, batch, heads, length, head_dim):
 
 
 def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1,
-               is_packed=False, is_projection=False):  # fmt: skip
+               is_packed=False, is_projection=False, heads=8):  # fmt: skip
     import torch
 
-    batch, heads = (1, 8) if is_packed else (2, 8)
+    batch = 1 if is_packed else 2
     query = _rows(dtype, batch, heads, i, head_dim)
     key = value = _rows(dtype, batch, heads // group, j, head_dim)
     if is_projection:

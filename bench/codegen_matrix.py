@@ -128,13 +128,15 @@ def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=N
 def _attention_matrix(is_full):
     """(head_dim, option set, dtype, whether for every arch) of each launch: sm_90 in depth, the others the plain sets.
 
-    The short matrix has every option set at two head_dims and every head_dim with one option set.
+    The short matrix has every option set at two head_dims and every head_dim with one option set. Another arch alone
+    is compiled in depth, too.
     """
     for head_dim in HEAD_DIMS:
         for name in attention.TRAINED:
             is_plain = head_dim in (64, 128, 256) and name in (("causal", "full") if is_full else ("causal",))
             if is_full or is_plain or name == "causal" or head_dim in (64, 128):
                 yield head_dim, name, "bf16", is_plain
+    yield from ((head_dim, "3 heads", "bf16", False) for head_dim in (40, 72))
     yield 64, "causal", "fp32", True
     yield 128, "causal", "fp32", is_full
     yield 256, "causal", "fp32", is_full

@@ -171,6 +171,7 @@ def test_options_that_people_train_with_are_in_the_matrix():
             for name in ("causal", "full", "dropout", "gqa", "window", "softcap", "varlen", "qkv"):
                 assert {(op, f"d{head_dim} {name}") for head_dim in head_dims} <= layouts
             assert {(op, f"d{head_dim} causal") for head_dim in (40, 72, 80, 96, 256)} <= layouts
+            assert {(op, "d40 3 heads"), (op, "d72 3 heads")} <= layouts
     for arch in ("sm_80", "sm_100", "gfx942"):
         layouts = {case.layout for case in cases([arch], ops=["attention"])}
         assert {"d64 causal", "d128 causal", "d256 causal"} <= layouts

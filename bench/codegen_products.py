@@ -62,7 +62,7 @@ def most_exp2(record):
 
 
 def blocks_a_multiprocessor(record):
-    """Blocks of a kernel that an NVIDIA multiprocessor holds at once; None of other makers."""
+    """Blocks that an NVIDIA multiprocessor holds at once, by registers and shared memory; None of other makers."""
     if not record["arch"].startswith("sm_"):
         return None
     warps = record["threads"] // 32

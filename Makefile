@@ -13,7 +13,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test check codegen lint format wheel wheel-test gpu clean
+.PHONY: help install bench test check codegen codegen-full lint format wheel wheel-test gpu clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,16 @@ check: lint test  ## lint, suite, and the benches' smoke runs: the command befor
 codegen: $(READY)  ## compile the kernels for sm_80, sm_90, sm_100, gfx942; table of registers and accesses
 	$(PYTHON) -m bench codegen
 	$(PYTHON) -m bench codegen --csrc
+
+TRITONS ?= 3.6.0 3.7.1 3.8.0
+
+codegen-full: $(READY)  ## the attention kernels with every option set, under each Triton
+	for version in $(TRITONS); do \
+	  test -d build/triton-$$version || $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target build/triton-$$version triton==$$version || exit 1; \
+	  PYTHONPATH=build/triton-$$version $(PYTHON) -m bench codegen --full --kernel attention \
+	    --kernel "attention backward" || exit 1; \
+	done
 
 wheel: $(READY)  ## the sdist and the wheel, in dist/: one binary for Python >= 3.10 and torch >= 2.10
 	PATH="$(dir $(abspath $(PYTHON))):$$PATH" DPB_TRITON_CSRC=1 $(PYTHON) -m build --no-isolation

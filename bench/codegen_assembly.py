@@ -30,6 +30,7 @@ class Loop:
     instructions: int
     counts: dict[str, int]
     predicated: int  # accesses of global memory that may be switched off for a lane
+    products: dict[str, int] = field(default_factory=dict)  # tensor-core opcodes: "HGMMA.64x64x16.F32.BF16": 16
 
 
 def is_access(kind):
@@ -39,8 +40,8 @@ def is_access(kind):
 
 _SASS_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
 _SASS_KINDS = {
-    "LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDGSTS": "copy", "UTMALDG": "copy",
-    "UTMASTG": "copy", "UBLKCP": "copy", "RED": "atomic", "REDG": "atomic", "ATOM": "atomic", "ATOMG": "atomic",
+    "LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDGSTS": "copy", "UTMALDG": "bulk",
+    "UTMASTG": "bulk", "UBLKCP": "bulk", "RED": "atomic", "REDG": "atomic", "ATOM": "atomic", "ATOMG": "atomic",
     "LDS": "shared_load", "LDSM": "shared_load", "STS": "shared_store", "STSM": "shared_store",
     "ATOMS": "shared_atomic", "LDL": "local", "STL": "local", "SHFL": "shuffle", "BAR": "barrier",
     "SYNCS": "barrier", "HMMA": "tensor", "IMMA": "tensor", "DMMA": "tensor", "QMMA": "tensor", "HGMMA": "tensor",
@@ -53,6 +54,8 @@ def _sass_kind(opcode):
     name, *suffixes = opcode.split(".")
     if name == "MUFU":
         return "exp2" if "EX2" in suffixes else None
+    if name == "WARPGROUP":
+        return "wait" if "DEPBAR" in suffixes else None
     kind = _SASS_KINDS.get(name)
     if kind in ("load", "store", "copy", "atomic"):
         return f"{kind}.{next((_SASS_WIDTHS[s] for s in suffixes if s in _SASS_WIDTHS), 32)}"
@@ -95,6 +98,20 @@ def sass_resources(text):
     return {"registers": registers, "stack": stack + local}
 
 
+def ptxas_notes(log):
+    """The numbered remarks in what ptxas printed, say "(C7515) Potential Performance Loss: wgmma…"."""
+    return re.findall(r"\(C\d+\).*", log)
+
+
+def serialising_note(notes):
+    """The remark that says that a wgmma waits for the one before it; None if there is none.
+
+    (C7519) alone, an arrive that ptxas adds, costs nothing.
+    """
+    found = [note for word in ("serialized", "warpgroup.wait is injected") for note in notes if word in note]
+    return found[0] if found else None
+
+
 _AMDGCN_ACCESS = re.compile(r"(?:buffer|global|flat)_(load|store|atomic)_(\w+)$")
 _AMDGCN_WIDTHS = [
     (r"dwordx4|b128", 128), (r"dwordx3|b96", 96), (r"dwordx2|x2|b64|f64", 64), (r"short|[ubi]16|ushort", 16),
@@ -103,7 +120,7 @@ _AMDGCN_WIDTHS = [
 _AMDGCN_KINDS = [
     (r"scratch_", "local"), (r"v_(mfma|smfmac|wmma|swmmac)", "tensor"), (r"s_barrier(_wait)?$", "barrier"),
     (r"ds_b?permute|ds_swizzle|v_permlane|\w+_dpp", "shuffle"), (r"ds_(read|load)", "shared_load"),
-    (r"ds_(write|store)", "shared_store"), (r"ds_", "shared_atomic"),
+    (r"ds_(write|store)", "shared_store"), (r"ds_", "shared_atomic"), (r"v_exp_f32", "exp2"),
 ]  # fmt: skip
 
 
@@ -229,7 +246,8 @@ def _loop(body, begin):
         predicated = _amdgcn_predicated(body)
     else:
         predicated = sum(instruction.is_predicated for instruction in body if is_access(instruction.kind))
-    return Loop(begin, len(body), dict(sorted(counts(body).items())), predicated)
+    products = Counter(instruction.opcode for instruction in body if instruction.kind == "tensor")
+    return Loop(begin, len(body), dict(sorted(counts(body).items())), predicated, dict(sorted(products.items())))
 
 
 def counts(instructions):

@@ -1,61 +1,70 @@
 # SPDX-License-Identifier: MIT
-"""The attention kernels' launches, and what their compiled code promises.
-
-No spill to memory, and in the loop over whole tiles: tensor-core instructions, no local memory, and on NVIDIA at most
-one load of the bias a score. It is about half of one where a thread holds two rows of an accumulator, 8 apart, and
-columns 8 apart, whose elements share diagonals (sm_80, sm_90); on sm_100 it holds one row. The table's gradient loads
-its bias tile outside of its loop.
-"""
+"""The attention kernels' launches on tensors without memory: head_dims, option sets, strides, tiles."""
 
 KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")
 
+# What people train with, each alone: the promises hold for these.
+TRAINED = {
+    "causal": {},
+    "full": {"is_causal": False},
+    "dropout": {"dropout_p": 0.1},
+    "gqa": {"group": 4},
+    "window": {"window": 1000},
+    "softcap": {"softcap": 30.0},
+    "varlen": {"is_packed": True},
+    "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
+}
+OPTIONS = TRAINED | {
+    "3 heads": {"heads": 3},  # rows of 40 or 72 elements are then a multiple of 8 and not of 16 apart
+    "ragged": {"i": 4095, "j": 4095},
+    "all": {"is_packed": True, "dropout_p": 0.1, "softcap": 30.0, "window": 1000, "group": 4},
+}
 
-def launch_forward(dtype, *, head_dim, i=4096, j=4096, **options):
-    """Launch the forward pass, in the layout (batch, length, heads, head_dim)."""
+
+def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}."""
     from dpb_triton.kernels import attention_forward
 
-    query, key, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
-    attention_forward.forward(query, key, key, table, seqlens, *arguments)
+    query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
+    attention_forward.forward(query, key, value, table, seqlens, *arguments, blocks=(blocks or {}).get("forward"))
 
 
-def launch_backward(dtype, *, head_dim, i=4096, j=4096, **options):
+def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     """Launch the backward pass with all its gradients."""
     import torch
 
     from dpb_triton.kernels import attention_backward
 
-    query, key, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
+    query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
     state = torch.empty((2, *query.shape[:3]), device="meta")
     dlse = state[0] if options.get("dropout_p") else None
-    attention_backward.backward(
-        query, dlse, query, key, key, table, query, state, seqlens, *arguments, False, True, True, True
-    )
+    out = _rows(dtype, *query.shape)
+    arguments = *arguments, False, True, True, True
+    attention_backward.backward(out, dlse, query, key, value, table, out, state, seqlens, *arguments, blocks=blocks)
 
 
-def _arguments(
-    dtype,
-    head_dim,
-    i,
-    j,
-    is_causal=True,
-    window=None,
-    softcap=0.0,
-    dropout_p=0.0,
-    group=1,
-    is_packed=False,
-    is_float32=False,
-):
+def _rows(dtype, batch, heads, length, head_dim):
     import torch  # here, so that the command's own process stays free of torch and Triton
 
-    dtype = torch.float32 if is_float32 else dtype
-    batch, heads = (1, 8) if is_packed else (2, 8)
-    query = torch.empty((batch, i, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
-    key = torch.empty((batch, j, heads // group, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+    return torch.empty((batch, length, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1,
+               is_packed=False, is_projection=False, heads=8):  # fmt: skip
+    import torch
+
+    batch = 1 if is_packed else 2
+    query = _rows(dtype, batch, heads, i, head_dim)
+    key = value = _rows(dtype, batch, heads // group, j, head_dim)
+    if is_projection:
+        packed = torch.empty((batch, i, 3, heads, head_dim), dtype=dtype, device="meta")
+        query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
     table = torch.empty((heads, max(i, j)), device="meta")
     seqlens = torch.empty((4, 5), dtype=torch.int32, device="meta") if is_packed else None
     seed = torch.empty((1,), dtype=torch.int64, device="meta") if dropout_p else None
     bounds = window, 0 if is_causal else None
-    return query, key, table, seqlens, (seed, i, j, j - i, False, *bounds, head_dim**-0.5, softcap, dropout_p)
+    numbers = i, j, j - i, False, *bounds, head_dim**-0.5, softcap, dropout_p
+    return query, key, value, table, seqlens, (seed, *numbers)
 
 
 def main_loop(loops):
@@ -63,25 +72,3 @@ def main_loop(loops):
     return min(
         (loop for loop in loops if loop["counts"].get("tensor")), key=lambda loop: loop["instructions"], default=None
     )
-
-
-def bias_loads(record):
-    """Loads of single elements in the main loop: the bias tile's, and in backward's a few of each query's numbers."""
-    return record["interior"]["counts"].get("load.32", 0) if record["interior"] else None
-
-
-def broken(record):
-    """What an attention kernel breaks of what it promises, beyond spills and room, as sentences."""
-    loop = record["interior"]
-    if loop is None:
-        return ["no loop with tensor-core instructions"]
-    found = []
-    if loop["counts"].get("local"):
-        found.append(f"main loop: {loop['counts']['local']} accesses of local memory")
-    # One exp2 a score that a thread holds. Backward's three numbers a query are single loads too; in dkdv's transposed
-    # tiles a thread may hold as many queries as scores.
-    scores = loop["counts"].get("exp2", 0)
-    most = {"_dtable_kernel": 12, "_dkdv_kernel": 4 * scores + 12}.get(record["kernel"], scores + 12)
-    if record["arch"].startswith("sm_") and bias_loads(record) > most:
-        found.append(f"main loop: {bias_loads(record)} loads of single elements for {scores} scores, more than {most}")
-    return found

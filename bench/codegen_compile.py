@@ -9,6 +9,7 @@ twice. Needs only the assemblers and disassemblers in Triton's wheel.
 
 import contextlib
 import functools
+import io
 import re
 import subprocess
 import tempfile
@@ -38,6 +39,8 @@ class Report:
     loops: list[assembly.Loop] = field(default_factory=list)
     signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made one
     constants: dict[str, int] = field(default_factory=dict)  # the launch's
+    stages: int = 0  # of the software pipeline
+    notes: list[str] = field(default_factory=list)  # ptxas' numbered remarks
 
 
 def target_of(arch):
@@ -65,21 +68,35 @@ class _OfflineDriver:
         return 0
 
 
+_logs = {}  # hash of a kernel -> what ptxas said; a kernel that Triton has in memory is not compiled again
+
+
 @contextlib.contextmanager
-def caught_launches(arch):
-    """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list."""
+def caught_launches(arch, only=()):
+    """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list.
+
+    only: names of kernels; others are not compiled.
+    """
     kernels = []
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
-        kernels.append(run(self, *args, warmup=True, **kwargs))
+        if only and self.fn.__name__ not in only:
+            return None
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernels.append(run(self, *args, warmup=True, **kwargs))
+        _logs.setdefault(kernels[-1].hash, log.getvalue())
         return kernels[-1]
 
     before = driver.__dict__.get("_active")
     driver.set_active(_OfflineDriver(target_of(arch)))
     JITFunction.run = compile_only
+    knobs = triton.knobs
     try:
-        yield kernels
+        with knobs.nvidia.scope(), knobs.compilation.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.always_compile = True  # a kernel from the cache on the disk would come without its log
+            yield kernels
     finally:
         JITFunction.run = run
         driver.set_active(before)
@@ -96,10 +113,13 @@ def _sass(cubin):
 
 def report(kernel):
     """The Report of a `triton.compiler.CompiledKernel` of either backend."""
+    log = _logs.get(kernel.hash, "")
     if "amdgcn" in kernel.asm:
         instructions = assembly.parse_amdgcn(kernel.asm["amdgcn"])
         resources = assembly.amdgcn_resources(kernel.asm["amdgcn"])
     else:
+        if "Compiling entry function" not in log:
+            raise RuntimeError(f"{kernel.metadata.name}: nothing is known of what ptxas said")
         text = _sass(kernel.asm["cubin"])
         instructions, resources = assembly.parse_sass(text), assembly.sass_resources(text)
     counts = assembly.counts(instructions)
@@ -120,13 +140,15 @@ def report(kernel):
             for path, value in kernel.src.constants.items()
             if isinstance(value, int)
         },
+        stages=kernel.metadata.num_stages,
+        notes=assembly.ptxas_notes(log),
     )
 
 
-def compile_launches(launch, arch):
-    """The Reports of all kernels that the function `launch` launches, in order."""
-    with caught_launches(arch) as kernels:
+def compile_launches(launch, arch, only=()):
+    """The Reports of all kernels that the function `launch` launches, in order; `only`: of these names."""
+    with caught_launches(arch, only) as kernels:
         launch()
-    if not kernels:
+    if not kernels and not only:
         raise RuntimeError("no kernel was launched: is TRITON_INTERPRET set, or the shape empty?")
     return [report(kernel) for kernel in kernels]

@@ -135,11 +135,11 @@ def optional_build(why_no_cuda):
 
     class OptionalBuild(BuildExtension):
         def run(self):
-            inplace = self.inplace  # a run that fails leaves it changed
+            inplace, compiler = self.inplace, self.compiler  # a run that fails leaves them changed
             folder, left_out = "" if inplace else self.build_lib, why_no_cuda
             error = self.attempt()
             if error and CUDA_SOURCES[0] in self.extensions[0].sources:
-                self.inplace, left_out = inplace, error
+                self.inplace, self.compiler, left_out = inplace, compiler, error
                 vars(self.extensions[0]).update(vars(extension(has_cuda=False)))
                 error = self.attempt()
             if error:

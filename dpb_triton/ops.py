@@ -42,14 +42,19 @@ def is_interpreting() -> bool:
     return kernels.IS_INTERPRETED
 
 
+def reason_left() -> str:
+    """What `setup.py` left beside the package for what it did not build, behind a colon; or nothing."""
+    path = Path(__file__).with_name("_C.txt")
+    return f": {path.read_text().strip()}" if path.exists() else ""
+
+
 def load_csrc() -> str | None:
     """Load the compiled half (csrc/). None, or why it is not there: the reason that `setup.py` left, if it did."""
     try:
         importlib.import_module("dpb_triton._C")
     except ImportError as error:
-        reason = Path(__file__).with_name("_C.txt")
-        if isinstance(error, ModuleNotFoundError) and reason.exists():
-            return f"the compiled extension was not built: {reason.read_text().strip()}"
+        if isinstance(error, ModuleNotFoundError) and reason_left():
+            return "the compiled extension was not built" + reason_left()
         return f"the compiled extension is not loaded: {error}"
     return None
 
@@ -60,7 +65,7 @@ def why_no_csrc(backend: str) -> str | None:
     key = {"cpp": "CPU", "cuda": "CUDA"}[backend]
     if CSRC_ERROR or torch._C._dispatch_has_kernel_for_dispatch_key(f"dpb_triton::expand{SUFFIXES[backend]}", key):
         return CSRC_ERROR
-    return f"the compiled extension was built without {key} kernels"
+    return f"the compiled extension was built without {key} kernels{reason_left()}"
 
 
 def call(name: str, suffix: str, *args):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|train|codegen|gpu|table`: measure, train, read compiled kernels, show."""
+"""`python -m bench expand|attention|train|codegen|gpu|host|table`: measure, train, read compiled kernels, show."""
 
 import click
 
@@ -7,6 +7,7 @@ from .attention import attention
 from .codegen import codegen
 from .expand import expand
 from .gpu import gpu
+from .host import host
 from .report import table
 from .train import train
 
@@ -16,7 +17,7 @@ def cli():
     """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
 
 
-for command in (expand, attention, train, codegen, gpu, table):
+for command in (expand, attention, train, codegen, gpu, host, table):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Launch:
 
 def _build(folder, include):
     source = Path(folder, "fake.c")
-    unused = (f'int unused_{name}(void) __asm__("{name}");\nint unused_{name}(void) {{ return 801; }}\n' for name in UNUSED)
+    unused = (f'int no_{name}(void) __asm__("{name}");\nint no_{name}(void) {{ return 801; }}\n' for name in UNUSED)
     source.write_text(SOURCE % {"shared": SHARED_BYTES} + "".join(unused))
     library = Path(folder, "libcuda.so.1")
     command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]

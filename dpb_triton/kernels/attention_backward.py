@@ -40,6 +40,7 @@ from .attention_tiles import (
     store_rows,
     visible_blocks,
 )
+from .launching import cdiv, launch
 
 ROW_BLOCK = 64
 
@@ -267,7 +268,8 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     query, key, value, dout, out = (unit_rows(tensor) for tensor in (query, key, value, dout, out))
     rows = state.new_empty((3, *state.shape[1:]))
     count = state[0].numel()
-    _rows_kernel[(triton.cdiv(count, ROW_BLOCK),)](
+    launch(
+        _rows_kernel, (cdiv(count, ROW_BLOCK),),
         dout, None if dlse is None else dlse.contiguous(), out, state.contiguous(), rows, *dout.stride()[:3],
         *out.stride()[:3], count, i, heads, HAS_DLSE=dlse is not None, VALUE_DIM=value_dim,
         BLOCK_V=padded(value_dim), BLOCK_M=ROW_BLOCK,
@@ -287,15 +289,17 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     blocks = {name: blocks_of(name, query, value) for name in ("dkdv", "dq", "dtable")} | (blocks or {})
     if needs_dkv:
         block_m, block_n, num_warps, num_stages = blocks["dkdv"]
-        n_blocks = triton.cdiv(longest_key, block_n)
-        _dkdv_kernel[(n_blocks * sequences * kv_heads,)](
+        n_blocks = cdiv(longest_key, block_n)
+        launch(
+            _dkdv_kernel, (n_blocks * sequences * kv_heads,),
             *tensors, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *bounds, n_blocks, longest_query,
             **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if needs_dq:
         block_m, block_n, num_warps, num_stages = blocks["dq"]
-        n_blocks = triton.cdiv(longest_query, block_m)
-        _dq_kernel[(n_blocks * sequences * heads,)](
+        n_blocks = cdiv(longest_query, block_m)
+        launch(
+            _dq_kernel, (n_blocks * sequences * heads,),
             *tensors, dq, *strides, *dq.stride()[:3], *bounds, n_blocks, longest_query, **numbers, **constants,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

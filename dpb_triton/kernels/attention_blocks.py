@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .expand import IS_INTERPRETED
+from .launching import next_power_of_2
 
 # {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
 BLOCKS = {
@@ -72,7 +73,7 @@ FLOAT32 = {
 
 def padded(dim):
     """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
-    return max(triton.next_power_of_2(dim), 16)
+    return max(next_power_of_2(dim), 16)
 
 
 def generation():

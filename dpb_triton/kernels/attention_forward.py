@@ -37,6 +37,7 @@ from .attention_tiles import (
     store_rows,
     visible_blocks,
 )
+from .launching import cdiv, launch
 
 
 @triton.jit
@@ -155,8 +156,9 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     bias, zero = pad_bias(table, signed, (least, largest))
     block_m, block_n, num_warps, num_stages = blocks or blocks_of("forward", query, value)
     sequences = batch if seqlens is None else seqlens.shape[0]
-    n_blocks = triton.cdiv(longest_query, block_m)
-    _forward_kernel[(n_blocks * sequences * heads,)](
+    n_blocks = cdiv(longest_query, block_m)
+    launch(
+        _forward_kernel, (n_blocks * sequences * heads,),
         query, key, value, bias, seqlens, seed, out, lse, state, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], state.stride(0), i, j, offset, left or 0, right or 0,
         zero, bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query,

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .attention_blocks import generation
 from .attention_tiles import LOG2E
+from .launching import cdiv, launch
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
@@ -77,7 +78,8 @@ def pad_bias(table, signed, reach):
     heads, width = table.shape[0], highest - lowest + 1
     bias = torch.empty((heads, width), dtype=torch.float32, device=table.device)
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
-    _bias_kernel[(triton.cdiv(width, BIAS_BLOCK), heads)](
-        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK
-    )
+    launch(
+        _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),
+        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
     return bias, -lowest

@@ -2,9 +2,9 @@
 """`python -m bench host`: microseconds of the host a call, beside torch's scaled_dot_product_attention in the same run.
 
 On a GPU: the time until a call returns, with fewer calls in a row than its queue holds. Without one the driver below
-Triton is `fake_cuda.py`'s, whose launches do nothing; all of Triton above it is real. SDPA then runs on the CPU, with
-one element a head, so that its call is what costs; its launches are not in it. A thread's own CPU time, the least of
-the rounds: other work on the machine only adds.
+Triton is `fake_cuda.py`'s, whose launches do nothing; all of Triton above it is real, and times are a thread's own CPU
+time. SDPA then runs on the CPU, with one element a head, so that its call is what costs; there are no launches in it.
+The least of many short rounds: other work on the machine only adds.
 """
 
 import json
@@ -19,17 +19,19 @@ from torch.nn import functional
 from .environment import describe, one_line
 from .options import DTYPES, chosen_device
 
-CALLS_IN_A_ROW = 50  # a GPU's queue holds 1,024 launches
+CALLS_IN_A_ROW = 20  # a GPU's queue holds 1,024 launches
 
 
 def _round(call, device):
     """Microseconds of one call, of CALLS_IN_A_ROW."""
-    if device == "cuda":
+    clock = time.thread_time_ns
+    if device == "cuda":  # where another thread runs backward
+        clock = time.perf_counter_ns
         torch.cuda.synchronize()
-    start = time.thread_time_ns()
+    start = clock()
     for _ in range(CALLS_IN_A_ROW):
         call()
-    return (time.thread_time_ns() - start) / 1e3 / CALLS_IN_A_ROW
+    return (clock() - start) / 1e3 / CALLS_IN_A_ROW
 
 
 def measure(calls, device, rounds):
@@ -103,7 +105,7 @@ def count_launches(calls, fake):
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--seq", type=click.IntRange(1), default=64, show_default=True, help="Queries and keys.")
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
 def host(device, dtype, heads, seq, head_dim, rounds, path):
     """Microseconds of the host a call, beside SDPA; without a GPU by launches that do nothing."""

@@ -8,10 +8,9 @@ have not been timed on a GPU yet.
 """
 
 import torch
-import triton
 
 from .expand import IS_INTERPRETED
-from .launching import next_power_of_2
+from .launching import current_target, next_power_of_2
 
 # {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
 BLOCKS = {
@@ -80,7 +79,7 @@ def generation():
     """The generation of the GPU that is launched on; the interpreter, which has none, takes Hopper's constants."""
     if IS_INTERPRETED:
         return "hopper"
-    target = triton.runtime.driver.active.get_current_target()
+    target = current_target()
     if target.backend == "hip":
         return "cdna"
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"

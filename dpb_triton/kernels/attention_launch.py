@@ -17,7 +17,9 @@ BIAS_BLOCK = 1024
 def like(tensor, dim=None):
     """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
     batch, heads, length, last = tensor.shape
-    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
+    dim = last if dim is None else dim
+    strides = max(length, 1) * heads * dim, dim, heads * dim, 1
+    return tensor.new_empty_strided((batch, heads, length, dim), strides)
 
 
 def unit_rows(tensor):

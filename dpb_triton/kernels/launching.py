@@ -26,7 +26,9 @@ TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.versio
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)
-_bindings = {}  # (id(kernel), names of the keywords, types of all values): _Binding, or None where Triton must launch
+UNKNOWN = object()
+_bindings = {}  # (id(kernel), names of the keywords, types of all values): _Binding, or UNKNOWN
+_targets = {}  # (driver, device): GPUTarget
 
 
 def cdiv(x, y):
@@ -39,16 +41,24 @@ def next_power_of_2(x):
     return 1 << (x - 1).bit_length()
 
 
+def current_target():
+    """The GPUTarget that is launched on; asking torch for its capability takes microseconds."""
+    place = driver.active, driver.active.get_current_device()
+    if place not in _targets:
+        _targets[place] = driver.active.get_current_target()
+    return _targets[place]
+
+
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`."""
     if not TRIED or type(kernel) is not JITFunction or _is_watched(kernel):
         return kernel[grid](*args, **constants)
     values = [*args, *constants.values()]
     call = (id(kernel), *constants, *map(type, values))
-    if call not in _bindings:
-        _bindings[call] = _bind(kernel, len(args), tuple(constants), values)
-    binding = _bindings[call]
+    binding = _bindings.get(call)
     if binding is None:
+        binding = _bindings[call] = _bind(kernel, len(args), tuple(constants), values)
+    if binding is UNKNOWN:
         return kernel[grid](*args, **constants)
 
     active = driver.active
@@ -117,14 +127,14 @@ def _getter(places):
 
 
 def _bind(kernel, n_args, names, values):
-    """The _Binding of a call, None if this file does not know how its arguments specialise."""
+    """The _Binding of a call, UNKNOWN if this file does not know how its arguments specialise."""
     places = {param.name: place for place, param in enumerate(kernel.params[:n_args])}
     places |= {name: n_args + place for place, name in enumerate(names)}
     if len(places) != len(values) or not all(param.name in places for param in kernel.params):
-        return None  # a default, or a mistake that Triton names
+        return UNKNOWN  # a default, or a mistake that Triton names
     for param in kernel.params:
         value = values[places[param.name]]
         is_known = value is None or type(value) in (int, float) or isinstance(value, torch.Tensor)
         if not param.is_constexpr and not is_known:
-            return None
+            return UNKNOWN
     return _Binding(kernel, places, values)

@@ -8,6 +8,7 @@ The least of many short rounds: other work on the machine only adds.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def count_launches(calls, fake):
 def host(device, dtype, heads, seq, head_dim, rounds, path):
     """Microseconds of the host a call, beside SDPA; without a GPU by launches that do nothing."""
     device = chosen_device(device)
+    if "TRITON_INTERPRET" in os.environ:
+        raise click.UsageError("unset TRITON_INTERPRET: the interpreter launches nothing")
     environment = describe(device)
     torch.set_num_threads(1)
     fake = let_cpu_tensors_through() if device == "cpu" else None

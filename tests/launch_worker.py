@@ -4,7 +4,9 @@ there (`bench/fake_cuda.py`). Leaves what it found for test_launch_path.py: pyth
 
 A launch is made three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
 and by Triton. All three must give the driver the same binary, grid and parameters, and these must be what the call
-said, parameter by parameter, under what the binary was specialised for. `ptxas` is left out: nothing runs its binaries.
+said, parameter by parameter, under what the binary was specialised for. Then the whole function is written down and
+repeated (`kernels/replay.py`), which must give the driver the same launches but for where the tensors lie that it made.
+`ptxas` is left out: nothing runs its binaries.
 """
 
 import importlib
@@ -15,7 +17,7 @@ import pkgutil
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -23,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from bench import fake_cuda, host
 from dpb_triton import bias_attention, bias_attention_varlen, expand_bias, kernels
-from dpb_triton.kernels import launching
+from dpb_triton.kernels import attention_forward, launching, replay
 
 PTX = {"*": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
 OPTIONS = ("num_warps", "num_stages")
@@ -80,25 +83,46 @@ def is_float(name):
     return "scale" in name or name.startswith("cap_")
 
 
+# what a repeated function may ask of torch: nothing that writes
+HARMLESS = {"empty", "empty_strided", "detach", "transpose", "view", "slice", "select", "to", "contiguous"}
+
+
+class Operators(TorchDispatchMode):
+    """The names of torch's operators within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
 @dataclass
 class Watch:
-    """Stands for the kernels' `launch` and checks each one."""
+    """Stands for the kernels' `launch` and checks each one, and for the functions that are repeated."""
 
     fake: fake_cuda.FakeCuda
-    real: object
     change: object = None  # breaks the forward kernel's launch on purpose
     expected: dict = field(default_factory=dict)  # {parameter: value} by name
     launched: list = field(default_factory=list)
+    repeated: list = field(default_factory=list)  # (function, whether it was)
     named: set = field(default_factory=set)  # (kernel, parameter) whose value was expected and right
     ordinary: int = 0  # launches that Triton did for the launcher
+    is_checking: bool = True
+    asked: int = 0  # launches that a function's own body asked for
 
     def __call__(self, kernel, grid, *args, **constants):
+        self.asked += 1
+        if not self.is_checking:
+            return replay.launch(kernel, grid, *args, **constants)
         if self.change and kernel.__name__ == "_forward_kernel":
             args, constants = self.change(kernel.arg_names, list(args), constants)
         self.fake.take()
-        self.real(kernel, grid, *args, **constants)
+        replay.launch(kernel, grid, *args, **constants)
         before = self.ordinary
-        compiled = self.real(kernel, grid, *args, **constants)
+        compiled = replay.launch(kernel, grid, *args, **constants)
         assert self.ordinary == before, f"{kernel}: the launcher did not know a launch again"
         theirs = kernel[grid](*args, **constants)
         launches = self.fake.take()
@@ -111,17 +135,68 @@ class Watch:
             assert values[name] == self.expected[name], f"{kernel} {name}: {values[name]}, not {self.expected[name]}"
             self.named.add((launches[0].kernel, name))
         self.launched.append(launches[0].kernel)
+        return compiled
+
+    def checked(self, function):
+        """In place of a repeated function: its body, each launch checked; then written down, then repeated."""
+
+        def call(*args, **options):
+            if not self.is_checking:  # a function that calls itself
+                return function(*args, **options)
+            wanted = function.__wrapped__(*args, **options)
+            self.is_checking = False
+            try:
+                replay.forget()
+                with Operators() as operators:
+                    function(*args, **options)
+                first, asked = self.fake.take(), self.asked
+                result = function(*args, **options)
+                second = self.fake.take()
+            finally:
+                self.is_checking = True
+            is_repeated = self.asked == asked
+            self.repeated.append((function.__name__, is_repeated))
+            assert not is_repeated or operators.names <= HARMLESS, f"{function}: {operators.names}"
+            inputs = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            compare(first, second, inputs)
+            for one, other in zip(tensors(wanted), tensors(result), strict=True):
+                assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+            return result
+
+        return call
+
+
+def tensors(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def compare(first, second, inputs):
+    """The launches of a call and of its repetition, which differ in where the tensors lie that it made."""
+    assert len(first) == len(second) > 0 or not inputs
+    there = {}
+    for one, other in zip(first, second, strict=True):
+        for kind, value, again in zip(one.types, one.values, other.values, strict=True):
+            if kind == "u64" and value > 2**32 and value not in inputs:
+                assert there.setdefault(value, again) == again and again not in inputs, (one, other)
+                assert value % 16 == again % 16
+            else:
+                assert value == again, (one, other)
+        assert replace(one, values=()) == replace(other, values=())
+    assert len(set(there.values())) == len(there)
 
 
 def install():
-    """The Watch, in place of every `launch` of the package's kernels."""
+    """The Watch, in place of every `launch` and every repeated function of the package's kernels."""
     fake = host.let_cpu_tensors_through()
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: b"nothing"
-    watch = Watch(fake, launching.launch)
+    watch = Watch(fake)
     for module in pkgutil.iter_modules(kernels.__path__):
         module = importlib.import_module(f"dpb_triton.kernels.{module.name}")
-        if module is not launching and getattr(module, "launch", None) is launching.launch:
-            module.launch = watch
+        for name, value in list(vars(module).items()):
+            if value is replay.launch and module is not replay:
+                module.launch = watch
+            elif callable(value) and getattr(value, "__wrapped__", None) and value.__module__ == module.__name__:
+                setattr(module, name, watch.checked(value))
 
     getitem = JITFunction.__getitem__
 
@@ -177,7 +252,7 @@ def packed(watch, *, heads=4, kv_heads=2, head_dim=64, **options):
     out = bias_attention_varlen(
         query, key, value, table, lengths, lengths, enable_gqa=True, backend="triton", **options
     )  # fmt: skip
-    out.sum().backward()
+    out.backward(torch.zeros_like(out))
 
 
 def expand(watch, *, i=100, j=128, signed=False, dtype=torch.bfloat16, makes_columns=False):
@@ -241,6 +316,19 @@ def every_kind(watch):
         watch(_probe_kernel, (3, 2, 1), x, y, stride, plain, scale, **constants)
 
 
+def same_tensor_twice(watch):
+    """A call that is written down with one tensor as key and value must not take it for both when they are two."""
+    forward = importlib.reload(attention_forward).forward  # as it was, with nothing in its place
+    watch.is_checking = False
+    query, key, value = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    rest = torch.randn(2, 16), None, None, 16, 16, 0, False, None, 0, 0.25, 0.0, 0.0
+    forward(query, key, key, *rest)
+    watch.fake.take()
+    forward(query, key, value, *rest)
+    _, launch = watch.fake.take()
+    assert launch.values[:3] == (query.data_ptr(), key.data_ptr(), value.data_ptr())
+
+
 def dropped(names, args, constants):
     return args[:-1], constants
 
@@ -299,9 +387,11 @@ def main(path):
     for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
         began = time.perf_counter()
         watch.launched.clear()
+        watch.repeated.clear()
         error = fails(lambda function=function, options=options: function(watch, **options))
         results["cases"][name] = {
-            "error": error, "launched": sorted(set(watch.launched)), "seconds": time.perf_counter() - began,
+            "error": error, "launched": sorted(set(watch.launched)), "repeated": watch.repeated.copy(),
+            "seconds": time.perf_counter() - began,
         }  # fmt: skip
     results["named"] = sorted(watch.named)
     for change in BROKEN:
@@ -311,6 +401,7 @@ def main(path):
     launching.INT32 = 2**62  # a launcher that cannot tell 32 bits from 64
     launching._bindings.clear()
     results["broken"]["the launcher"] = fails(lambda: every_kind(watch))
+    results["same tensor twice"] = fails(lambda: same_tensor_twice(watch))
     Path(path).write_text(json.dumps(results, indent=1))
 
 

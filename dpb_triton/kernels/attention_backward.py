@@ -40,7 +40,8 @@ from .attention_tiles import (
     store_rows,
     visible_blocks,
 )
-from .launching import cdiv, launch
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 ROW_BLOCK = 64
 
@@ -247,6 +248,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     store_rows(dq_ptr, dq * softmax_scale, first_x, i, stride_dqx, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
 
+@repeated(also=lambda dout, *_: precision_of(dout))
 def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset,
              signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
              *, blocks=None):  # fmt: skip
@@ -258,16 +260,16 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
-    dq = like(query) if needs_dq else query.new_empty((0,))
-    dk, dv = (like(key), like(value)) if needs_dkv else (key.new_empty((0,)), value.new_empty((0,)))
+    dq = like(query) if needs_dq else empty((0,), query.dtype, query.device)
+    dk, dv = (like(x) if needs_dkv else empty((0,), x.dtype, x.device) for x in (key, value))
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or reach[0] > reach[1]:
-        dtable = torch.zeros_like(table) if needs_dtable else table.new_empty((0,))
+        dtable = torch.zeros_like(table) if needs_dtable else empty((0,), table.dtype, table.device)
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable
 
     query, key, value, dout, out = (unit_rows(tensor) for tensor in (query, key, value, dout, out))
-    rows = state.new_empty((3, *state.shape[1:]))
-    count = state[0].numel()
+    rows = empty((3, *state.shape[1:]), state.dtype, state.device)
+    count = batch * heads * i
     launch(
         _rows_kernel, (cdiv(count, ROW_BLOCK),),
         dout, None if dlse is None else dlse.contiguous(), out, state.contiguous(), rows, *dout.stride()[:3],
@@ -304,7 +306,7 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     if not needs_dtable:
-        return dq, dk, dv, table.new_empty((0,))
+        return dq, dk, dv, empty((0,), table.dtype, table.device)
     dtable = launch_dtable(
         table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks["dtable"]
     )

@@ -29,7 +29,8 @@ from .attention_tiles import (
     row_keys,
     sequence,
 )
-from .launching import cdiv, launch
+from .launching import cdiv
+from .replay import empty, launch
 
 # Programs to aim at: where bands are few, their steps are cut, so that the machine is full and the longest band short.
 PROGRAMS = 2048
@@ -190,13 +191,13 @@ def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query,
     n_bands = cdiv(largest - least + block_m, block_n)
     steps = cdiv(longest_query, block_m)
     n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
-    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=torch.float32, device=table.device)
+    partial = empty((heads, n_chunks, 2, n_bands * block_n), torch.float32, table.device)
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,),
         *tensors, partial, *strides, *bounds, longest_query, least, n_bands, n_chunks, cdiv(steps, n_chunks),
         **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    dtable = torch.empty((heads, width), dtype=torch.float32, device=table.device)
+    dtable = empty((heads, width), torch.float32, table.device)
     launch(
         _fold_dtable_kernel, (cdiv(width, FOLD_BLOCK), heads),
         partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * block_n, n_chunks,

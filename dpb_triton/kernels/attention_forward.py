@@ -37,7 +37,8 @@ from .attention_tiles import (
     store_rows,
     visible_blocks,
 )
-from .launching import cdiv, launch
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     tl.store(state_ptr + stride_s + x, l_i, mask=x < i)
 
 
+@repeated(also=lambda query, *_: precision_of(query))
 def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
             softcap, dropout_p, *, blocks=None):  # fmt: skip
     """Launch the forward pass: (out, lse, state). `attention_ops.py` says what the arguments are.
@@ -146,8 +148,8 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
     out = like(query, value_dim)
-    lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
-    state = torch.empty((2, batch, heads, i), dtype=torch.float32, device=query.device)
+    lse = empty((batch, heads, i), torch.float32, query.device)
+    state = empty((2, batch, heads, i), torch.float32, query.device)
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))

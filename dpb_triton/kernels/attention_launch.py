@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .attention_blocks import generation
 from .attention_tiles import LOG2E
-from .launching import cdiv, launch
+from .launching import cdiv
+from .replay import empty, launch
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
@@ -19,7 +20,7 @@ def like(tensor, dim=None):
     batch, heads, length, last = tensor.shape
     dim = last if dim is None else dim
     strides = max(length, 1) * heads * dim, dim, heads * dim, 1
-    return tensor.new_empty_strided((batch, heads, length, dim), strides)
+    return empty((batch, heads, length, dim), tensor.dtype, tensor.device, strides)
 
 
 def unit_rows(tensor):
@@ -78,7 +79,7 @@ def pad_bias(table, signed, reach):
     """
     lowest, highest = reach[0] - PADDING, reach[1] + PADDING
     heads, width = table.shape[0], highest - lowest + 1
-    bias = torch.empty((heads, width), dtype=torch.float32, device=table.device)
+    bias = empty((heads, width), torch.float32, table.device)
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
     launch(
         _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),

@@ -32,7 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import cdiv, launch, next_power_of_2
+from .launching import cdiv, next_power_of_2
+from .replay import empty, launch, repeated
 
 # A wide, flat window: 512 bytes of a row for 2-byte types. At 128 x 128, ragged bf16 on sm_80, expand takes 247
 # registers and reduce spills 259 times (python -m bench codegen --block 128 128 --layout ragged prints it).
@@ -232,13 +233,14 @@ def _cut(heads, i, j, dtype, block_n, rows):
     return cdiv(j + rows, block_n), cdiv(i, rows), block_n, rows
 
 
+@repeated()
 def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the expansion. `block_m`, `block_n`, `rows` (powers of two) are there for tests of small shapes.
 
     table (heads, n) or, signed, (heads, 2n - 1) -> out (heads, i, j) in `dtype`, contiguous.
     """
     heads, width = table.shape
-    out = torch.empty((heads, i, j), dtype=dtype, device=table.device)
+    out = empty((heads, i, j), dtype, table.device)
     if out.numel() == 0:
         return out
     vec = VECTOR_BYTES // out.element_size()
@@ -252,6 +254,7 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None,
     return out
 
 
+@repeated()
 def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the reduction; the transpose of `expand`, with the same options for tests.
 
@@ -279,11 +282,11 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
 
     accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, accumulator, block_n, rows)
-    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=accumulator, device=dbias.device)
-    dtable = torch.empty((heads, width), dtype=accumulator, device=dbias.device)
+    partial = empty((heads, n_chunks, 2, n_bands * block_n), accumulator, dbias.device)
+    dtable = empty((heads, width), accumulator, dbias.device)
     launch(
         _reduce_kernel, (n_bands * n_chunks * heads,),
-        dbias.as_strided((1,), (1,), dbias.storage_offset() - start), partial,
+        dbias if start == 0 else dbias.as_strided((1,), (1,), dbias.storage_offset() - start), partial,
         i, j, start, stride_h, stride_x, stride_y, n_bands, n_chunks,
         UNIT=unit, VEC=vec, SHIFT=shift, ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -50,16 +50,20 @@ def current_target():
 
 
 def launch(kernel, grid, *args, **constants):
-    """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`."""
-    if not TRIED or type(kernel) is not JITFunction or _is_watched(kernel):
-        return kernel[grid](*args, **constants)
+    """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
+
+    Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
+    """
+    if not TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
+        return kernel[grid](*args, **constants), None
     values = [*args, *constants.values()]
     call = (id(kernel), *constants, *map(type, values))
     binding = _bindings.get(call)
     if binding is None:
         binding = _bindings[call] = _bind(kernel, len(args), tuple(constants), values)
     if binding is UNKNOWN:
-        return kernel[grid](*args, **constants)
+        return kernel[grid](*args, **constants), None
+    arguments = binding.in_order(values)
 
     active = driver.active
     device = active.get_current_device()
@@ -77,18 +81,21 @@ def launch(kernel, grid, *args, **constants):
     compiled = binding.compiled.get(kind)
     if compiled is None:
         compiled = kernel[grid](*args, **constants)
-        if isinstance(compiled, CompiledKernel):
-            binding.compiled[kind] = compiled
-        return compiled
+        if not isinstance(compiled, CompiledKernel):  # nothing, or a promise of one
+            return compiled, None
+        binding.compiled[kind] = compiled
+    else:
+        start(compiled, grid, active.get_current_stream(device), binding.in_order(values))
+    return compiled, arguments
+
+
+def start(compiled, grid, stream, arguments):
+    """Start a CompiledKernel; nobody hears of it. Pointers may be ints."""
     x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *binding.in_order(values)
-    )
-    return compiled
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def _is_watched(kernel):
+def is_watched():
     """Whether somebody hears of launches, changes them, or asks for other binaries."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -99,7 +106,6 @@ def _is_watched(kernel):
         or runtime.debug
         or knobs.compilation.instrumentation_mode
         or getattr(runtime, "add_stages_inspection_hook", None)
-        or kernel.pre_run_hooks
     )
 
 

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""A call that only allocates and launches is written down once, and from then on repeated from what was written.
+"""A call that only allocates and launches is written down, and from then on repeated from what was written.
 
     @repeated()
-    def forward(query, key, …):       first time:  runs, and every `empty` and `launch` in it is written down
-                                      again:       the same allocations, the same binaries with the same numbers, and
-                                                   the pointers of the new tensors
+    def forward(query, key, …):    first    runs
+                                   second   runs, and every `empty` and `launch` in it is written down
+                                   then     the same allocations, the same binaries with the same numbers, and the
+                                            pointers of the new tensors
 
-"Again" means: tensors of the same sizes, strides, dtypes and alignment, the same numbers, on the same device. All that
-a launch is made of follows from these, and from what `also` names (torch's settings). So a function that is `repeated`
-may make tensors with `empty` only, change them with `launch` only, and return what it made. What it makes otherwise (a
-copy of an input whose rows are not side by side, say) is noticed when it is launched with or returned, and such calls
-are never repeated; a change of a tensor by torch is not noticed (tests/test_replay.py looks for those).
+"The same call" has tensors of the same sizes, strides, dtypes and alignment, and the same numbers, on the same device.
+All that a launch is made of follows from these, and from what `also` names (torch's settings). So a function that is
+`repeated` may make tensors with `empty` only, change them with `launch` only, and return what it made. What it makes
+otherwise (a copy of an input whose rows are not side by side, say) is noticed when it is launched with or returned, and
+such calls are never repeated; a change of a tensor by torch is not noticed (tests/launch_worker.py looks for those).
 
-A call costs the host a third of what it costs without. New sizes, as each step of a decoder has, cost a little more.
+A repeated call costs the host a third of what it costs otherwise. To find that sizes are new, as in each step of a
+decoder, costs a fifth; to write down costs as much as the call, and is not done for what comes once.
 """
 
 import functools
@@ -24,7 +26,8 @@ from triton.runtime.driver import driver
 from . import launching
 
 MOST_TAPES = 512  # of a function; the oldest is forgotten
-_NEVER = object()
+_SEEN, _NEVER = object(), object()
+_lock = threading.Lock()
 _local = threading.local()  # .tape: the one that is written in this thread
 _all_tapes = []
 
@@ -79,10 +82,11 @@ def repeated(also=lambda *args: None):
             key = tuple(key)
             tape = tapes.get(key)
             if tape is None:
+                _keep(tapes, key, _SEEN)
+                return function(*args)
+            if tape is _SEEN:
                 tape, result = _write(function, args)
-                if len(tapes) >= MOST_TAPES:
-                    tapes.pop(next(iter(tapes)), None)
-                tapes[key] = tape
+                _keep(tapes, key, tape)
                 return result
             if tape is _NEVER or any(kernel.pre_run_hooks for kernel in tape.kernels):
                 return function(*args)
@@ -91,6 +95,13 @@ def repeated(also=lambda *args: None):
         return call
 
     return decorate
+
+
+def _keep(tapes, key, tape):
+    with _lock:
+        tapes[key] = tape
+        if len(tapes) > MOST_TAPES:
+            del tapes[next(iter(tapes))]
 
 
 def _write(function, args):

@@ -386,7 +386,7 @@ def fails(run):
 def main(path):
     torch.set_num_threads(1)
     watch = install()
-    results = {"triton": triton.__version__, "cases": {}, "broken": {}}
+    results = {"triton": triton.__version__, "is_tried": launching.IS_TRIED, "cases": {}, "broken": {}}
     for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
         began = time.perf_counter()
         watch.launched.clear()

@@ -22,7 +22,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.version.hip is None
+IS_TRIED = (
+    triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
+    and torch.version.hip is None
+    and not knobs.runtime.interpret  # read where kernels are decorated, in this process once
+)
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)
@@ -54,7 +58,7 @@ def launch(kernel, grid, *args, **constants):
 
     Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
     """
-    if not TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
+    if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
         return kernel[grid](*args, **constants), None
     values = [*args, *constants.values()]
     call = (id(kernel), *constants, *map(type, values))

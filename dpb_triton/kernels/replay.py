@@ -66,7 +66,7 @@ def repeated(also=lambda *args: None):
 
         @functools.wraps(function)
         def call(*args, **options):
-            if options or not launching.TRIED or getattr(_local, "tape", None) is not None or launching.is_watched():
+            if options or not launching.IS_TRIED or getattr(_local, "tape", None) is not None or launching.is_watched():
                 return function(*args, **options)
             active = driver.active
             device = active.get_current_device()

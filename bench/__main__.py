@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|train|codegen|sweep|gpu|table`: measure, train, read compiled kernels, show."""
+"""`python -m bench expand|attention|train|codegen|sweep|gpu|host|table`: measure, train, read compiled code, show."""
 
 import click
 
@@ -7,6 +7,7 @@ from .attention import attention
 from .codegen import codegen
 from .expand import expand
 from .gpu import gpu
+from .host import host
 from .report import table
 from .sweep import sweep
 from .train import train
@@ -17,7 +18,7 @@ def cli():
     """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
 
 
-for command in (expand, attention, train, codegen, sweep, gpu, table):
+for command in (expand, attention, train, codegen, sweep, gpu, host, table):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dpb_triton import bias_attention
 from dpb_triton.functional import why_not
 
 blocks = pytest.importorskip("dpb_triton.kernels.attention_blocks", reason="Triton is not installed")
+replay = pytest.importorskip("dpb_triton.kernels.replay")
 
 TILES = [
     {"forward": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dtable": (16, 16, 4, 1)},
@@ -50,6 +51,9 @@ def small_tiles(request, monkeypatch):
         for generation in constants:
             tiles = {kernel: (tile,) * 3 for kernel, tile in request.param.items()}
             monkeypatch.setitem(constants, generation, tiles)
+    replay.forget()  # what was written down with other tiles
+    yield
+    replay.forget()
 
 
 @pytest.mark.parametrize("name", CASES)

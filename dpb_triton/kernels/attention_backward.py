@@ -45,6 +45,8 @@ from .attention_tiles import (
     stream_rows,
     visible_blocks,
 )
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 
 @triton.jit
@@ -256,6 +258,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     store_rows(dq_ptr, dq * softmax_scale, first_x, i, stride_dqx, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
 
+@repeated(also=lambda dout, *_: precision_of(dout))
 def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset,
              signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
              *, blocks=None):  # fmt: skip
@@ -267,11 +270,11 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
-    dq = like(query) if needs_dq else query.new_empty((0,))
-    dk, dv = (like(key), like(value)) if needs_dkv else (key.new_empty((0,)), value.new_empty((0,)))
+    dq = like(query) if needs_dq else empty((0,), query.dtype, query.device)
+    dk, dv = (like(x) if needs_dkv else empty((0,), x.dtype, x.device) for x in (key, value))
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or reach[0] > reach[1]:
-        dtable = torch.zeros_like(table) if needs_dtable else table.new_empty((0,))
+        dtable = torch.zeros_like(table) if needs_dtable else empty((0,), table.dtype, table.device)
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable
 
     query, key, value, dout, out = (whole_rows(tensor) for tensor in (query, key, value, dout, out))
@@ -290,23 +293,25 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_dkv:
         tile = tiles["dkdv"]
-        n_blocks = triton.cdiv(longest_key, tile.block_n)
-        _dkdv_kernel[(n_blocks * sequences * kv_heads,)](
+        n_blocks = cdiv(longest_key, tile.block_n)
+        launch(
+            _dkdv_kernel, (n_blocks * sequences * kv_heads,),
             *tensors, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *bounds, n_blocks, longest_query,
             **numbers, **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if needs_dq:
         tile = tiles["dq"]
-        n_blocks = triton.cdiv(longest_query, tile.block_m)
+        n_blocks = cdiv(longest_query, tile.block_m)
         described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
-        _dq_kernel[(n_blocks * sequences * heads,)](
+        launch(
+            _dq_kernel, (n_blocks * sequences * heads,),
             query, *(described or (key, value)), *tensors[3:], dq, *strides, *dq.stride()[:3], *bounds, n_blocks,
             longest_query, **numbers, **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             IS_DESCRIBED=bool(described), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if not needs_dtable:
-        return dq, dk, dv, table.new_empty((0,))
+        return dq, dk, dv, empty((0,), table.dtype, table.device)
     dtable = launch_dtable(
         table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, tiles["dtable"]
     )

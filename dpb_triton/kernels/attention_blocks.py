@@ -11,9 +11,9 @@ one breaks that. Nobody has timed them on a GPU yet; `python -m bench sweep` wil
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .expand import IS_INTERPRETED
+from .launching import current_target, next_power_of_2
 
 # {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
 BLOCKS = {
@@ -86,14 +86,14 @@ class Tile(NamedTuple):
 
 def padded(dim):
     """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
-    return max(triton.next_power_of_2(dim), 16)
+    return max(next_power_of_2(dim), 16)
 
 
 def generation():
     """The generation of the GPU that is launched on; the interpreter, which has none, takes Hopper's constants."""
     if IS_INTERPRETED:
         return "hopper"
-    target = triton.runtime.driver.active.get_current_target()
+    target = current_target()
     if target.backend == "hip":
         return "cdna"
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"

@@ -33,6 +33,8 @@ from .attention_tiles import (
     sequence,
     stream_rows,
 )
+from .launching import cdiv
+from .replay import empty, launch
 
 # Programs to aim at: where bands are few, their steps are cut, so that the machine is full and the longest band short.
 PROGRAMS = 2048
@@ -205,22 +207,24 @@ def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query,
     block_m, block_n = tile.block_m, tile.block_n
     heads, width = table.shape
     least, largest = reach
-    n_bands = triton.cdiv(largest - least + block_m, block_n)
-    steps = triton.cdiv(longest_query, block_m)
+    n_bands = cdiv(largest - least + block_m, block_n)
+    steps = cdiv(longest_query, block_m)
     n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
-    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=torch.float32, device=table.device)
+    partial = empty((heads, n_chunks, 2, n_bands * block_n), torch.float32, table.device)
     query, key, value, bias, seqlens, seed, dout, rows = tensors
     described = None
     if tile.is_described:
         queries, keys = describe((query, dout), block_m, seqlens), describe((key, value), block_n, seqlens)
         described = queries and keys and (queries[0], *keys, bias, seqlens, seed, queries[1], rows)
-    _dtable_kernel[(n_bands * n_chunks * heads,)](
+    launch(
+        _dtable_kernel, (n_bands * n_chunks * heads,),
         *(described or tensors), partial, *strides, *bounds, longest_query, least, n_bands, n_chunks,
-        triton.cdiv(steps, n_chunks), **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
+        cdiv(steps, n_chunks), **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
         IS_DESCRIBED=bool(described), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dtable = torch.empty((heads, width), dtype=torch.float32, device=table.device)
-    _fold_dtable_kernel[(triton.cdiv(width, FOLD_BLOCK), heads)](
+    dtable = empty((heads, width), torch.float32, table.device)
+    launch(
+        _fold_dtable_kernel, (cdiv(width, FOLD_BLOCK), heads),
         partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * block_n, n_chunks,
         SIGNED=signed, BLOCK_M=block_m, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK,
     )  # fmt: skip

@@ -41,6 +41,8 @@ from .attention_tiles import (
     stream_rows,
     visible_blocks,
 )
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 
 @triton.jit
@@ -150,6 +152,7 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     tl.store(state_ptr + stride_s + x, l_i, mask=x < i)
 
 
+@repeated(also=lambda query, *_: precision_of(query))
 def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
             softcap, dropout_p, *, blocks=None):  # fmt: skip
     """Launch the forward pass: (out, lse, state). `attention_ops.py` says what the arguments are.
@@ -159,8 +162,8 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
     out = like(query, value_dim)
-    lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
-    state = torch.empty((2, batch, heads, i), dtype=torch.float32, device=query.device)
+    lse = empty((batch, heads, i), torch.float32, query.device)
+    state = empty((2, batch, heads, i), torch.float32, query.device)
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
@@ -170,8 +173,9 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     tile = Tile(*blocks) if blocks else blocks_of("forward dropout" if dropout_p > 0 else "forward", query, value)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     sequences = batch if seqlens is None else seqlens.shape[0]
-    n_blocks = triton.cdiv(longest_query, tile.block_m)
-    _forward_kernel[(n_blocks * sequences * heads,)](
+    n_blocks = cdiv(longest_query, tile.block_m)
+    launch(
+        _forward_kernel, (n_blocks * sequences * heads,),
         query, *(described or (key, value)), bias, seqlens, seed, out, lse, state, *query.stride()[:3],
         *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], state.stride(0), i, j, offset,
         left or 0, right or 0, zero, bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query,

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .attention_blocks import generation, padded
 from .attention_tiles import LOG2E
+from .launching import cdiv
+from .replay import empty, launch
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
@@ -16,7 +18,9 @@ BIAS_BLOCK = 1024
 def like(tensor, dim=None):
     """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
     batch, heads, length, last = tensor.shape
-    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
+    dim = last if dim is None else dim
+    strides = max(length, 1) * heads * dim, dim, heads * dim, 1
+    return empty((batch, heads, length, dim), tensor.dtype, tensor.device, strides)
 
 
 def whole_rows(tensor):
@@ -117,9 +121,10 @@ def pad_bias(table, signed, reach):
     """
     width, lowest = width_of(reach)
     heads = table.shape[0]
-    bias = torch.empty((heads, width), dtype=torch.float32, device=table.device)
+    bias = empty((heads, width), torch.float32, table.device)
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
-    _bias_kernel[(triton.cdiv(width, BIAS_BLOCK), heads)](
-        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK
-    )
+    launch(
+        _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),
+        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
     return bias, -lowest

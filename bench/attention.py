@@ -6,11 +6,10 @@ Each cell is checked against float64 before it is timed. Every speed is quoted n
 peak memory of training over the length is measured instead, and with it the longest sequence that fits.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 import click
 import torch
-from click.core import ParameterSource
 
 from dpb_triton import reference
 from dpb_triton.attention import BACKENDS
@@ -19,7 +18,7 @@ from .attention_memory import measure_memory
 from .attention_providers import NO_BIAS, PEERS, Shape, forward, inputs, providers, training
 from .cells import run
 from .environment import describe, one_line
-from .options import DTYPES, chosen_device, shared_options
+from .options import DTYPES, shared_options
 
 DEFAULT_SEQS = {"cpu": (512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) of the check
@@ -33,8 +32,12 @@ class Cells:
 
     def __init__(self, shape, device):
         self.shape, self.device, self.is_causal = shape, device, shape.mask == "causal"
-        self.inputs = inputs(shape, device)
         self.expected = {}
+
+    @cached_property
+    def inputs(self):
+        """query, key, value, table and the gradient of the output."""
+        return inputs(self.shape, self.device)
 
     def serves(self, direction, provider):
         return direction in provider.directions
@@ -47,8 +50,11 @@ class Cells:
     def call(self, direction, provider):
         return partial({"forward": forward, "training": training}[direction], provider, *self.inputs, self.is_causal)
 
-    def replayed(self, direction, provider):
+    def frozen(self, provider):
         return None
+
+    def replayed(self, direction, provider):
+        return self.call(direction, provider)
 
     def limits(self, direction):
         return {NO_BIAS.name: self.call(direction, NO_BIAS)}
@@ -109,7 +115,8 @@ class Cells:
 
 
 @click.command()
-@shared_options(tuple(PEERS), BACKENDS, "512, 1024 on a CPU, 2048 to 16384 on a GPU")
+@shared_options(tuple(PEERS), tuple(PEERS), BACKENDS, {"cpu": 8, "cuda": 16},
+                "512, 1024 on a CPU, 2048 to 16384 on a GPU")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
 @click.option("--mask", "masks", multiple=True, type=click.Choice(["causal", "full"]), default=("causal",),
@@ -118,41 +125,33 @@ class Cells:
               help="Instead: peak memory of training over the length, up to this much beyond the inputs.")  # fmt: skip
 @click.option("--longest", type=click.IntRange(1), default=16384, show_default=True,
               help="With --memory: where to stop all the same.")  # fmt: skip
-def attention(
-    device, dtypes, heads, seqs, peers, backends, rounds, seconds, smoke, path, picture, batch, head_dim, masks,
-    budgets, longest,
-):  # fmt: skip
+def attention(common, batch, head_dim, masks, budgets, longest):
     """Attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
 
     On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it; --smoke leaves
     FlexAttention, which compiles for long, out unless a --peer asks for it.
     """
-    if budgets and seqs:
+    if budgets and "seqs" in common.asked:
         raise click.UsageError("--memory doubles the length by itself, up to --longest: it takes no --seq")
-    device = chosen_device(device)
-    asked_for = {
-        name
-        for name in ("peers", "backends")
-        if click.get_current_context().get_parameter_source(name) != ParameterSource.DEFAULT
-    }
-    if device == "cuda" and "backends" not in asked_for:
-        backends = ("triton",)
-    if smoke:
-        dtypes, seqs, rounds, seconds, longest = dtypes[:1], seqs or (33, 64), 1, 0.002, min(longest, 512)
-        if "peers" not in asked_for:
-            peers = [name for name in peers if not name.startswith("flex")]
-    environment = describe(device)
+    if common.device == "cuda" and "backends" not in common.asked:
+        common.backends = ("triton",)
+    if common.smoke:
+        longest = min(longest, 512)
+        if "peers" not in common.asked:
+            common.peers = [name for name in common.peers if not name.startswith("flex")]
+    environment = describe(common.device)
     click.echo(one_line(environment))
-    found, absent = providers(device, peers, backends)
-    setting = f"batch {batch}, {heads} heads, head_dim {head_dim}"
+    found, absent = providers(common.device, common.peers, common.backends)
+    setting = f"batch {batch}, {common.heads} heads, head_dim {head_dim}"
     result = {"bench": "attention", "environment": environment, "setting": setting, "absent": absent}
 
     def shape(dtype, n, mask):
-        return Shape(dtype, batch, heads, n, head_dim, mask)
+        return Shape(dtype, batch, common.heads, n, head_dim, mask)
 
     if budgets:
-        makers = {(dtype, mask): partial(shape, dtype, mask=mask) for dtype in dtypes for mask in masks}
-        measure_memory(makers, found, sorted(budgets), longest, result, device, path, picture)
+        makers = {(dtype, mask): partial(shape, dtype, mask=mask) for dtype in common.dtypes for mask in masks}
+        measure_memory(makers, found, sorted(budgets), longest, result, common.device, common.path, common.picture)
         return
-    shapes = [shape(dtype, n, mask) for dtype in dtypes for n in seqs or DEFAULT_SEQS[device] for mask in masks]
-    run(Cells, shapes, found, result, {"device": device, "rounds": rounds, "seconds": seconds}, path, picture)
+    lengths = common.seqs or DEFAULT_SEQS[common.device]
+    shapes = [shape(dtype, n, mask) for dtype in common.dtypes for n in lengths for mask in masks]
+    run(Cells, shapes, found, result, common)

@@ -11,19 +11,30 @@ A bench brings the cells of one shape, an object with
     facts(direction, provider)      more fields of its record; of a limit's, whose provider is None
     limits(direction)               {name: call} of what the machine needs at least
     rate(direction, milliseconds)   what follows from the time: GB/s, TFLOP/s
+    frozen(provider)                the name of the provider that does the same without the table's gradient, or None
     replayed(direction, provider)   the function that a CUDA graph captures, or None
+
+It makes its tensors when they are first asked for: what does not fit is then a finding about a cell. A cell's record
+has `wrong` where its result is wrong or it raised, which fails the run, and `unmeasured` where there are no times for
+another reason. A wrong result is timed all the same: the time may be what explains it.
 """
 
-import gc
 import sys
+import time
+from contextlib import suppress
 
 import click
 import torch
 from tqdm import tqdm
 
-from .memory import peak_mib
+from .lines import Lines
+from .memory import free, peak_mib
 from .report import plot_times, times_table, write_json
-from .timing import measure
+from .timing import measure, warm_clocks
+
+NO_MEMORY = "out of memory"
+NO_TIME = "not measured: time limit"
+LONGEST_GRAPH = 10.0  # ms; the host is far ahead of a longer call, and a graph of it would only hold its memory
 
 
 def first_line(error):
@@ -32,8 +43,42 @@ def first_line(error):
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def _add_times(cells, direction, records, times, limits, prefix):
+class _Run:
+    """The records of a run, where they are written, and the time that is left."""
+
+    def __init__(self, result, common):
+        self.result, self.common, self.device = result, common, common.device
+        self.absent = result["absent"]
+        self.lines = Lines(common.lines)
+        self.lines.write(
+            "start", **{name: value for name, value in result.items() if name not in ("absent", "records")}
+        )
+        for name, reason in list(self.absent.items()):
+            self.is_absent(name, reason)
+
+    def is_absent(self, name, reason):
+        self.absent[name] = reason
+        self.lines.write("absent", name=name, reason=reason)
+
+    def is_over(self):
+        return self.common.deadline is not None and time.monotonic() >= self.common.deadline
+
+    def measure(self, calls, kind):
+        """({name: Time}, {name: reason}) of the calls that could be timed and of the others."""
+        failed = {}
+        times = measure(calls, kind, self.common.rounds, self.common.seconds, failed, self.common.deadline)
+        return times, {name: _reason(error) for name, error in failed.items()}
+
+
+def _reason(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return NO_MEMORY
+    return NO_TIME if isinstance(error, TimeoutError) else first_line(error)
+
+
+def _add_times(cells, direction, records, times, frozen, prefix):
     """Write the times, and what follows from them, into the records of one shape and direction."""
+    limits = [name for name in _limit_names(records) if name in times]
     for record in records:
         name = record["provider"].removeprefix("limit: ")
         if name not in times:
@@ -46,77 +91,130 @@ def _add_times(cells, direction, records, times, limits, prefix):
             record[prefix + "of_limit"] = {limit: time.ratio(times[limit]) for limit in limits}
         if "eager" in times:
             record[prefix + "x_eager"] = time.ratio(times["eager"])
+        if frozen.get(name) in times:
+            record[prefix + "over_frozen"] = times[frozen[name]].ratio(time)
 
 
-def _checked(cells, direction, provider, device, absent):
+def _limit_names(records):
+    return [r["provider"].removeprefix("limit: ") for r in records if r["provider"].startswith("limit: ")]
+
+
+def _checked(cells, direction, provider, run):
     """(record or None, call or None) of one cell; a peer that says that it cannot do this is noted as absent."""
     record = {**vars(cells.shape), "direction": direction, "provider": provider.name, "wrong": None}
     record |= cells.facts(direction, provider)
+    if run.is_over():
+        return record | {"unmeasured": NO_TIME}, None
     try:
         record["wrong"] = cells.wrong(direction, provider)
-        if record["wrong"] is None:
-            call = cells.call(direction, provider)
-            record["peak_mib"] = peak_mib(call, device)
-            return record, call
+        call = cells.call(direction, provider)
+        record["peak_mib"] = peak_mib(call, run.device)
+        return record, call
     except torch.OutOfMemoryError:
-        record["wrong"] = "out of memory"
+        record["unmeasured"] = NO_MEMORY
     except NotImplementedError as error:
-        absent[f"{provider.name}, {direction}"] = first_line(error).removeprefix("NotImplementedError: ")
+        run.is_absent(f"{provider.name}, {direction}", first_line(error).removeprefix("NotImplementedError: "))
         return None, None
     except Exception as error:  # one provider's failure is a finding, not the end of the others
         record["wrong"] = first_line(error)
+    free(run.device)
     return record, None
 
 
-def _measure_shape(cells, found, absent, options, progress):
-    """The records of one shape."""
-    device, shape = options["device"], cells.shape
-    records = []
-    for direction in cells.DIRECTIONS:
-        limits = cells.limits(direction)
-        calls, mine = {}, []
-        for provider in found:
-            progress.update()
-            if not cells.serves(direction, provider) or f"{provider.name}, {direction}" in absent:
-                continue
-            progress.set_postfix_str(f"{shape.dtype} {shape.n} {direction} {provider.name}")
-            record, call = _checked(cells, direction, provider, device, absent)
-            if record:
-                mine.append(record)
-            if call:
-                calls[provider.name] = call
-        common = {**vars(shape), "direction": direction, "wrong": None} | cells.facts(direction, None)
-        mine += [common | {"provider": f"limit: {name}"} for name in limits]
-        times = measure(limits | calls, device, options["rounds"], options["seconds"])
-        _add_times(cells, direction, mine, times, limits, "")
-        replayed = {}
-        if device == "cuda":
-            made = {p.name: cells.replayed(direction, p) for p in found if p.backend and p.name in calls}
-            replayed = {name: call for name, call in made.items() if call}
-        if replayed:
-            try:
-                times = measure(limits | replayed, "graph", options["rounds"], options["seconds"])
-                _add_times(cells, direction, mine, times, limits, "graph_")
-            except RuntimeError as error:  # a call that cannot be captured is a finding, not the end
-                mine[0]["graph_error"] = str(error)[:300]
-        records += mine
-        del calls, replayed
-        gc.collect()
-    return records
+def _limits(cells, direction, run):
+    """({name: call}, records) of the limits that this machine can show; why not is noted as absent."""
+    calls, records = {}, []
+    if run.is_over():
+        return calls, records
+    try:
+        wanted = cells.limits(direction)
+    except torch.OutOfMemoryError:
+        wanted = {}
+    for name, call in wanted.items():
+        record = {**vars(cells.shape), "direction": direction, "wrong": None} | cells.facts(direction, None)
+        record["provider"] = f"limit: {name}"
+        try:
+            call()
+            calls[name] = call
+        except torch.OutOfMemoryError:
+            record["unmeasured"] = NO_MEMORY
+        except Exception as error:
+            run.is_absent(f"limit: {name}, {direction}", first_line(error).removeprefix("NotImplementedError: "))
+            continue
+        records.append(record)
+    free(run.device)
+    return calls, records
 
 
-def run(make, shapes, found, result, options, path, picture):
+def _time_graphs(cells, direction, mine, calls, frozen, run):
+    """Replays of CUDA graphs of the calls that are short enough, ours captured before the peers'."""
+    short = {record["provider"].removeprefix("limit: ") for record in mine if record.get("ms", 1e9) < LONGEST_GRAPH}
+    captured = {name: call for name, call in calls.items() if call and name in short}
+    if not captured or run.is_over():
+        return
+    times, failed = run.measure(captured, "graph")
+    _add_times(cells, direction, mine, times, frozen, "graph_")
+    for record in mine:
+        name = record["provider"].removeprefix("limit: ")
+        if name in failed and failed[name] != NO_TIME:  # a call that cannot be captured is a finding, not the end
+            record["graph_error"] = failed[name]
+
+
+def _measure_direction(cells, direction, found, run, progress):
+    """The records of one shape and direction."""
+    calls, mine = {}, []
+    for provider in found:
+        progress.update()
+        if not cells.serves(direction, provider) or f"{provider.name}, {direction}" in run.absent:
+            continue
+        progress.set_postfix_str(f"{cells.shape.dtype} {cells.shape.n} {direction} {provider.name}")
+        record, call = _checked(cells, direction, provider, run)
+        if record:
+            mine.append(record)
+            run.lines.write("checked", **record)
+        if call:
+            calls[provider.name] = call
+    limits, limit_records = _limits(cells, direction, run)
+    mine += limit_records
+    frozen = {provider.name: cells.frozen(provider) for provider in found}
+    if run.device == "cuda" and calls:
+        with suppress(RuntimeError):  # the calls themselves will say what is wrong with the device
+            warm_clocks()
+    times, failed = run.measure(limits | calls, run.device)
+    _add_times(cells, direction, mine, times, frozen, "")
+    for record in mine:
+        name = record["provider"].removeprefix("limit: ")
+        if name in failed:
+            record["unmeasured"] = failed[name]
+        run.lines.write("timed", **record)
+    if run.device == "cuda":
+        ours_first = sorted((p for p in found if p.name in calls), key=lambda provider: provider.backend is None)
+        replayed = {p.name: cells.replayed(direction, p) for p in ours_first}
+        _time_graphs(cells, direction, mine, limits | replayed, frozen, run)
+        for record in mine:
+            if "graph_ms" in record or "graph_error" in record:
+                run.lines.write("timed", **record)
+    return mine
+
+
+def run(make, shapes, found, result, common):
     """Measure `make(shape)` for every shape, report; exits with 1 if a result was wrong."""
     records = result["records"] = []
+    this = _Run(result, common)
     total = sum(len(make.DIRECTIONS) for _ in shapes) * len(found)
     with tqdm(total=total, unit="cell", disable=None, leave=False) as progress:
         for shape in shapes:
-            records += _measure_shape(make(shape, options["device"]), found, result["absent"], options, progress)
-            if path:
-                write_json(path, result)  # a run that is cut off leaves the lengths it has done
+            cells = make(shape, common.device)
+            for direction in make.DIRECTIONS:
+                records += _measure_direction(cells, direction, found, this, progress)
+                if common.path:
+                    write_json(common.path, result)  # a run that is cut off leaves what it has done
+            del cells
+            free(common.device)
+    this.lines.write("end", seconds=round(time.monotonic() - common.begin, 1))
     click.echo(times_table(result))
-    if picture:
-        plot_times(result).savefig(picture)
-        click.echo(f"wrote {picture}")
-    if any(record["wrong"] not in (None, "out of memory") for record in records):
+    if common.picture:
+        plot_times(result).savefig(common.picture)
+        click.echo(f"wrote {common.picture}")
+    if any(record["wrong"] for record in records):
         sys.exit(1)

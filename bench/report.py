@@ -49,14 +49,16 @@ DIRECTIONS = list(dict.fromkeys(direction for titles in TITLES.values() for dire
 def _cells(record, prefix=""):
     """One row of a table, as strings."""
     row = {name: record.get(name, "") for name in ("dtype", "n", "mask", "provider", "gradients")}
-    if record["wrong"]:
-        return dict.fromkeys(HEADERS, "") | row | {"ms": "FAIL", "spread": record["wrong"]}
+    if prefix + "ms" not in record:
+        reason = record["wrong"] or record["unmeasured"]
+        return dict.fromkeys(HEADERS, "") | row | {"ms": "FAIL" if record["wrong"] else "-", "spread": reason}
     limits = record.get(prefix + "of_limit") or {}
     is_limit = record["provider"].startswith("limit")
+    spread = f"{record[prefix + 'ms_p20']:.3g}-{record[prefix + 'ms_p80']:.3g}"
     return row | {
         "provider": record["provider"] + (" (graph)" if prefix else ""),
-        "ms": f"{record[prefix + 'ms']:.3g}",
-        "spread": f"{record[prefix + 'ms_p20']:.3g}-{record[prefix + 'ms_p80']:.3g}",
+        "ms": f"{record[prefix + 'ms']:.3g}" + (" FAIL" if record["wrong"] else ""),
+        "spread": record["wrong"] or spread,
         "x_eager": f"{record[prefix + 'x_eager']:.2f}" if prefix + "x_eager" in record and not is_limit else "",
         "gb_s": f"{record[prefix + 'gb_s']:.1f}" if prefix + "gb_s" in record else "",
         "tflop_s": f"{record[prefix + 'tflop_s']:.1f}" if prefix + "tflop_s" in record else "",

@@ -108,7 +108,7 @@ WRONG = [
 ]
 
 
-def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
     monkeypatch.setattr(bench_attention, "providers", lambda *_: ([EAGER, *WRONG], {}))
     done = CliRunner().invoke(cli, QUICK)
     assert done.exit_code == 1

@@ -4,6 +4,7 @@
     {"event": "start", "bench": …, "environment": …, "setting": …}
     {"event": "checked", …the record of a cell, which is about to be timed}
     {"event": "timed", …the same record with its times; again, when its CUDA graph has been timed too}
+    {"event": "memory" or "errors", …a record of --memory or --errors}
     {"event": "absent", "name": …, "reason": …}
     {"event": "end", "seconds": …}
 
@@ -20,6 +21,12 @@ class Lines:
 
     def __init__(self, path):
         self.path = path
+
+    def start(self, result):
+        """What is known before anything is measured."""
+        self.write("start", **{name: value for name, value in result.items() if name not in ("absent", "records")})
+        for name, reason in result["absent"].items():
+            self.write("absent", name=name, reason=reason)
 
     def write(self, event, **facts):
         """One line, on the disk when this returns."""

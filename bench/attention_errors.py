@@ -8,9 +8,9 @@ import click
 import torch
 from tqdm import tqdm
 
-from .cells import NO_MEMORY, NO_TIME, first_line
 from .lines import Lines
 from .memory import free
+from .reasons import NO_TIME, first_line, reason_of, refusals
 from .report import write_json
 from .report_errors import errors_table
 
@@ -23,7 +23,7 @@ def _errors(cells, provider):
             found |= cells.errors(direction, provider)
     for name, (error, budget) in found.items():
         record["errors"][name], record["largest"][name] = error, cells.largest(name)
-        if not error <= budget:
+        if not error <= budget and not record["wrong"]:
             record["wrong"] = f"{name} off by {error:.3g}, budget {budget:.3g}"
     return record
 
@@ -44,11 +44,10 @@ def measure_errors(make, shapes, found, result, common):
                 if common.deadline is not None and time.monotonic() >= common.deadline:
                     record["unmeasured"] = NO_TIME
                 else:
-                    record |= _errors(cells, provider)
-            except torch.OutOfMemoryError:
-                record["unmeasured"] = NO_MEMORY
-            except NotImplementedError as error:
-                record["unmeasured"] = first_line(error)
+                    with refusals():
+                        record |= _errors(cells, provider)
+            except (torch.OutOfMemoryError, NotImplementedError) as error:
+                record["unmeasured"] = reason_of(error)
             except Exception as error:
                 record["wrong"] = first_line(error)
             records.append(record)

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from .attention_providers import limit_providers, providers, training
 from .attention_shapes import Shape, inputs, seen_of
-from .cells import NO_TIME, first_line
 from .environment import ROOT
 from .lines import Lines
 from .memory import MIB, allocated_peak, free, reset_peak, resident_mib
+from .reasons import NO_TIME, first_line
 from .report import write_json
 from .report_memory import NO_ROOM, memory_table, plot_memory
 

@@ -29,18 +29,11 @@ from tqdm import tqdm
 
 from .lines import Lines
 from .memory import free, peak_mib
+from .reasons import NO_KERNEL, NO_MEMORY, NO_TIME, first_line, reason_of, refusals
 from .report import plot_times, times_table, write_json
 from .timing import measure, warm_clocks
 
-NO_MEMORY = "out of memory"
-NO_TIME = "not measured: time limit"
 LONGEST_GRAPH = 10.0  # ms; the host is far ahead of a longer call, and a graph of it would only hold its memory
-
-
-def first_line(error):
-    """What an exception says, in one line that fits a table."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 class _Run:
@@ -67,13 +60,7 @@ class _Run:
         """({name: Time}, {name: reason}) of the calls that could be timed and of the others."""
         failed = {}
         times = measure(calls, kind, self.common.rounds, self.common.seconds, failed, self.common.deadline)
-        return times, {name: _reason(error) for name, error in failed.items()}
-
-
-def _reason(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return NO_MEMORY
-    return NO_TIME if isinstance(error, TimeoutError) else first_line(error)
+        return times, {name: reason_of(error) for name, error in failed.items()}
 
 
 def _add_times(cells, direction, records, times, frozen, prefix):
@@ -83,16 +70,16 @@ def _add_times(cells, direction, records, times, frozen, prefix):
         name = record["provider"].removeprefix("limit: ")
         if name not in times:
             continue
-        time = times[name]
-        record[prefix + "ms"] = time.median
-        record[prefix + "ms_p20"], record[prefix + "ms_p80"] = time.spread
-        record |= {prefix + unit: value for unit, value in cells.rate(direction, time.median).items()}
+        this = times[name]
+        record[prefix + "ms"] = this.median
+        record[prefix + "ms_p20"], record[prefix + "ms_p80"] = this.spread
+        record |= {prefix + unit: value for unit, value in cells.rate(direction, this.median).items()}
         if limits:
-            record[prefix + "of_limit"] = {limit: time.ratio(times[limit]) for limit in limits}
+            record[prefix + "of_limit"] = {limit: this.ratio(times[limit]) for limit in limits}
         if "eager" in times:
-            record[prefix + "x_eager"] = time.ratio(times["eager"])
+            record[prefix + "x_eager"] = this.ratio(times["eager"])
         if frozen.get(name) in times:
-            record[prefix + "over_frozen"] = times[frozen[name]].ratio(time)
+            record[prefix + "over_frozen"] = times[frozen[name]].ratio(this)
 
 
 def _limit_names(records):
@@ -106,15 +93,18 @@ def _checked(cells, direction, provider, run):
     if run.is_over():
         return record | {"unmeasured": NO_TIME}, None
     try:
-        record["wrong"] = cells.wrong(direction, provider)
+        with refusals():
+            record["wrong"] = cells.wrong(direction, provider)
         call = cells.call(direction, provider)
         record["peak_mib"] = peak_mib(call, run.device)
         return record, call
     except torch.OutOfMemoryError:
         record["unmeasured"] = NO_MEMORY
     except NotImplementedError as error:
-        run.is_absent(f"{provider.name}, {direction}", first_line(error).removeprefix("NotImplementedError: "))
-        return None, None
+        if NO_KERNEL not in str(error):
+            run.is_absent(f"{provider.name}, {direction}", reason_of(error))
+            return None, None
+        record["unmeasured"] = reason_of(error)  # of this shape
     except Exception as error:  # one provider's failure is a finding, not the end of the others
         record["wrong"] = first_line(error)
     free(run.device)
@@ -128,18 +118,19 @@ def _limits(cells, direction, run):
         return calls, records
     try:
         wanted = cells.limits(direction)
-    except torch.OutOfMemoryError:
+    except Exception:  # of the inputs, which every provider has met before
         wanted = {}
     for name, call in wanted.items():
         record = {**vars(cells.shape), "direction": direction, "wrong": None} | cells.facts(direction, None)
         record["provider"] = f"limit: {name}"
         try:
-            call()
+            with refusals():
+                call()
             calls[name] = call
         except torch.OutOfMemoryError:
             record["unmeasured"] = NO_MEMORY
         except Exception as error:
-            run.is_absent(f"limit: {name}, {direction}", first_line(error).removeprefix("NotImplementedError: "))
+            run.is_absent(f"limit: {name}, {direction}", reason_of(error))
             continue
         records.append(record)
     free(run.device)
@@ -147,7 +138,10 @@ def _limits(cells, direction, run):
 
 
 def _time_graphs(cells, direction, mine, calls, frozen, run):
-    """Replays of CUDA graphs of the calls that are short enough, ours captured before the peers'."""
+    """Replays of CUDA graphs of the calls that are short enough.
+
+    Ours are captured first: a capture that fails may leave the allocator in a state that the next one suffers from.
+    """
     short = {record["provider"].removeprefix("limit: ") for record in mine if record.get("ms", 1e9) < LONGEST_GRAPH}
     captured = {name: call for name, call in calls.items() if call and name in short}
     if not captured or run.is_over():
@@ -185,12 +179,15 @@ def _measure_direction(cells, direction, found, run, progress):
     for record in mine:
         name = record["provider"].removeprefix("limit: ")
         if name in failed:
-            record["unmeasured"] = failed[name]
+            is_crash = failed[name] not in (NO_MEMORY, NO_TIME) and name in calls
+            record["wrong" if is_crash and not record["wrong"] else "unmeasured"] = failed[name]
         run.lines.write("timed", **record)
     if run.device == "cuda":
-        ours_first = sorted((p for p in found if p.name in calls), key=lambda provider: provider.backend is None)
-        replayed = {p.name: cells.replayed(direction, p) for p in ours_first}
-        _time_graphs(cells, direction, mine, limits | replayed, frozen, run)
+        ours, peers = (
+            [p for p in found if p.name in calls and bool(p.backend) is is_ours] for is_ours in (True, False)
+        )
+        ours, peers = ({p.name: cells.replayed(direction, p) for p in some} for some in (ours, peers))
+        _time_graphs(cells, direction, mine, ours | limits | peers, frozen, run)
         for record in mine:
             if "graph_ms" in record or "graph_error" in record:
                 run.lines.write("timed", **record)

@@ -19,7 +19,6 @@ def peak_mib(call, device):
     misses nothing that was touched, whoever allocated it, but knows whole pages only.
     """
     call()  # what the first call keeps (caches, workspaces) is not the call's need
-    gc.collect()
     return allocated_peak(call) if device == "cuda" else _resident_peak(call)
 
 

@@ -33,7 +33,7 @@ class Common:
     lines: Path | None
     picture: Path | None
     asked: frozenset  # names of the options that stood on the command line
-    begin: float = field(default_factory=time.monotonic)
+    begin: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def deadline(self):

@@ -55,7 +55,7 @@ def _cells(record, prefix=""):
     row = {name: record.get(name) or "" for name in ("dtype", "n", "mask", "queries", "provider", "gradients")}
     row["mask"] = mask_of(record)
     if prefix + "ms" not in record:
-        reason = record["wrong"] or record["unmeasured"]
+        reason = record["wrong"] or record.get("unmeasured", "checked, not timed")
         return dict.fromkeys(HEADERS, "") | row | {"ms": "FAIL" if record["wrong"] else "-", "spread": reason}
     limits = record.get(prefix + "of_limit") or {}
     is_limit = record["provider"].startswith("limit")

@@ -18,6 +18,8 @@ def _memory_groups(result):
 def _longest(records, budget):
     """The longest length that fits, as a string; with >= if what stopped the search was not the memory."""
     longest = max((n for n, r in records.items() if not r["stopped"] and r["peak_mib"] <= budget), default=0)
+    if not longest and any(r["stopped"] in (None, NO_ROOM) for r in records.values()):
+        return f"< {min(records)}"  # a GPU begins high, and goes on downwards for the largest budget only
     is_too_long = any(n > longest and r["stopped"] in (None, NO_ROOM) for n, r in records.items())
     return ("" if is_too_long else ">= ") + str(longest)
 

@@ -20,6 +20,7 @@ from .memory import free
 
 L2_BYTES = 2**28  # more than any GPU's cache
 MOST_CALLS = 1000  # of a round
+PRODUCT, WARM_SECONDS = 4096, 0.5  # matrices that warm the clocks, and for how long
 SLOW = 1000.0  # ms; a call on a GPU that takes longer is timed in the first round only
 GRAPH_MS = 0.5  # of a graph: shorter calls are captured many times in a row, so that launching it does not count
 MOST_CAPTURED = 100
@@ -126,10 +127,10 @@ def _graph_timer(call, seconds):
 TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer, "graph": _graph_timer}
 
 
-def warm_clocks(seconds=0.5):
-    """Products of matrices for so long: an idle GPU runs at a fraction of its clock, and takes a while to leave it."""
-    matrix = torch.randn((4096, 4096), dtype=torch.bfloat16, device="cuda")
-    end = time.monotonic() + seconds
+def warm_clocks():
+    """Products of matrices: an idle GPU runs at a fraction of its clock, and takes a while to leave it."""
+    matrix = torch.randn((PRODUCT, PRODUCT), dtype=torch.bfloat16, device="cuda")
+    end = time.monotonic() + WARM_SECONDS
     while time.monotonic() < end:
         for _ in range(10):
             matrix @ matrix

@@ -17,6 +17,7 @@ from click.testing import CliRunner  # noqa: E402
 from bench import expand as bench_expand  # noqa: E402
 from bench import gpu as bench_gpu  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
+from bench.lines import Lines, read_lines  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
 from bench.report import times_table  # noqa: E402
@@ -45,7 +46,38 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert "no CUDA graph: fp32 33 forward: operation not permitted" in times_table(result)
 
 
-def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+def test_lines_come_as_the_run_goes_and_hold_what_the_json_holds(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for _ in range(2):
+        done = CliRunner().invoke(cli, [*QUICK, "--lines", str(path), "--json", str(tmp_path / "r.json")])
+        assert done.exit_code == 0, done.output
+    events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
+    half = len(events) // 2
+    assert events[0] == events[half] == "start" and events[-1] == "end"
+    assert events[1 : half - 1].count("checked") == 12  # three directions, two lengths, two providers
+    assert events[1 : half - 1].count("timed") == 12 + 6  # and the limits
+    assert events.index("timed") < len(events) - 1 - events[::-1].index("checked")
+    _, last = read_lines(path)
+    assert times_table(last) == times_table(json.loads((tmp_path / "r.json").read_text()))
+
+
+def test_lines_of_a_run_that_was_killed_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    Lines(path).write("start", bench="expand", environment={})
+    Lines(path).write("absent", name="cuda", reason="no GPU")
+    for event, ms in (("checked", {}), ("timed", {"ms": 1.0})):
+        Lines(path).write(event, n=8, direction="forward", provider="eager", wrong=None, **ms)
+    with path.open("a") as file:
+        file.write('{"event": "timed", "n": 8, "dire')
+    (result,) = read_lines(path)
+    assert result["absent"] == {"cuda": "no GPU"}
+    assert [record["ms"] for record in result["records"]] == [1.0]
+    path.write_text("half a line\n" + path.read_text())
+    with pytest.raises(json.JSONDecodeError):
+        read_lines(path)
+
+
+def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
     wrong = Provider(
         "dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2, "torch"
     )

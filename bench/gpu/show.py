@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""The tables of a run, made from its folder and nothing else."""
+
+import json
+from pathlib import Path
+
+from tabulate import tabulate
+
+MOST = 10_500  # characters: the lent machine sends back the last 12,000 that were printed
+# what a row may show, in this order; the rest of a cell is in results.jsonl
+COLUMNS = (
+    "dtype", "kernel", "who", "n", "head_dim", "mask", "direction", "tile", "provider", "call", "gradients", "ms",
+    "graph_ms", "us", "tflop_s", "gb_s", "x_eager", "of_limit", "wrong", "stopped", "peak_mib", "tensor_pipe",
+    "issue_slots", "dram", "occupancy", "registers", "duration",
+)  # fmt: skip
+
+
+def read(folder):
+    """(summary, records) of a run, also of one that was killed: a last line that is not whole is left out."""
+    folder = Path(folder)
+    records = []
+    for line in (folder / "results.jsonl").read_text(errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}, records
+
+
+def _word(value):
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_word(number)} {name}" for name, number in value.items())
+    return "" if value is None else str(value)[:60]
+
+
+def _smoke(records):
+    ended = [record for record in records if "ok" in record]
+    bad = [f"{record['case']}: {record['error'][:300]}" for record in ended if record["ok"] is False]
+    begun = {record["case"] for record in records if record.get("begun")} - {record["case"] for record in ended}
+    good = sum(record["ok"] is True for record in ended)
+    return "\n".join([f"{good} of {len(ended)} cases ok", *bad, *(f"begun, not ended: {name}" for name in sorted(begun))])
+
+
+def table_of(phase, records):
+    """What a phase measured, a row a cell."""
+    if phase == "smoke":
+        return _smoke(records)
+    rows = [{name: _word(record[name]) for name in COLUMNS if name in record} for record in records]
+    names = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    return tabulate([[row.get(name, "") for name in names] for row in rows], names, disable_numparse=True)
+
+
+def tables(folder):
+    """All that a run measured and what became of its phases, in at most MOST characters; the phases come last."""
+    summary, records = read(folder)
+    parts = []
+    for phase in dict.fromkeys(record["phase"] for record in records):
+        parts.append(f"--- {phase}\n" + table_of(phase, [each for each in records if each["phase"] == phase]))
+    rows = []
+    for phase in summary.get("phases", []):
+        cells = sum(command["cells"] for command in phase["commands"])
+        rows.append([phase["name"], phase["outcome"], phase.get("seconds"), phase["share"], cells])
+    last = "\n".join([
+        "--- phases", tabulate(rows, ["phase", "outcome", "seconds", "share", "cells"]),
+        *(summary[name] for name in ("cache", "compiled", "csrc", "stopped") if name in summary),
+    ])  # fmt: skip
+    text = "\n\n".join(parts)
+    room = MOST - len(last)
+    if len(text) > room:
+        text = f"… the first {len(text) - room} characters are in tables.txt only …\n{text[-room:]}"
+    return f"{text}\n\n{last}"

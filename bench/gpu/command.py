@@ -17,7 +17,7 @@ from .build import Build
 from .output import Output
 from .phases import phases
 from .runner import Runner, Stopped, environment_of
-from .show import tables
+from .show import shortened, tables
 
 SECONDS = 480
 RESERVE = 6  # seconds for the tables at the end
@@ -30,7 +30,7 @@ def _list(found, seconds):
     for phase in found:
         click.echo(f"{phase.name:10} {seconds * phase.weight / total:4.0f} s  {phase.about}")
         for command in phase.commands:
-            click.echo(f"{'':19}{command.program or 'python3'} {' '.join(command.arguments)}")
+            click.echo(f"{'':19}python3 {' '.join(command.arguments)}")
 
 
 def _on_signal(number, frame):
@@ -44,29 +44,35 @@ def _default_folder(environment):
     return ROOT / "bench" / "results" / name
 
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FILE_THAT_IS = click.Path(exists=True, dir_okay=False, path_type=Path)
 NAMES = [phase.name for phase in phases("cuda")]
 
 
-@click.command(help=page.__doc__.split("\n\n")[0])
+@click.command()
 @click.option("--phase", "names", multiple=True, type=click.Choice(NAMES), help="Only this one; may be repeated.")
 @click.option("--seconds", type=click.FloatRange(10), default=SECONDS, show_default=True, help="For all phases.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: bench/results/DEVICE-DATE/")
-@click.option("--cache", "tar", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Kernels that --fill-cache compiled.")
-@click.option("--fill-cache", "fill", type=click.Path(dir_okay=False, path_type=Path),
-              help="Compile the phases' kernels into this file, and do nothing else; needs no GPU.")
-@click.option("--python", "pythons", multiple=True, type=click.Path(exists=True, dir_okay=False),
-              help="With --fill-cache: the interpreter of the GPU machine's Python with its Triton; torch not needed.")
+@click.option("--out", type=FOLDER, help="Default: bench/results/DEVICE-DATE/")
+@click.option("--cache", "tar", type=FILE_THAT_IS, help="Kernels that --fill-cache compiled.")
+@click.option("--fill-cache", "fill", type=FILE, help="Compile the phases' kernels into this file; needs no GPU.")
+@click.option(
+    "--python", type=FILE_THAT_IS, help="With --fill-cache: the GPU machine's Python and Triton."
+)
 @click.option("--keep-going", is_flag=True, help="Go on where the smoke phase failed.")
 @click.option("--sha", help="The commit, where there is no git.")
 @click.option("--list", "is_list", is_flag=True, help="Print the phases and what to type on a lent machine.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", hidden=True, help="cpu: a rehearsal.")
-def gpu(names, seconds, out, tar, fill, pythons, keep_going, sha, is_list, device):
+def gpu(names, seconds, out, tar, fill, python, keep_going, sha, is_list, device):
+    """All that needs a GPU, in phases, each cut off at its part of the time; --list prints what to type.
+
+    Exits with 1 if something failed or was cut off, with 2 if there is no GPU.
+    """
     found = [phase for phase in phases(device, tiny=device == "cpu") if not names or phase.name in names]
     if is_list:
         return _list(found, seconds)
     if fill:
-        return compiled.fill(found, fill, pythons[0] if pythons else sys.executable)
+        return compiled.fill(found, fill, str(python or sys.executable))
     begin = time.monotonic()
     if device == "cuda" and not torch.cuda.is_available():
         click.echo(f"no GPU: torch {torch.__version__} sees none (torch.cuda.is_available() is False)", err=True)
@@ -84,7 +90,7 @@ def gpu(names, seconds, out, tar, fill, pythons, keep_going, sha, is_list, devic
     is_well = False
     try:
         with Build(output, environment, device, capability) as build:
-            runner = Runner(output, summary, environment, build, click.echo, cache)
+            runner = Runner(output, summary, environment, build, cache, click.echo)
             is_well = runner.run(found, seconds - RESERVE - (time.monotonic() - begin), keep_going)
             summary["csrc"] = build.state()
     except Stopped as stopped:
@@ -92,8 +98,8 @@ def gpu(names, seconds, out, tar, fill, pythons, keep_going, sha, is_list, devic
         click.echo(f"stopped by {stopped}")
     summary["seconds"] = round(time.monotonic() - begin, 1)
     output.write_summary(summary)
-    text = tables(output.folder)
-    (output.folder / "tables.txt").write_text(text + "\n")
-    click.echo(text)
+    text, last = tables(output.folder)
+    (output.folder / "tables.txt").write_text(f"{text}\n\n{last}\n")
+    click.echo(shortened(text, last))
     click.echo(f"wrote {output.folder}")
     sys.exit(0 if is_well else 1)

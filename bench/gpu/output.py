@@ -4,8 +4,8 @@
     results.jsonl   one JSON line a cell, with its phase
     log.txt         all that the phases printed, one after the other, then the build of csrc
     summary.json    the environment; each phase's outcome, seconds, commands: replaced as a whole after every step
-    tables.txt      what is printed at the end
-    profile.*       ncu's counters
+    tables.txt      what is printed at the end, in full
+    profile.*       ncu's counters, two files
 
 Few files and small ones: the machine that is lent sends back 8 of 16 MiB.
 """
@@ -83,7 +83,12 @@ class Lines:
             except ValueError:
                 continue
             if isinstance(record, dict):
-                found.append({"phase": self.phase} | record)
+                found.append(record)
+        self.add(found)
+
+    def add(self, found):
+        """Append records to the results."""
+        found = [{"phase": self.phase} | record for record in found]
         if found:
             self.records += found
             with self.results.open("ab", buffering=0) as file:

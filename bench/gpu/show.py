@@ -41,7 +41,8 @@ def _smoke(records):
     bad = [f"{record['case']}: {record['error'][:300]}" for record in ended if record["ok"] is False]
     begun = {record["case"] for record in records if record.get("begun")} - {record["case"] for record in ended}
     good = sum(record["ok"] is True for record in ended)
-    return "\n".join([f"{good} of {len(ended)} cases ok", *bad, *(f"begun, not ended: {name}" for name in sorted(begun))])
+    bad += [f"begun, not ended: {name}" for name in sorted(begun)]
+    return "\n".join([f"{good} of {len(ended)} cases ok", *bad])
 
 
 def table_of(phase, records):
@@ -54,7 +55,7 @@ def table_of(phase, records):
 
 
 def tables(folder):
-    """All that a run measured and what became of its phases, in at most MOST characters; the phases come last."""
+    """All that a run measured, and what became of its phases: two texts."""
     summary, records = read(folder)
     parts = []
     for phase in dict.fromkeys(record["phase"] for record in records):
@@ -67,8 +68,12 @@ def tables(folder):
         "--- phases", tabulate(rows, ["phase", "outcome", "seconds", "share", "cells"]),
         *(summary[name] for name in ("cache", "compiled", "csrc", "stopped") if name in summary),
     ])  # fmt: skip
-    text = "\n\n".join(parts)
-    room = MOST - len(last)
-    if len(text) > room:
-        text = f"… the first {len(text) - room} characters are in tables.txt only …\n{text[-room:]}"
+    return "\n\n".join(parts), last
+
+
+def shortened(text, last, most=MOST):
+    """Both, in at most `most` characters, of the first the end."""
+    over = len(text) + len(last) - most
+    if over > 0:
+        text = f"… the first {over} characters are in tables.txt only …\n{text[over:]}"
     return f"{text}\n\n{last}"

@@ -56,10 +56,9 @@ LEFT_OUT = {
 TINY = ("test_expand.py", "test_attention_kernels.py")  # a rehearsal's
 
 
-def arguments(device, workers=None, tiny=False):
+def arguments(device, tiny=False):
     """What follows the interpreter. Without xdist the tests run in one process."""
-    if workers is None:
-        workers = max(1, min(14, (os.cpu_count() or 1) - 2))  # two cores are left to what else runs
+    workers = 1 if tiny else max(1, min(14, (os.cpu_count() or 1) - 2))  # two cores are left to what else runs
     parallel = ("-n", str(workers), "--dist", "worksteal") if workers > 1 and importlib.util.find_spec("xdist") else ()
     plugins = ("-p", "bench.gpu.suite", "-p", "no:cacheprovider", "-m", "not hypothesis")
     files = [f"tests/{name}" for name in (TINY if tiny else CHOSEN)]

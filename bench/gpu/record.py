@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench.gpu.record FILE -m MODULE ARGUMENTS…`: which kernels that command would compile on an H100.
+
+The command runs in this process, on tensors of the CPU. Every launch goes Triton's real way as far as the compiler,
+which is where it is written down and dropped: so what is computed means nothing, and what is compared is not. Benches
+are asked for this library's Triton backend alone and call each function once; of tests the oracles are left out.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import sys
+
+import click
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGET = ("cuda", 90, 32)
+
+
+class _Driver:
+    """As much of a Triton driver as a launch asks before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget(*TARGET)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Recorder:
+    """The launches of this process, each kernel and specialisation once, in the order of the first."""
+
+    def __init__(self):
+        self.launches = {}
+
+    def install(self):
+        """From now on, in this process."""
+        os.environ.pop("TRITON_INTERPRET", None)
+        driver.set_active(_Driver())
+
+        def record(kernel, key, signature, device, constexprs, options, attrs, warmup):
+            options = {name: value for name, value in vars(options).items() if name != "extern_libs"}
+            found = (kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, attrs, options)
+            self.launches.setdefault(repr(found), found)
+
+        JITFunction._do_compile = record
+
+    def write(self, path):
+        """A pickle: Triton's version and the launches."""
+        with open(path, "wb") as file:
+            pickle.dump({"triton": triton.__version__, "launches": list(self.launches.values())}, file)
+
+
+def let_cpu_tensors_through():
+    """Backend "triton" serves tensors of the CPU, and is what no backend means."""
+    from dpb_triton import functional, ops
+
+    ops.is_interpreting = lambda: True
+    for module in [module for name, module in sys.modules.items() if name.startswith("dpb_triton")]:
+        for name in ("check_backend", "check_attention_backend"):
+            if hasattr(module, name):
+                setattr(module, name, _prefer_triton(getattr(module, name)))
+    assert functional.why_not("triton", "cpu") is None
+
+
+def _prefer_triton(check):
+    def checked(backend, *rest):
+        if backend is None:
+            with contextlib.suppress(ValueError):  # float64 attention is torch's
+                return check("triton", *rest)
+        return check(backend, *rest)
+
+    return checked
+
+
+def _make_nothing_expensive():
+    """Random tensors are memory that nobody touches."""
+    torch.randn = lambda *size, generator=None, **options: torch.empty(*size, **options)
+    torch.Tensor.normal_ = lambda self, *rest, **options: self
+
+
+def _bench(arguments):
+    """A command of `python -m bench`, on the CPU, ours alone, each call once."""
+    from bench import attention, attention_providers, cells, expand, providers, timing
+
+    def why_not_measured(backend, device):
+        return None if backend == "triton" else "is not recorded"
+
+    providers.why_not_measured = attention_providers.why_not_measured = why_not_measured
+    attention.Cells.wrong = expand.Cells.wrong = lambda self, direction, provider: None
+    cells.peak_mib = lambda call, device: call() and None
+    cells.measure = lambda calls, *rest: {name: timing.Time([1.0]) for name, call in calls.items() if [call()]}
+    _make_nothing_expensive()
+
+    from bench.__main__ import cli
+
+    words, drop = [], False
+    for word in arguments:
+        if not (drop or word in ("--peer", "--lines", "--limit")):
+            words.append("cpu" if word == "cuda" else word)
+        drop = word in ("--peer", "--lines", "--limit")
+    peers = ("--peer", "none") if arguments[0] in ("attention", "expand") else ()
+    try:
+        cli([*words, *peers], standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(2) from error
+
+
+def _pytest(arguments, recorder):
+    """The tests that the device would run; a failure means nothing."""
+    import pytest
+
+    class Plugin:
+        @pytest.hookimpl(trylast=True)
+        def pytest_configure(self, config):
+            recorder.install()
+            let_cpu_tensors_through()
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, items):
+            for name in ("oracle", "attention_oracle"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name).assert_within_budget = lambda *rest, **options: None
+            with contextlib.suppress(ImportError):
+                importlib.import_module("attention_oracle").attention = _no_oracle
+
+    words = [word for word in arguments if not word.startswith("--maxfail")]
+    words = ["cpu" if word == "cuda" else word for word in words]
+    for option in ("-n", "--dist"):
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    pytest.main([*words, "--tb=no", "-W", "ignore", "-p", "no:xdist"], plugins=[Plugin()])
+
+
+def _no_oracle(query, key, value, table, dout, dlse=None, *, options, keep=None):
+    shapes = {
+        "out": (*query.shape[:3], value.shape[3]), "lse": query.shape[:3], "dq": query.shape, "dk": key.shape,
+        "dv": value.shape, "dtable": table.shape,
+    }  # fmt: skip
+    return {name: (torch.zeros(shape).double(),) * 2 for name, shape in shapes.items()}
+
+
+def main(path, flag, module, *arguments):
+    """Run the module, write the launches."""
+    assert flag == "-m", flag
+    recorder = Recorder()
+    try:
+        if module == "pytest":
+            _pytest(arguments, recorder)
+        else:
+            recorder.install()
+            let_cpu_tensors_through()
+            if module == "bench":
+                _bench(arguments)
+            else:
+                words = ["cpu" if word == "cuda" else word for word in arguments]
+                importlib.import_module(module).record(words)
+    finally:
+        recorder.write(path)
+        print(f"{module} {' '.join(arguments)[:100]}: {len(recorder.launches)} kernels", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

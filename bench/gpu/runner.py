@@ -84,6 +84,7 @@ class Runner:
     def _is_sound(self, record, lines, end):
         """Whether the smoke leaves hope for the phases after it: it found nothing wrong, as far as it came."""
         self.summary["compiled"] = self.cache.news()
+        self.output.write_summary(self.summary)
         self.say(f"smoke: {self.summary['compiled']}")
         first = record["commands"][0]["exit"]
         failed = failed_case(lines, is_cut_off=first == TIME_IS_UP)

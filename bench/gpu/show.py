@@ -40,9 +40,9 @@ def _smoke(records):
     ended = [record for record in records if "ok" in record]
     bad = [f"{record['case']}: {record['error'][:300]}" for record in ended if record["ok"] is False]
     begun = {record["case"] for record in records if record.get("begun")} - {record["case"] for record in ended}
-    good = sum(record["ok"] is True for record in ended)
+    good, left_out = (sum(record["ok"] is kind for record in ended) for kind in (True, None))
     bad += [f"begun, not ended: {name}" for name in sorted(begun)]
-    return "\n".join([f"{good} of {len(ended)} cases ok", *bad])
+    return "\n".join([f"{good} cases ok, {len(bad)} not, {left_out} left out", *bad])
 
 
 def table_of(phase, records):

@@ -40,6 +40,7 @@ LEFT_OUT = {
     "test_bench.py": OWN_PROCESSES,
     "test_bench_attention.py": OWN_PROCESSES,
     "test_bench_gpu.py": OWN_PROCESSES,
+    "test_bench_gpu_cache.py": OFFLINE,
     "test_bench_train.py": OWN_PROCESSES,
     "test_codegen.py": OFFLINE,
     "test_csrc.py": OFFLINE,

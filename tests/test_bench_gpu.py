@@ -72,7 +72,7 @@ class Said(list):
         pass
 
     def news(self):
-        return None
+        return "no news"
 
 
 def run(tmp_path, todo, seconds, **options):
@@ -342,10 +342,10 @@ def test_a_file_that_was_cut_off_can_be_shown(tmp_path):
 
 def test_ncus_page_becomes_lines():
     page = '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-    page += '"0","_dq_kernel","Duration","us","812.5"\n"0","_dq_kernel","Registers Per Thread","register/thread","168"\n'
+    page += '"0","_dq_kernel","Duration","us","812.5"\n"0","_dq_kernel","Registers Per Thread","r/thread","168"\n'
     page += '"1","_fold_kernel","Duration","us","3.1"\n'
     assert counters.lines_of(page) == [
-        {"kernel": "_dq_kernel", "duration": "812.5 us", "registers": "168 register/thread"},
+        {"kernel": "_dq_kernel", "duration": "812.5 us", "registers": "168 r/thread"},
         {"kernel": "_fold_kernel", "duration": "3.1 us"},
     ]
     assert counters.lines_of("==ERROR== nothing") == []

@@ -17,8 +17,8 @@ and the second, with a limit of 240 s and while the machine is still held (30 s)
     python3 -m bench gpu --cache build/gpu-cache.tar --sha SHA --out $OUT --seconds 225 --phase flex --phase window \
         --phase memory --phase host
 
-What is under $OUT comes back even where the command is killed: results.jsonl (a line a cell, as they come), log.txt (all
-that was printed), summary.json, tables.txt, profile.csv and profile.ncu-rep. Without --phase all phases run in one go.
-A phase that needs less than its part leaves the time to those after it. Wrong numbers or a crash in the smoke phase end
-the run, after compute-sanitizer has looked at that case; --keep-going goes on.
+What is under $OUT comes back even where the command is killed: results.jsonl (a line a cell, as they come), log.txt
+(all that was printed), summary.json, tables.txt, profile.csv and profile.ncu-rep. Without --phase all phases run in one
+go. A phase that needs less than its part leaves the time to those after it. Wrong numbers or a crash in the smoke phase
+end the run, after compute-sanitizer has looked at that case; --keep-going goes on.
 """

@@ -41,7 +41,7 @@ def unpack(path, folder):
 
 def write(path, folder, names, about):
     """The tar `path` of the entries `names` of the cache `folder`."""
-    with tarfile.open(path, "w:gz", compresslevel=6) as tar:
+    with tarfile.open(path, "w:xz", preset=3) as tar:
         data = json.dumps(about).encode()
         member = tarfile.TarInfo(ABOUT)
         member.size = len(data)

@@ -20,7 +20,7 @@ import types
 from pathlib import Path
 from unittest.mock import MagicMock
 
-from . import archive
+from . import archive, offline
 
 
 def _without_torch():
@@ -48,7 +48,6 @@ def _keep_names(used):
 
 def compile_one(launch):
     """(name, cache entries, error) of one launch."""
-    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.compiler import ASTSource, compile
 
@@ -57,7 +56,7 @@ def compile_one(launch):
     try:
         function = getattr(importlib.import_module(module), name)
         source = ASTSource(function, signature, constexprs, attrs)
-        kernel = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        kernel = compile(source, target=offline.TARGET, options=options)
         CudaLauncher(source, kernel.metadata)
     except Exception as error:
         return name, set(), f"{type(error).__name__}: {error}"
@@ -110,6 +109,7 @@ def main(tar, *files):
 
     begin = time.monotonic()
     _without_torch()
+    offline.install()
     launches, used, failures = read(files), set(), 0
     folder = Path(triton.knobs.cache.dir)
     before = {path.name for path in folder.glob("*")} if folder.exists() else set()

@@ -15,24 +15,9 @@ import sys
 import click
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGET = ("cuda", 90, 32)
-
-
-class _Driver:
-    """As much of a Triton driver as a launch asks before it compiles."""
-
-    def get_current_target(self):
-        return GPUTarget(*TARGET)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+from . import offline
 
 
 class Recorder:
@@ -44,7 +29,7 @@ class Recorder:
     def install(self):
         """From now on, in this process."""
         os.environ.pop("TRITON_INTERPRET", None)
-        driver.set_active(_Driver())
+        offline.install()
 
         def record(kernel, key, signature, device, constexprs, options, attrs, warmup):
             options = {name: value for name, value in vars(options).items() if name != "extern_libs"}
@@ -59,15 +44,27 @@ class Recorder:
             pickle.dump({"triton": triton.__version__, "launches": list(self.launches.values())}, file)
 
 
+def _modules(prefix):
+    return [module for name, module in sys.modules.items() if name.startswith(prefix)]
+
+
+def replace(name, value):
+    """Put `value` where modules of the bench know something by that name; at least one has to."""
+    found = [module for module in _modules("bench.") if name in vars(module)]
+    if not found:
+        raise RuntimeError(f"the bench has no {name} any more: bench/gpu/record.py has to follow it")
+    for module in found:
+        setattr(module, name, value)
+
+
 def let_cpu_tensors_through():
     """Backend "triton" serves tensors of the CPU, and is what no backend means."""
     from dpb_triton import functional, ops
 
     ops.is_interpreting = lambda: True
-    for module in [module for name, module in sys.modules.items() if name.startswith("dpb_triton")]:
-        for name in ("check_backend", "check_attention_backend"):
-            if hasattr(module, name):
-                setattr(module, name, _prefer_triton(getattr(module, name)))
+    for module in _modules("dpb_triton"):
+        for name in {"check_backend", "check_attention_backend"} & vars(module).keys():
+            setattr(module, name, _prefer_triton(getattr(module, name)))
     assert functional.why_not("triton", "cpu") is None
 
 
@@ -87,26 +84,29 @@ def _make_nothing_expensive():
     torch.Tensor.normal_ = lambda self, *rest, **options: self
 
 
+DROPPED = ("--peer", "--lines", "--limit")  # with the word that follows
+
+
 def _bench(arguments):
     """A command of `python -m bench`, on the CPU, ours alone, each call once."""
-    from bench import attention, attention_providers, cells, expand, providers, timing
-
-    def why_not_measured(backend, device):
-        return None if backend == "triton" else "is not recorded"
-
-    providers.why_not_measured = attention_providers.why_not_measured = why_not_measured
-    attention.Cells.wrong = expand.Cells.wrong = lambda self, direction, provider: None
-    cells.peak_mib = lambda call, device: call() and None
-    cells.measure = lambda calls, *rest: {name: timing.Time([1.0]) for name, call in calls.items() if [call()]}
-    _make_nothing_expensive()
-
     from bench.__main__ import cli
+    from bench.timing import Time
+
+    if arguments[0] == "attention" and "--memory" in arguments:
+        return  # processes of its own; its kernels are those of the other lengths
+    importlib.import_module(f"bench.{arguments[0]}")
+    replace("why_not_measured", lambda backend, device: None if backend == "triton" else "is not recorded")
+    replace("peak_mib", lambda call, device: (call(), None)[1])
+    replace("measure", lambda calls, *rest: {name: Time([1.0]) for name, call in calls.items() if [call()]})
+    for kind in {vars(module).get("Cells") for module in _modules("bench.")} - {None}:
+        kind.wrong = lambda self, direction, provider: None
+    _make_nothing_expensive()
 
     words, drop = [], False
     for word in arguments:
-        if not (drop or word in ("--peer", "--lines", "--limit")):
+        if not drop and word not in (*DROPPED, "--errors"):  # errors come of the same launches
             words.append("cpu" if word == "cuda" else word)
-        drop = word in ("--peer", "--lines", "--limit")
+        drop = word in DROPPED
     peers = ("--peer", "none") if arguments[0] in ("attention", "expand") else ()
     try:
         cli([*words, *peers], standalone_mode=False)

@@ -220,7 +220,7 @@ def test_every_test_file_is_chosen_or_left_out_with_a_reason():
 
 def test_the_tests_that_run_there_are_deterministic_and_need_a_gpu():
     arguments = suite.arguments("cpu", tiny=True)
-    command = [sys.executable, *arguments, "--collect-only", "-q"]
+    command = [sys.executable, *arguments, "--collect-only"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "triton" in done.stdout

@@ -4,8 +4,6 @@
 
 TORCH   ?= 2.13.0
 TRITON  ?= 3.7.1
-GPU_PYTHON ?= python3.12
-GPU_TRITON ?= 3.6.0
 ifdef PY
   PYTHON := $(PY)
   READY  :=
@@ -15,7 +13,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test check codegen lint format wheel wheel-test gpu gpu-cache clean
+.PHONY: help install bench test check codegen lint format wheel wheel-test gpu clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -72,6 +70,8 @@ format: $(READY)  ## let them rewrite
 gpu:  ## all that needs a GPU, on this machine's, with the torch installed there: nothing is downloaded
 	$(or $(PY),python3) -m bench gpu
 
+GPU_PYTHON ?= python3.12
+GPU_TRITON ?= 3.6.0
 # Triton alone, twice: for the lent machine's Python, which compiles, and for ours, which finds out what is launched.
 build/gpu-cache/.ready: Makefile
 	$(GPU_PYTHON) -m venv build/gpu-cache/python
@@ -80,6 +80,7 @@ build/gpu-cache/.ready: Makefile
 	    triton==$(GPU_TRITON)
 	@touch $@
 
+.PHONY: gpu-cache
 gpu-cache: $(READY) build/gpu-cache/.ready  ## compile `make gpu`'s kernels for a lent H100 into build/gpu-cache.tar
 	PYTHONPATH=$(CURDIR)/build/gpu-cache/triton $(PYTHON) -m bench gpu \
 	    --fill-cache build/gpu-cache.tar --python build/gpu-cache/python/bin/python

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|train|codegen|gpu|table|…`: measure, train, read compiled kernels, show."""
+"""`python -m bench expand|attention|train|codegen|sweep|host|gpu|table`: measure, train, read compiled kernels, show."""
 
 import importlib
 import importlib.util
@@ -10,6 +10,8 @@ MODULES = {  # of each command, which is the module's attribute of that name; im
     "attention": ".attention",
     "train": ".train",
     "codegen": ".codegen",
+    "sweep": ".sweep",
+    "host": ".host",
     "gpu": ".gpu.command",
     "table": ".report",
 }

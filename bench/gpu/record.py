@@ -94,6 +94,8 @@ def _bench(arguments):
 
     if arguments[0] == "attention" and "--memory" in arguments:
         return  # processes of its own; its kernels are those of the other lengths
+    if arguments[0] == "sweep":
+        return _sweep(arguments)
     importlib.import_module(f"bench.{arguments[0]}")
     replace("why_not_measured", lambda backend, device: None if backend == "triton" else "is not recorded")
     replace("peak_mib", lambda call, device: (call(), None)[1])
@@ -113,6 +115,19 @@ def _bench(arguments):
     except click.ClickException as error:
         error.show()
         raise SystemExit(2) from error
+
+
+def _sweep(arguments):
+    """The candidates that it would time on a GPU, those of the list that was compiled before."""
+    from bench import sweep, sweep_gpu
+
+    calls_of = sweep_gpu.calls_of
+    sweep_gpu.calls_of = lambda *problem: calls_of(*problem[:-1], "meta")
+    sweep_gpu.prefill = lambda *rest: None
+    sweep_gpu.time_group = lambda launch, offers, *rest: [launch(candidate) for candidate in offers] and {}
+    sweep._arch_here = lambda archs: "sm_90"
+    sweep._offline = lambda *rest: 0
+    sweep.sweep([*arguments[1:]], standalone_mode=False)
 
 
 def _pytest(arguments, recorder):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -212,8 +213,10 @@ def test_the_smoke_computes(monkeypatch, tmp_path):
 
 def test_every_test_file_is_chosen_or_left_out_with_a_reason():
     files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert files == set(suite.CHOSEN) | set(suite.LEFT_OUT)
-    assert not set(suite.CHOSEN) & set(suite.LEFT_OUT)
+    assert set(suite.CHOSEN) <= files
+    for name in files:
+        reasons = [reason for pattern, reason in suite.LEFT_OUT.items() if fnmatch(name, pattern)]
+        assert len(reasons) == (0 if name in suite.CHOSEN else 1), f"{name}: chosen, or left out by one pattern?"
     for name in suite.CHOSEN:
         assert "device" in (ROOT / "tests" / name).read_text(), f"{name} never asks which device it runs on"
 

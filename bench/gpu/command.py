@@ -81,7 +81,7 @@ def gpu(names, seconds, out, tar, fill, python, keep_going, sha, is_list, device
     cache = compiled.Cache(tar)
     summary["cache"] = cache.open()
     click.echo(summary["cache"])
-    environment = environment_of(device, cache.folder)
+    environment = environment_of(cache.folder)
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else ""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _on_signal)

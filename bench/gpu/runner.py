@@ -45,11 +45,10 @@ def finish(process, seconds=GRACE + 12):
     return process.returncode
 
 
-def environment_of(device, cache):
+def environment_of(cache):
     """The environment of the phases."""
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    found |= {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     return found | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
 
 

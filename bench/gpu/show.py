@@ -6,13 +6,17 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from .counters import METRICS
+
 MOST = 10_500  # characters: the lent machine sends back the last 12,000 that were printed
 # what a row may show, in this order; the rest of a cell is in results.jsonl
 COLUMNS = (
-    "dtype", "kernel", "who", "n", "head_dim", "mask", "direction", "tile", "provider", "call", "gradients", "ms",
-    "graph_ms", "us", "tflop_s", "gb_s", "x_eager", "of_limit", "wrong", "stopped", "peak_mib", "tensor_pipe",
-    "issue_slots", "dram", "occupancy", "registers", "duration",
+    "dtype", "kernel", "width", "batch", "n", "head_dim", "mask", "queries", "direction", "candidate", "provider",
+    "call", "gradients", "launches", "ms", "graph_ms", "us", "tflop_s", "gb_s", "x_eager", "of_limit", "over_frozen",
+    "errors", "wrong", "unmeasured", "stopped", "graph_error", "error", "peak_mib", "seconds", *METRICS,
 )  # fmt: skip
+RESULTS = ("timed", "errors", "memory")  # events of lines that hold a result; lines of other programs have no event
+IDENTITY = COLUMNS[: COLUMNS.index("ms")]
 
 
 def read(folder):
@@ -49,9 +53,14 @@ def table_of(phase, records):
     """What a phase measured, a row a cell."""
     if phase == "smoke":
         return _smoke(records)
-    rows = [{name: _word(record[name]) for name in COLUMNS if name in record} for record in records]
+    last = {}
+    for record in records:
+        if record.get("event", "timed") in RESULTS:  # of a cell that was timed twice the last line counts
+            last[tuple(str(record.get(name)) for name in IDENTITY)] = record
+    rows = [{name: _word(record[name]) for name in COLUMNS if name in record} for record in last.values()]
     names = [name for name in COLUMNS if any(row.get(name) for row in rows)]
-    return tabulate([[row.get(name, "") for name in names] for row in rows], names, disable_numparse=True)
+    text = tabulate([[row.get(name, "") for name in names] for row in rows], names, disable_numparse=True)
+    return "\n".join([text, *(record["advice"] for record in records if "advice" in record)])
 
 
 def tables(folder):

@@ -8,6 +8,7 @@ suite what is inexact.
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -103,6 +104,8 @@ def main(arguments=None):
     parser.add_argument("--tiny", action="store_true", help="the length of a rehearsal")
     parser.add_argument("--lines", help="write JSON lines there")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, by their first use
     names = [options.case] if options.case else [name for name in CASES if name.startswith(options.only)]
     if not options.case and not options.only:
         names = [name for name in names if not name.startswith("csrc")]  # they wait for their build

@@ -33,25 +33,21 @@ OWN_PROCESSES = "starts processes of its own, on the CPU"
 BEFORE = "raises before a kernel starts, the same on every machine"
 NO_KERNEL = "runs no kernel of this library"
 CPU_ONLY = "draws its tensors on the CPU"
-LEFT_OUT = {
+LEFT_OUT = {  # by pattern
     "test_attention_bad_input.py": BEFORE,
     "test_attention_reference.py": NO_KERNEL,
     "test_bad_input.py": BEFORE,
-    "test_bench.py": OWN_PROCESSES,
-    "test_bench_attention.py": OWN_PROCESSES,
-    "test_bench_gpu.py": OWN_PROCESSES,
-    "test_bench_gpu_cache.py": OFFLINE,
-    "test_bench_train.py": OWN_PROCESSES,
-    "test_codegen.py": OFFLINE,
+    "test_bench*.py": OWN_PROCESSES,
+    "test_codegen*.py": OFFLINE,
     "test_csrc.py": OFFLINE,
     "test_distributed.py": OWN_PROCESSES,
+    "test_launch_path.py": OFFLINE,
     "test_layers.py": OWN_PROCESSES,
     "test_plot.py": NO_KERNEL,
     "test_readme.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
-    "test_transformers.py": CPU_ONLY,
-    "test_transformers_bias.py": CPU_ONLY,
-    "test_transformers_limits.py": CPU_ONLY,
+    "test_sweep.py": OFFLINE,
+    "test_transformers*.py": CPU_ONLY,
     "test_x_transformers.py": CPU_ONLY,
 }
 TINY = ("test_expand.py", "test_attention_kernels.py")  # a rehearsal's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|train|codegen|sweep|host|gpu|table`: measure, train, read compiled kernels, show."""
+"""`python -m bench COMMAND`: measure, train, read compiled kernels, show; `python -m bench --help` has the commands."""
 
 import importlib
 import importlib.util

@@ -36,7 +36,7 @@ def _word(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{_word(number)} {name}" for name, number in value.items())
+        return ", ".join(f"{number:.3g} {name}" for name, number in value.items())
     return "" if value is None else str(value)[:60]
 
 
@@ -59,7 +59,11 @@ def table_of(phase, records):
             last[tuple(str(record.get(name)) for name in IDENTITY)] = record
     rows = [{name: _word(record[name]) for name in COLUMNS if name in record} for record in last.values()]
     names = [name for name in COLUMNS if any(row.get(name) for row in rows)]
-    text = tabulate([[row.get(name, "") for name in names] for row in rows], names, disable_numparse=True)
+    same = [name for name in names if name in IDENTITY and len({row.get(name, "") for row in rows}) == 1]
+    names = [name for name in names if name not in same]
+    text = tabulate([[row.get(name, "") for name in names] for row in rows], names, "plain", disable_numparse=True)
+    if same and rows:
+        text = ", ".join(f"{name} {rows[0][name]}" for name in same) + "\n" + text
     return "\n".join([text, *(record["advice"] for record in records if "advice" in record)])
 
 

@@ -107,8 +107,23 @@ format: $(READY)  ## let them rewrite
 	$(PYTHON) -m ruff format .
 	$(dir $(PYTHON))clang-format -i $(CSRC)
 
-gpu:  ## suite and bench on this machine's GPU, with the torch installed there: nothing is downloaded
+gpu:  ## all that needs a GPU, on this machine's, with the torch installed there: nothing is downloaded
 	$(or $(PY),python3) -m bench gpu
+
+GPU_PYTHON ?= python3.12
+GPU_TRITON ?= 3.6.0
+# Triton alone, twice: for the lent machine's Python, which compiles, and for ours, which finds out what is launched.
+build/gpu-cache/.ready: Makefile
+	$(GPU_PYTHON) -m venv build/gpu-cache/python
+	build/gpu-cache/python/bin/python -m pip install --quiet --disable-pip-version-check numpy triton==$(GPU_TRITON)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/gpu-cache/triton \
+	    triton==$(GPU_TRITON)
+	@touch $@
+
+.PHONY: gpu-cache
+gpu-cache: $(READY) build/gpu-cache/.ready  ## compile `make gpu`'s kernels for a lent H100 into build/gpu-cache.tar
+	PYTHONPATH=$(CURDIR)/build/gpu-cache/triton $(PYTHON) -m bench gpu \
+	    --fill-cache build/gpu-cache.tar --python build/gpu-cache/python/bin/python
 
 clean:  ## remove .venv and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -232,7 +232,8 @@ def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, v
     watch.expected |= longest | {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim or head_dim}
     for letter, tensor in (("q", query), ("k", key), ("v", value)):
         for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
-            watch.expected[f"stride_{letter}{axis}"] = tensor.stride(dimension)
+            is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
+            watch.expected[f"stride_{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
     out, lse = bias_attention(
         query, key, value, table, signed=signed, enable_gqa=heads != kv_heads, return_lse=True, backend="triton",
         **options,
@@ -270,8 +271,10 @@ CASES = {
     "causal": (attention, {"is_causal": True}),
     "causal, other lengths": (attention, {"is_causal": True, "i": 65, "j": 97, "batch": 1}),
     "causal, a batch far apart": (attention, {"is_causal": True, "batch": 1, "batch_stride": 2**31 + 16}),
-    "causal, misaligned": (attention, {"is_causal": True, "is_misaligned": True}),
-    "causal, aligned again": (attention, {"is_causal": True}),
+    "causal, copied": (attention, {"is_causal": True, "is_misaligned": True}),
+    "causal, odd": (attention, {"is_causal": True, "head_dim": 36}),
+    "causal, odd, misaligned": (attention, {"is_causal": True, "head_dim": 36, "is_misaligned": True}),
+    "causal, odd, aligned again": (attention, {"is_causal": True, "head_dim": 36}),
     "full, grouped, lse used": (attention, {"kv_heads": 2, "uses_lse": True}),
     "one key": (attention, {"i": 1, "j": 1}),
     "one query": (attention, {"i": 1, "j": 70, "batch": 1, "kv_heads": 1}),

@@ -18,7 +18,7 @@ for module in ("click", "tabulate"):
 import launch_worker  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-ATTENTION = {"_bias_kernel", "_forward_kernel", "_rows_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
+ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
              "_fold_dtable_kernel"}  # fmt: skip
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
 
@@ -53,9 +53,8 @@ def test_the_driver_is_given_what_the_call_says(results, name):
     assert set(case["launched"]) == (EXPAND if name.startswith("expand") else ATTENTION)
     both = {"expand", "reduce"} if name.startswith("expand") else {"forward", "backward"}
     assert {function for function, _ in case["repeated"]} == both
-    # what rounds its result by torch, or reads its input transposed, is not
-    exceptions = {"expand, bfloat16", "expand, columns"}
-    never = {"reduce"} if name in exceptions else set()
+    # what rounds its result by torch, or copies its input, is not
+    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both}.get(name, set())
     assert {function for function, is_repeated in case["repeated"] if not is_repeated} == never
 
 

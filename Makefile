@@ -13,10 +13,10 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test check codegen codegen-full lint format wheel wheel-test gpu clean
+.PHONY: help install bench test check codegen codegen-full lint format wheel wheel-test cuda-build-test gpu clean
 
 help:  ## print the targets
-	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # torch first: with it installed, nothing below asks the registry for another one
 .venv/.ready: pyproject.toml setup.py $(wildcard csrc/*)
@@ -65,6 +65,36 @@ wheel-test: wheel  ## that wheel in a fresh environment without a compiler
 	cp tests/smoke.py build/wheel-test/
 	cd build/wheel-test && PATH=/nowhere bin/python smoke.py
 
+# Where a CUDA build of torch is: an environment of its own, made once, or `CUDA_PY=/path/to/python` in place
+TORCH_CUDA ?= 2.14.1
+ifdef CUDA_PY
+  CUDA_PYTHON := $(if $(findstring /,$(CUDA_PY)),$(abspath $(CUDA_PY)),$(CUDA_PY))
+  CUDA_READY  :=
+else
+  CUDA_PYTHON := $(CURDIR)/build/cuda/bin/python
+  CUDA_READY  := build/cuda/.ready-$(TORCH_CUDA)
+endif
+CUDA_TEST := $(CURDIR)/build/cuda-test
+
+build/cuda/.ready-$(TORCH_CUDA):
+	python3 -m venv build/cuda
+	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check torch==$(TORCH_CUDA) setuptools==81.0.0 ninja
+	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check einops hypothesis numpy pytest pytest-xdist
+	@touch $@
+
+# sdist -> wheel -> a folder that looks like a checkout whose dpb_triton is the wheel's; tests "on the host" know no torch
+cuda-build-test: $(CUDA_READY)  ## the wheel against a CUDA build of torch (5 GB in build/cuda), built and tested without a GPU
+	rm -rf $(CUDA_TEST)
+	$(CUDA_PYTHON) setup.py --quiet sdist --dist-dir $(CUDA_TEST)/dist
+	DPB_TRITON_CSRC=1 $(CUDA_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--wheel-dir $(CUDA_TEST)/dist $(CUDA_TEST)/dist/*.tar.gz
+	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(CUDA_TEST) $(CUDA_TEST)/dist/*.whl
+	cp -r bench csrc tests LICENSE README.md pyproject.toml setup.py $(CUDA_TEST)
+	mkdir $(CUDA_TEST)/empty
+	cd $(CUDA_TEST)/empty && PYTHONPATH=$(CUDA_TEST) $(CUDA_PYTHON) ../tests/smoke_cuda.py
+	cd $(CUDA_TEST) && $(CUDA_PYTHON) -m pytest -q -n 2 --dist loadfile -k "not on_the_host" \
+		$(foreach name,expand reduce module csrc multihead,tests/test_$(name)*.py)
+
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp)
 
 lint: $(READY)  ## ruff and clang-format, as pinned
@@ -77,8 +107,23 @@ format: $(READY)  ## let them rewrite
 	$(PYTHON) -m ruff format .
 	$(dir $(PYTHON))clang-format -i $(CSRC)
 
-gpu:  ## suite and bench on this machine's GPU, with the torch installed there: nothing is downloaded
+gpu:  ## all that needs a GPU, on this machine's, with the torch installed there: nothing is downloaded
 	$(or $(PY),python3) -m bench gpu
+
+GPU_PYTHON ?= python3.12
+GPU_TRITON ?= 3.6.0
+# Triton alone, twice: for the lent machine's Python, which compiles, and for ours, which finds out what is launched.
+build/gpu-cache/.ready: Makefile
+	$(GPU_PYTHON) -m venv build/gpu-cache/python
+	build/gpu-cache/python/bin/python -m pip install --quiet --disable-pip-version-check numpy triton==$(GPU_TRITON)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/gpu-cache/triton \
+	    triton==$(GPU_TRITON)
+	@touch $@
+
+.PHONY: gpu-cache
+gpu-cache: $(READY) build/gpu-cache/.ready  ## compile `make gpu`'s kernels for a lent H100 into build/gpu-cache.tar
+	PYTHONPATH=$(CURDIR)/build/gpu-cache/triton $(PYTHON) -m bench gpu \
+	    --fill-cache build/gpu-cache.tar --python build/gpu-cache/python/bin/python
 
 clean:  ## remove .venv and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,16 +3,18 @@
 
 DPB_TRITON_CSRC=0 leaves it out, 1 makes a failure an error. TORCH_CUDA_ARCH_LIST and CUDA_HOME are torch's own. The
 reason is kept beside the package as _C.txt, because pip hides what a build prints: `python -m dpb_triton` shows it.
-Metadata is in pyproject.toml.
+Metadata is in pyproject.toml. The bench and the tests read the constants of this file; only as __main__ does it build.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 CXX_SOURCES = ["csrc/module.cpp", "csrc/expand_cpu.cpp", "csrc/reduce_cpu.cpp"]
@@ -20,12 +22,13 @@ CUDA_SOURCES = ["csrc/band_cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # torch's stable ABI as of 2.10: the binary works with this version and every later one
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+# torch's headers declare its CUDA stream and its check of a launch under this, and no build of torch defines it for us
+CUDA_MACROS = [*MACROS, ("USE_CUDA", None)]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17"]
+ARCHS = ["8.0", "9.0", "10.0"]  # those of them that nvcc knows, unless TORCH_CUDA_ARCH_LIST says otherwise
 COMMANDS_THAT_BUILD = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
-
 WANTED = os.environ.get("DPB_TRITON_CSRC", "")
-if WANTED not in ("", "0", "1"):
-    sys.exit(f"DPB_TRITON_CSRC must be 0 (leave csrc/ out), 1 (a failure is an error) or unset, got {WANTED!r}")
 
 
 def find_installed_torch():
@@ -75,82 +78,123 @@ def cuda_home():
     return None
 
 
-def extension():
-    """The extension for the torch that is installed: with CUDA kernels if that torch can load them."""
+def toolkit():
+    """(CUDA toolkit's folder, None) if the installed torch can load CUDA kernels, else (None, reason or None).
+
+    A CPU build of torch is no reason to tell anyone about. The environment is made ready for torch's own build.
+    """
     import torch
 
-    home = cuda_home() if torch.version.cuda else None
-    if home:
-        os.environ["CUDA_HOME"] = str(home)  # before torch looks for it, and finds the script
-        newest = "10.0" if tuple(map(int, torch.version.cuda.split("."))) >= (12, 8) else "9.0"
-        default = ";".join(arch for arch in ("8.0", "9.0", "10.0") if float(arch) <= float(newest)) + "+PTX"
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)  # torch would ask a GPU, and there may be none
+    if not torch.version.cuda:
+        return None, None
+    home = cuda_home()
+    if home is None:
+        return None, "there is no CUDA toolkit (bin/nvcc and include/cuda_runtime.h): set CUDA_HOME"
+    os.environ["CUDA_HOME"] = str(home)  # before torch looks for it, and finds the script
+    known = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in ARCHS if "compute_" + arch.replace(".", "") in known]
+    if archs:  # else torch asks a GPU, and there may be none
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")
+    return home, None
+
+
+def extension(has_cuda):
+    """The extension, with the CUDA kernels or without."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    return (CUDAExtension if home else CppExtension)(
+    return (CUDAExtension if has_cuda else CppExtension)(
         "dpb_triton._C",
-        CXX_SOURCES + (CUDA_SOURCES if home else []),
+        CXX_SOURCES + (CUDA_SOURCES if has_cuda else []),
         depends=HEADERS,
-        define_macros=MACROS,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++17"]} if home else CXX_FLAGS,
+        define_macros=CUDA_MACROS if has_cuda else MACROS,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS} if has_cuda else CXX_FLAGS,
         py_limited_api=True,
     )
 
 
-def note(command, reason):
-    """Keep the reason beside the package, or remove an old one."""
-    is_in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
-    path = Path("" if is_in_place else command.build_lib, "dpb_triton", "_C.txt")
+def note(folder, what, reason):
+    """Keep beside the package in `folder` why `what` is not built, or remove an old reason."""
+    path = Path(folder, "dpb_triton", "_C.txt")
     path.unlink(missing_ok=True)
     if reason:
-        for stale in path.parent.glob("_C*.so"):  # of an earlier build in place
-            stale.unlink()
-        print(f"dpb_triton: the compiled extension is not built: {reason}", file=sys.stderr)
+        print(f"dpb_triton: {what} not built: {reason}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(reason + "\n")
 
 
-def optional_build():
-    """The build_ext of torch, for which a failure is one line."""
+def note_nothing_built(folder, reason):
+    """Keep the reason, and remove the extension of an earlier build."""
+    note(folder, "the compiled extension is", reason)
+    for stale in Path(folder, "dpb_triton").glob("_C*.so"):
+        stale.unlink()
+
+
+def optional_build(why_no_cuda):
+    """The build_ext of torch, for which a failure is one line, and one of the CUDA half leaves the CPU half."""
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuild(BuildExtension):
         def run(self):
+            inplace, compiler = self.inplace, self.compiler  # a run that fails leaves them changed
+            folder, left_out = "" if inplace else self.build_lib, why_no_cuda
+            error = self.attempt()
+            if error and CUDA_SOURCES[0] in self.extensions[0].sources:
+                self.inplace, self.compiler, left_out = inplace, compiler, error
+                vars(self.extensions[0]).update(vars(extension(has_cuda=False)))
+                error = self.attempt()
+            if error:
+                note_nothing_built(folder, error)
+                self.extensions = []
+            else:
+                note(folder, "the CUDA kernels are", left_out)
+
+        def attempt(self):
+            """None, or why the build failed."""
             try:
                 super().run()
             except Exception as error:
                 if WANTED == "1":
                     raise
                 lines = str(error).strip().splitlines() or [type(error).__name__]
-                note(self, f"the compiler failed: {lines[0]}")
-                self.extensions = []
-            else:
-                note(self, None)
+                return f"the compiler failed: {lines[0]}"
 
     return OptionalBuild
 
 
-class PurePython(build_py):
-    """build_py that leaves the reason."""
+def without_extension(command, reason):
+    """The command `build_py` or `build_ext` that leaves the reason."""
 
-    def run(self):
-        super().run()
-        note(self, REASON)
+    class WithoutExtension(command):
+        def run(self):
+            in_place = self.editable_mode or getattr(self, "inplace", False)
+            super().run()
+            note_nothing_built("" if in_place else self.build_lib, reason)
+
+    return WithoutExtension
 
 
-if not COMMANDS_THAT_BUILD & set(sys.argv):
-    # for the list of files in the sdist
-    setup(ext_modules=[Extension("dpb_triton._C", CXX_SOURCES + CUDA_SOURCES, depends=HEADERS)])
-    sys.exit()
+def main():
+    """Build what can be built here."""
+    if WANTED not in ("", "0", "1"):
+        sys.exit(f"DPB_TRITON_CSRC must be 0 (leave csrc/ out), 1 (a failure is an error) or unset, got {WANTED!r}")
+    if not COMMANDS_THAT_BUILD & set(sys.argv):
+        # for the list of files in the sdist
+        setup(ext_modules=[Extension("dpb_triton._C", CXX_SOURCES + CUDA_SOURCES, depends=HEADERS)])
+        return
+    reason = why_not()
+    if reason is None:
+        home, why_no_cuda = toolkit()
+        setup(
+            ext_modules=[extension(has_cuda=home is not None)],
+            cmdclass={"build_ext": optional_build(why_no_cuda)},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )
+    elif WANTED == "1":
+        sys.exit(f"dpb_triton: DPB_TRITON_CSRC=1, but {reason}")
+    else:
+        commands = {"build_py": build_py, "build_ext": build_ext}
+        setup(cmdclass={name: without_extension(command, reason) for name, command in commands.items()})
 
-REASON = why_not()
-if REASON is None:
-    setup(
-        ext_modules=[extension()],
-        cmdclass={"build_ext": optional_build()},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
-elif WANTED == "1":
-    sys.exit(f"dpb_triton: DPB_TRITON_CSRC=1, but {REASON}")
-else:
-    setup(cmdclass={"build_py": PurePython})
+
+if __name__ == "__main__":
+    main()

@@ -1,24 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench expand|attention|train|codegen|sweep|gpu|table`: measure, train, read compiled kernels, show."""
+"""`python -m bench COMMAND`: measure, train, read compiled kernels, show; `python -m bench --help` has the commands."""
 
-import click
+import importlib
+import importlib.util
+import sys
 
-from .attention import attention
-from .codegen import codegen
-from .expand import expand
-from .gpu import gpu
-from .report import table
-from .sweep import sweep
-from .train import train
+MODULES = {  # of each command, which is the module's attribute of that name; imported when it is asked for
+    "expand": ".expand",
+    "attention": ".attention",
+    "train": ".train",
+    "codegen": ".codegen",
+    "sweep": ".sweep",
+    "host": ".host",
+    "gpu": ".gpu.command",
+    "table": ".report",
+}
+NEEDED = ("torch", "einops", "click", "tabulate", "tqdm")
+
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    print(f"python -m bench needs {', '.join(missing)}, which {sys.executable} does not have", file=sys.stderr)
+    sys.exit(2)
+
+import click  # noqa: E402
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """The commands of `MODULES`: none is imported for another's sake."""
+
+    def list_commands(self, context):
+        return list(MODULES)
+
+    def get_command(self, context, name):
+        return getattr(importlib.import_module(MODULES[name], __package__), name) if name in MODULES else None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def cli():
     """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
 
-
-for command in (expand, attention, train, codegen, sweep, gpu, table):
-    cli.add_command(command)
 
 if __name__ == "__main__":
     cli(prog_name="python -m bench")

@@ -2,157 +2,138 @@
 """`python -m bench attention`: attention with a trained position bias, forward and training, against every peer.
 
 Each cell is checked against float64 before it is timed. Every speed is quoted next to one measured in the same rounds:
-`x eager`, and the share of the limit, which is scaled_dot_product_attention without any bias. With `--memory` the
-peak memory of training over the length is measured instead, and with it the longest sequence that fits.
+`x eager`, the share of each limit, which is scaled_dot_product_attention without any bias, and what training the table
+costs: `trained / frozen`. With `--memory` the peak memory of training over the length is measured instead, and with it
+the longest sequence that fits; with `--errors` the distances from float64 are printed, and nothing is timed.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import click
-import torch
-from click.core import ParameterSource
 
-from dpb_triton import reference
 from dpb_triton.attention import BACKENDS
 
+from .attention_cells import Cells
+from .attention_errors import measure_errors
 from .attention_memory import measure_memory
-from .attention_providers import NO_BIAS, PEERS, Shape, forward, inputs, providers, training
+from .attention_providers import COMPILED_LONG, PEERS, providers
+from .attention_shapes import CELLS, MASKS, Shape
 from .cells import run
 from .environment import describe, one_line
-from .options import DTYPES, chosen_device, shared_options
+from .options import shared_options
 
 DEFAULT_SEQS = {"cpu": (512, 1024), "cuda": (2048, 4096, 8192, 16384)}
-CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) of the check
-GRADIENTS = ("dq", "dk", "dv", "dtable")
+ERROR_SEQS = (512, 2048, 4096)
+TOKENS = 16384  # on a GPU: with 16 heads 2,048 blocks of 128 queries, 15 for each multiprocessor of an H100
+LONGEST = {"cpu": 16384, "cuda": 2**18}
+DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled eager")
 
 
-class Cells:
-    """The calls of one shape: what is timed, and whether it is right. `cells.py` says what each method is for."""
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of a run have in common, and what varies over them."""
 
-    DIRECTIONS = ("forward", "training")
+    batch: int | None  # or so many entries that they have `tokens` together
+    tokens: int | None
+    heads: int
+    head_dim: int
+    masks: tuple
+    window: int
+    queries: int | None
 
-    def __init__(self, shape, device):
-        self.shape, self.device, self.is_causal = shape, device, shape.mask == "causal"
-        self.inputs = inputs(shape, device)
-        self.expected = {}
+    def shape(self, dtype, n, mask):
+        """The Shape of these."""
+        batch = self.batch or max(1, self.tokens // n)
+        window = self.window if mask == "window" else None
+        return Shape(dtype, batch, self.heads, n, self.head_dim, mask, self.queries, window)
 
-    def serves(self, direction, provider):
-        return direction in provider.directions
+    def words(self):
+        """For the report."""
+        batch = f"batch {self.batch}" if self.batch else f"batch {self.tokens} / seq"
+        queries = f", {self.queries} queries" if self.queries else ""
+        return f"{batch}, {self.heads} heads, head_dim {self.head_dim}{queries}"
 
-    def facts(self, direction, provider):
-        if direction == "forward":
-            return {}
-        return {"gradients": "q k v table" if provider and provider.trains_table else "q k v"}
 
-    def call(self, direction, provider):
-        return partial({"forward": forward, "training": training}[direction], provider, *self.inputs, self.is_causal)
+def _with_preset(common, sizes, cell):
+    """Put what the cell says where no option says something else."""
+    for name, value in CELLS[cell].items():
+        if name in common.asked or (name == "batch" and "tokens" in common.asked):
+            continue
+        if name in sizes:
+            sizes[name] = value
+        elif not common.smoke:
+            setattr(common, name, value)
 
-    def replayed(self, direction, provider):
-        return None
 
-    def limits(self, direction):
-        return {NO_BIAS.name: self.call(direction, NO_BIAS)}
-
-    def rate(self, direction, milliseconds):
-        """Of the products that FlashAttention does: two forward, five backward, half of each if causal."""
-        if self.device == "cpu":
-            return {}
-        shape, products = self.shape, {"forward": 2, "training": 7}[direction]
-        pairs = shape.batch * shape.heads * shape.n**2 / (2 if self.is_causal else 1)
-        return {"tflop_s": products * 2 * pairs * shape.head_dim / milliseconds / 1e9}
-
-    def wrong(self, direction, provider):
-        """None if the provider's results are within the error budget, else what is wrong.
-
-        |result - exact| <= 2 (|eager at that precision - exact| + eps max|exact|), exact in float64.
-        """
-        results = self.call(direction, provider)()
-        named = {"out": results} if direction == "forward" else dict(zip(GRADIENTS, results, strict=False))
-        eps = torch.finfo(DTYPES[self.shape.dtype]).eps
-        for name, actual in named.items():
-            exact, eager = self._exact()[name], self._eager()[name]
-            error = (actual.double() - exact).abs().max().item()
-            budget = 2 * ((eager.double() - exact).abs().max().item() + eps * exact.abs().max().item())
-            if not error <= budget:
-                return f"{name} off by {error:.3g}, budget {budget:.3g}"
-        return None
-
-    def _exact(self):
-        return self._reference("exact", torch.float64, torch.float64)
-
-    def _eager(self):
-        return self._reference("eager", DTYPES[self.shape.dtype], torch.float32)
-
-    def _reference(self, name, dtype, table_dtype):
-        """The output and all gradients from the definition, in rows of queries: never all pairs at once."""
-        if name not in self.expected:
-            *qkv, table, dout = (tensor.detach() for tensor in self.inputs)
-            query, key, value = (tensor.to(dtype) for tensor in qkv)
-            leaves = [query, key, value, table.to(table_dtype)]
-            for leaf in leaves:
-                leaf.requires_grad_()
-            out, sums = torch.empty_like(query), [torch.zeros_like(leaf, dtype=table_dtype) for leaf in leaves]
-            pairs = self.shape.batch * self.shape.heads * self.shape.n * 8
-            step = max(1, CHECK_BYTES[self.device] // pairs)
-            for start in range(0, self.shape.n, step):
-                rows = slice(start, start + step)
-                part = reference.attention(
-                    query[:, :, rows], key, value, leaves[3], offset=start, is_causal=self.is_causal
-                )
-                out[:, :, rows] = part.detach()
-                for total, grad in zip(
-                    sums, torch.autograd.grad(part, leaves, dout[:, :, rows].to(dtype)), strict=True
-                ):
-                    total += grad
-            self.expected[name] = dict(zip(("out", *GRADIENTS), (out, *sums), strict=True))
-        return self.expected[name]
+def _chosen_peers(common, is_memory):
+    """Without what compiles for long at each length, where every second counts."""
+    if "peers" in common.asked or not (common.smoke or (is_memory and common.device == "cuda")):
+        return common.peers
+    return [name for name in common.peers if name not in COMPILED_LONG]
 
 
 @click.command()
-@shared_options(tuple(PEERS), BACKENDS, "512, 1024 on a CPU, 2048 to 16384 on a GPU")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@shared_options(tuple(PEERS), DEFAULT_PEERS, BACKENDS, {"cpu": 8, "cuda": 16},
+                "512, 1024 on a CPU, 2048 to 16384 on a GPU; 512, 2048, 4096 with --errors")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), help="Default: 1 on a CPU, by --tokens on a GPU.")
+@click.option("--tokens", type=click.IntRange(1),
+              help=f"Instead of --batch: of its sequences together; default: {TOKENS} on a GPU.")  # fmt: skip
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
-@click.option("--mask", "masks", multiple=True, type=click.Choice(["causal", "full"]), default=("causal",),
-              show_default=True)  # fmt: skip
+@click.option("--mask", "masks", multiple=True, type=click.Choice(MASKS), default=("causal",), show_default=True)
+@click.option("--window", type=click.IntRange(0), default=128, show_default=True,
+              help="Keys on either side of a query, for --mask window.")  # fmt: skip
+@click.option("--queries", type=click.IntRange(1),
+              help="Only the last so many positions, against all keys, as in decoding; forward only.")  # fmt: skip
+@click.option("--cell", type=click.Choice(list(CELLS)),
+              help="B600 L4600 H8 D16, 128 on both sides, as published; or one query, 4k to 64k keys.")  # fmt: skip
+@click.option("--errors", is_flag=True, help="Instead: distances from float64 as numbers, float32 unless asked.")
 @click.option("--memory", "budgets", multiple=True, type=click.IntRange(1), metavar="MIB",
               help="Instead: peak memory of training over the length, up to this much beyond the inputs.")  # fmt: skip
-@click.option("--longest", type=click.IntRange(1), default=16384, show_default=True,
-              help="With --memory: where to stop all the same.")  # fmt: skip
-def attention(
-    device, dtypes, heads, seqs, peers, backends, rounds, seconds, smoke, path, picture, batch, head_dim, masks,
-    budgets, longest,
-):  # fmt: skip
+@click.option("--longest", type=click.IntRange(1),
+              help="With --memory: where to stop all the same; default: 16384, 262144 on a GPU.")  # fmt: skip
+def attention(common, cell, errors, budgets, longest, **sizes):
     """Attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
 
-    On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it; --smoke leaves
-    FlexAttention, which compiles for long, out unless a --peer asks for it.
+    On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it. "compiled eager" is
+    measured only if a --peer asks for it; --smoke, and --memory on a GPU, leave FlexAttention out as well, unless a
+    --peer asks for it: they compile for long.
     """
-    if budgets and seqs:
-        raise click.UsageError("--memory doubles the length by itself, up to --longest: it takes no --seq")
-    device = chosen_device(device)
-    asked_for = {
-        name
-        for name in ("peers", "backends")
-        if click.get_current_context().get_parameter_source(name) != ParameterSource.DEFAULT
-    }
-    if device == "cuda" and "backends" not in asked_for:
-        backends = ("triton",)
-    if smoke:
-        dtypes, seqs, rounds, seconds, longest = dtypes[:1], seqs or (33, 64), 1, 0.002, min(longest, 512)
-        if "peers" not in asked_for:
-            peers = [name for name in peers if not name.startswith("flex")]
+    if cell:
+        _with_preset(common, sizes, cell)
+    _refuse(common, sizes, errors, budgets)
+    device = common.device
+    if device == "cuda" and "backends" not in common.asked:
+        common.backends = ("triton",)
+    if sizes["batch"] is None and sizes["tokens"] is None:
+        sizes |= {"batch": 1} if device == "cpu" or budgets else {"tokens": TOKENS}
+    sizes = Sizes(heads=common.heads, **{name: value for name, value in sizes.items() if name != "heads"})
     environment = describe(device)
     click.echo(one_line(environment))
-    found, absent = providers(device, peers, backends)
-    setting = f"batch {batch}, {heads} heads, head_dim {head_dim}"
-    result = {"bench": "attention", "environment": environment, "setting": setting, "absent": absent}
-
-    def shape(dtype, n, mask):
-        return Shape(dtype, batch, heads, n, head_dim, mask)
-
+    found, absent = providers(device, _chosen_peers(common, bool(budgets)), common.backends)
+    result = {"bench": "attention", "environment": environment, "setting": sizes.words(), "absent": absent}
     if budgets:
-        makers = {(dtype, mask): partial(shape, dtype, mask=mask) for dtype in dtypes for mask in masks}
-        measure_memory(makers, found, sorted(budgets), longest, result, device, path, picture)
+        longest = min(longest or LONGEST[device], 512 if common.smoke else 2**30)
+        pairs = [(dtype, mask) for dtype in common.dtypes for mask in sizes.masks]
+        measure_memory(sizes.shape, pairs, found, sorted(budgets), longest, result, common)
         return
-    shapes = [shape(dtype, n, mask) for dtype in dtypes for n in seqs or DEFAULT_SEQS[device] for mask in masks]
-    run(Cells, shapes, found, result, {"device": device, "rounds": rounds, "seconds": seconds}, path, picture)
+    if errors and "dtypes" not in common.asked:
+        common.dtypes = ("fp32",)
+    lengths = common.seqs or (ERROR_SEQS if errors else DEFAULT_SEQS[device])
+    shapes = [sizes.shape(dtype, n, mask) for dtype in common.dtypes for n in lengths for mask in sizes.masks]
+    (measure_errors if errors else run)(Cells, shapes, found, result, common)
+
+
+def _refuse(common, sizes, errors, budgets):
+    """Options that contradict each other."""
+    if budgets and "seqs" in common.asked:
+        raise click.UsageError("--memory doubles the length by itself, up to --longest: it takes no --seq")
+    if budgets and sizes["queries"]:
+        raise click.UsageError("--memory is about training, --queries about decoding: they do not go together")
+    if budgets and errors:
+        raise click.UsageError("--memory and --errors are two things to do: ask for one of them")
+    if sizes["head_dim"] > 255 and "padded" in sizes["masks"]:
+        raise click.UsageError("--head-dim 256 leaves no column for the mask of --mask padded: give at most 255")
+    if sizes["batch"] and sizes["tokens"]:
+        raise click.UsageError(f"give --batch {sizes['batch']} or --tokens {sizes['tokens']}, not both")
+    if sizes["queries"] and common.seqs and sizes["queries"] > min(common.seqs):
+        raise click.UsageError(f"--queries {sizes['queries']} are more than the keys of --seq {min(common.seqs)}")

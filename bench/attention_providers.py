@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Who computes attention with a position bias from a table: eager, SDPA, FlexAttention, and this library's backends.
 
-`attend(query, key, value, table, is_causal) -> out`, all (batch, heads, n, head_dim) but the float32 table (heads, n).
-Who materialises the bias does it with this library's `expand_bias` (eager's own gather is what `python -m bench expand`
-measures), and gets the causal mask for free, as -inf in the table at negative distances.
+`attend(query, key, value, table, seen) -> out`: query and out (batch, heads, i, head_dim), key and value (batch, heads,
+j, head_dim), table (heads, j) float32. Peers that materialise the bias use our `expand_bias` (`python -m bench expand`
+measures eager's own gather), and get causality and the window for free, as -inf in the table.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dpb_triton import bias_attention, expand_bias
 
-from .options import DTYPES
+from .attention_limits import limits_of
 from .providers import why_not_measured
 
 
@@ -29,33 +29,46 @@ class Provider:
     directions: tuple = ("forward", "training")
     trains_table: bool = True
     backend: str | None = None  # of this library
+    frozen: str | None = None  # the provider that does the same without the table's gradient
 
 
-def _bias(table, n, is_causal, dtype):
-    """(heads, n, n), contiguous."""
-    if is_causal:
-        return expand_bias(pad(table, (n - 1, 0), value=-torch.inf), n, n, signed=True, dtype=dtype)
-    return expand_bias(table, n, n, dtype=dtype)
+def _bias(query, key, table, seen, dtype):
+    """(heads, i, j), contiguous; -inf where causality or the window hides a key."""
+    i, j = query.shape[2], key.shape[2]
+    if seen.window is not None:
+        signed = torch.cat((table.flip(1)[:, :-1], table), 1)  # by x - y + j - 1
+        distance = torch.arange(1 - j, j, device=table.device)
+        return expand_bias(signed.masked_fill(~seen.is_seen(distance), -torch.inf), i, j, signed=True, dtype=dtype)
+    if seen.is_causal:
+        return expand_bias(pad(table, (j - 1, 0), value=-torch.inf), i, j, signed=True, dtype=dtype)
+    return expand_bias(table, i, j, dtype=dtype)
 
 
-def eager(query, key, value, table, is_causal):
+def eager(query, key, value, table, seen):
     """Products in the inputs' dtype, logits and softmax in float32: `dpb_triton.reference.attention`, but faster."""
-    s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(table, query.shape[2], is_causal, table.dtype)
+    s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(query, key, table, seen, table.dtype)
+    if seen.padding is not None:
+        s = s.masked_fill(seen.padding[:, None, None], -torch.inf)
     return s.softmax(-1).to(value.dtype) @ value
 
 
-def sdpa_with_bias(query, key, value, table, is_causal):
+@cache
+def _compiled_eager():
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled_eager(query, key, value, table, seen):
+    """torch.compile of eager, once a shape."""
+    return _compiled_eager()(query, key, value, table, seen)
+
+
+def sdpa_with_bias(query, key, value, table, seen):
     """On CUDA the EFFICIENT kernel, the only one that returns the bias's gradient; it wants query's dtype."""
-    bias = _bias(table, query.shape[2], is_causal, query.dtype)
+    bias = _bias(query, key, table, seen, query.dtype)[None]
+    if seen.padding is not None:
+        bias = bias.masked_fill(seen.padding[:, None, None], -torch.inf)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if query.is_cuda else nullcontext():
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias[None].expand(query.shape[0], -1, -1, -1))
-
-
-def sdpa_without_bias(query, key, value, table, is_causal):
-    """The limit: no bias at all; FlashAttention where there is one."""
-    flash = SDPBackend.EFFICIENT_ATTENTION if query.dtype == torch.float32 else SDPBackend.FLASH_ATTENTION
-    with sdpa_kernel(flash) if query.is_cuda else nullcontext():
-        return scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias.expand(query.shape[0], -1, -1, -1))
 
 
 @cache
@@ -74,20 +87,31 @@ def _uncompiled_flex(query, key, value):
     return flex_attention(query, key, value)
 
 
-@cache
-def _causal_blocks(n, device):
+@lru_cache(maxsize=2)
+def _blocks(seen, i, j, device):
+    """The block mask, made once a shape; None where every key is seen."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(lambda b, h, x, y: x >= y, None, None, n, n, device=device)
+    if not seen.is_causal and seen.window is None:
+        return None
+    batch = None if seen.padding is None else len(seen.padding)
+
+    def is_seen(b, h, x, y):
+        is_in_sight = seen.is_seen(x + (j - i) - y)
+        return is_in_sight if batch is None else is_in_sight & ~seen.padding[b, y]
+
+    return create_block_mask(is_seen, batch, None, i, j, device=device)
 
 
-def flex(query, key, value, table, is_causal):
-    """FlexAttention, compiled, the 1-D table captured by its score_mod; the block mask is made once a length."""
+def flex(query, key, value, table, seen):
+    """FlexAttention, compiled, the 1-D table captured by its score_mod."""
+    i, j = query.shape[2], key.shape[2]
+    offset = j - i
 
     def add_bias(score, b, h, x, y):
-        return score + table[h, (x - y).abs()]
+        return score + table[h, (x + offset - y).abs()]
 
-    blocks = _causal_blocks(query.shape[2], query.device) if is_causal else None
+    blocks = _blocks(seen, i, j, query.device)
     try:
         return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
     except torch._dynamo.exc.Unsupported:
@@ -96,20 +120,23 @@ def flex(query, key, value, table, is_causal):
 
 
 EAGER = Provider("eager", eager)
-NO_BIAS = Provider("no bias", sdpa_without_bias, trains_table=False)
+SDPA = Provider("sdpa with bias", sdpa_with_bias)
 PEERS = {
     peer.name: peer
     for peer in (
         EAGER,
-        Provider("sdpa with bias", sdpa_with_bias),
+        Provider("compiled eager", compiled_eager),
+        SDPA,
         Provider("flex fixed table", flex, trains_table=False),
-        Provider("flex trained table", flex, directions=("training",)),  # its forward is the other's
+        # its forward is the other's
+        Provider("flex trained table", flex, directions=("training",), frozen="flex fixed table"),
     )
 }
+COMPILED_LONG = ("compiled eager", "flex fixed table", "flex trained table")
 
 
-def _ours(query, key, value, table, is_causal, backend):
-    return bias_attention(query, key, value, table, is_causal=is_causal, backend=backend)
+def _ours(query, key, value, table, seen, backend):
+    return bias_attention(query, key, value, table, **seen.options(), backend=backend)
 
 
 def providers(device, peers, backends):
@@ -118,39 +145,27 @@ def providers(device, peers, backends):
     found = [PEERS[name] for name in PEERS if name in peers]
     for backend in backends:
         if backend not in absent:
-            found.append(Provider(f"dpb {backend}", partial(_ours, backend=backend), backend=backend))
+            attend, name = partial(_ours, backend=backend), f"dpb {backend}"
+            found.append(Provider(name, attend, backend=backend, frozen=f"{name} frozen"))
+            found.append(
+                Provider(f"{name} frozen", attend, directions=("training",), trains_table=False, backend=backend)
+            )
     return found, absent
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One row group of the report."""
-
-    dtype: str
-    batch: int
-    heads: int
-    n: int
-    head_dim: int
-    mask: str  # causal or full
+def limit_providers(device, dtype):
+    """Attention without a bias, as providers."""
+    return [Provider(name, attend, trains_table=False) for name, attend in limits_of(device, dtype).items()]
 
 
-def inputs(shape, device):
-    """query, key, value, table and the gradient of the output."""
-    torch.manual_seed(shape.n)
-    dtype, size = DTYPES[shape.dtype], (shape.batch, shape.heads, shape.n, shape.head_dim)
-    query, key, value = (torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))
-    table = torch.randn((shape.heads, shape.n), device=device).requires_grad_()
-    return query, key, value, table, torch.randn(size, dtype=dtype, device=device)
-
-
-def forward(provider, query, key, value, table, dout, is_causal):
+def forward(provider, query, key, value, table, dout, seen):
     """The output, without autograd, as in inference: FlexAttention looks at requires_grad even under no_grad."""
     with torch.no_grad():
-        return provider.attend(query.detach(), key.detach(), value.detach(), table.detach(), is_causal)
+        return provider.attend(query.detach(), key.detach(), value.detach(), table.detach(), seen)
 
 
-def training(provider, query, key, value, table, dout, is_causal):
+def training(provider, query, key, value, table, dout, seen):
     """dq, dk, dv and, where the provider trains the table, dtable."""
     table = table if provider.trains_table else table.detach()
     wanted = (query, key, value, *([table] if provider.trains_table else []))
-    return torch.autograd.grad(provider.attend(query, key, value, table, is_causal), wanted, dout)
+    return torch.autograd.grad(provider.attend(query, key, value, table, seen), wanted, dout)

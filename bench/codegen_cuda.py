@@ -2,10 +2,12 @@
 """Compile csrc/band_cuda.cu with nvcc, for GPUs that are not there, and report it like Triton's kernels.
 
 Needs a CUDA toolkit and torch's headers, which every build of torch has; the disassembler is the one in Triton's wheel.
+Macros and flags are read from setup.py and from torch, so that what compiles here compiles there.
 """
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -15,7 +17,8 @@ from pathlib import Path
 from . import codegen_assembly as assembly
 from .codegen_promises import interior_loop
 
-SOURCE = Path(__file__).parents[1] / "csrc" / "band_cuda.cu"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "csrc" / "band_cuda.cu"
 DTYPES = {
     "unsigned short": "16 bits", "unsigned int": "32 bits", "unsigned long": "64 bits",
     "c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32", "double": "fp64",
@@ -29,12 +32,21 @@ def nvcc():
     return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
 
 
+def build_flags():
+    """What setup.py, whose constants can be read without building, and torch give to nvcc."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    constants = runpy.run_path(str(ROOT / "setup.py"))
+    macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in constants["CUDA_MACROS"]]
+    return [*macros, *COMMON_NVCC_FLAGS, *constants["NVCC_FLAGS"]]
+
+
 def compile_command(output, *options):
     """The arguments that setup.py's build gives to nvcc, and every warning an error."""
     from torch.utils.cpp_extension import include_paths
 
     return [
-        nvcc(), "-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        nvcc(), *build_flags(),
         "-Xcompiler", "-fPIC,-Wall,-Wextra,-Werror", "-Werror", "all-warnings",
         *(argument for path in include_paths() for argument in ("-isystem", path)),
         *options, str(SOURCE), "-o", str(output),

@@ -45,9 +45,9 @@ def _version(name):
         return None
 
 
-def describe(device):
-    """Device, driver, threads, versions, git sha, date."""
-    sha = _git("rev-parse", "--short=10", "HEAD")
+def describe(device, sha=None):
+    """Device, driver, threads, versions, git sha (`sha` where there is no git), date."""
+    found = _git("rev-parse", "--short=10", "HEAD")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "driver": _driver() if device == "cuda" else None,
@@ -56,7 +56,7 @@ def describe(device):
         "torch": torch.__version__,
         "triton": _version("triton"),
         "dpb_triton": dpb_triton.__version__,
-        "sha": sha and sha + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "sha": found + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "") if found else sha,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
 

@@ -8,7 +8,7 @@ or cloned (CPU) for forward, the gradient summed for backward.
 
 import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import click
 import torch
@@ -19,7 +19,7 @@ from dpb_triton.ops import SUFFIXES
 
 from .cells import run
 from .environment import describe, one_line
-from .options import DTYPES, chosen_device, shared_options
+from .options import DTYPES, shared_options
 from .providers import EAGER, PEERS, modules, providers
 
 DEFAULT_SEQS = {"cpu": (1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}
@@ -41,13 +41,26 @@ class Cells:
     DIRECTIONS = ("forward", "backward", "module")
 
     def __init__(self, shape, device):
-        generator = torch.Generator().manual_seed(shape.n)
-        dtype = DTYPES[shape.dtype]
         self.shape, self.device = shape, device
-        self.table = torch.randn(shape.heads, shape.n, generator=generator).to(device, dtype).requires_grad_()
-        self.dbias = torch.empty((shape.heads, shape.n, shape.n), dtype=dtype, device=device).normal_()
-        self.modules = modules(shape.heads, DIM, device)
         self.exact = {}
+
+    @cached_property
+    def table(self):
+        """(heads, n)."""
+        generator = torch.Generator().manual_seed(self.shape.n)
+        table = torch.randn(self.shape.heads, self.shape.n, generator=generator)
+        return table.to(self.device, DTYPES[self.shape.dtype]).requires_grad_()
+
+    @cached_property
+    def dbias(self):
+        """(heads, n, n)."""
+        size = (self.shape.heads, self.shape.n, self.shape.n)
+        return torch.empty(size, dtype=DTYPES[self.shape.dtype], device=self.device).normal_()
+
+    @cached_property
+    def modules(self):
+        """Eager's and ours, with the same weights."""
+        return modules(self.shape.heads, DIM, self.device)
 
     def forward(self, provider):
         """expand(table): no autograd, as in inference."""
@@ -87,9 +100,12 @@ class Cells:
     def call(self, direction, provider):
         return getattr(self, direction)(provider)
 
+    def frozen(self, provider):
+        return None
+
     def replayed(self, direction, provider):
         """What a CUDA graph captures: the operator alone; autograd would run on the stream of another graph."""
-        if direction == "module":
+        if direction == "module" or provider.backend is None:
             return None
         if direction == "forward":
             return self.forward(provider)
@@ -149,15 +165,13 @@ class Cells:
 
 
 @click.command()
-@shared_options(PEERS, BACKENDS, "1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU")
-def expand(device, dtypes, heads, seqs, peers, backends, rounds, seconds, smoke, path, picture):
+@shared_options(PEERS, PEERS, BACKENDS, {"cpu": 8, "cuda": 8},
+                "1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU")  # fmt: skip
+def expand(common):
     """The bias and its gradient against eager, compiled eager and the limit of this machine."""
-    device = chosen_device(device)
-    if smoke:
-        dtypes, seqs, rounds, seconds = dtypes[:1], seqs or (33, 64), 1, 0.002
-    environment = describe(device)
+    environment = describe(common.device)
     click.echo(one_line(environment))
-    found, absent = providers(device, peers, backends)
-    shapes = [Shape(dtype, heads, n) for dtype in dtypes for n in seqs or DEFAULT_SEQS[device]]
-    result = {"bench": "expand", "environment": environment, "absent": absent}
-    run(Cells, shapes, found, result, {"device": device, "rounds": rounds, "seconds": seconds}, path, picture)
+    found, absent = providers(common.device, common.peers, common.backends)
+    lengths = common.seqs or DEFAULT_SEQS[common.device]
+    shapes = [Shape(dtype, common.heads, n) for dtype in common.dtypes for n in lengths]
+    run(Cells, shapes, found, {"bench": "expand", "environment": environment, "absent": absent}, common)

@@ -4,6 +4,7 @@
 import ctypes
 import ctypes.util
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,16 +19,26 @@ def peak_mib(call, device):
     misses nothing that was touched, whoever allocated it, but knows whole pages only.
     """
     call()  # what the first call keeps (caches, workspaces) is not the call's need
+    return allocated_peak(call) if device == "cuda" else _resident_peak(call)
+
+
+def allocated_peak(call):
+    """MiB that torch allocated on the GPU during the call, at the peak, beyond what it held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def free(device):
+    """Give back what nobody uses any more: after an error, and between shapes."""
     gc.collect()
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        del result
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    return _resident_peak(call)
+        with suppress(RuntimeError):  # of a device that an earlier error took away; the next call will say so
+            torch.cuda.empty_cache()
 
 
 def resident_mib(name, pid="self"):

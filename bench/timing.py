@@ -1,11 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Time several calls in turn, round by round, so that a drift of the machine meets all of them alike."""
+"""Time several calls in turn, round by round, so that a drift of the machine meets all of them alike.
 
+cpu     torch.utils.benchmark
+cuda    events around each call, a buffer larger than the L2 cache overwritten before it; a call that is shorter
+        than the host needs to launch it shows the host's time
+graph   replays of a CUDA graph that holds the call, or many of it in a row: the GPU's time alone. Nothing is
+        flushed between replays, so what fits the L2 cache may be found there.
+"""
+
+import time
 from dataclasses import dataclass
+from functools import cache
 from statistics import median, quantiles
 
 import torch
 from torch.utils.benchmark import Timer
+
+from .memory import free
+
+L2_BYTES = 2**28  # more than any GPU's cache
+MOST_CALLS = 1000  # of a round
+PRODUCT, WARM_SECONDS = 4096, 0.5  # matrices that warm the clocks, and for how long
+SLOW = 1000.0  # ms; a call on a GPU that takes longer is timed in the first round only
+GRAPH_MS = 0.5  # of a graph: shorter calls are captured many times in a row, so that launching it does not count
+MOST_CAPTURED = 100
 
 
 @dataclass(frozen=True)
@@ -29,39 +47,131 @@ class Time:
 
     def ratio(self, other):
         """How many times faster this is than `other`: the median over the rounds of the pairs' ratios."""
-        return median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=True))
+        return median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=False))
 
 
 def _cpu_timer(call, seconds):
+    """(a function that times a round, False: every round counts)."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     once = timer.timeit(1).mean  # warms up too
     number = max(1, min(10_000, int(seconds / max(once, 1e-7))))
-    return lambda: timer.timeit(number).mean * 1e3
+    return lambda: timer.timeit(number).mean * 1e3, False
+
+
+def _elapsed(call, number, before=None):
+    """Milliseconds of each of `number` calls on the GPU, `before()` queued in front of each and not counted."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
+    for begin, end in pairs:
+        if before:
+            before()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+@cache
+def _larger_than_l2():
+    return torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+
+
+def _number(seconds, once_ms):
+    return max(1, min(MOST_CALLS, int(seconds * 1e3 / max(once_ms, 1e-3))))
 
 
 def _cuda_timer(call, seconds):
-    from triton.testing import do_bench
+    """(a function that times a round, whether one round is enough)."""
+    flush = _larger_than_l2().zero_
+    call()
+    (once,) = _elapsed(call, 1, flush)
+    number = _number(seconds, once)
+    return lambda: median(_elapsed(call, number, flush)), once > SLOW
 
-    return lambda: do_bench(call, warmup=10, rep=max(20, int(seconds * 1e3)), return_mode="median")
+
+def _captured(call, times):
+    """A CUDA graph of `times` calls in a row, in a pool of its own.
+
+    The stream is put back by hand: torch leaves the capturing one behind when a capture fails.
+    """
+    stream = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+    finally:
+        torch.cuda.set_stream(stream)
+    return graph
 
 
 def _graph_timer(call, seconds):
-    from triton.testing import do_bench_cudagraph
-
-    return lambda: do_bench_cudagraph(call, rep=max(20, int(seconds * 1e3)), return_mode="median")
+    """(a function that times a round, False: such calls are short)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as a capture needs it: what is lazy happens here
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph, times = _captured(call, 1), 1
+    once = min(_elapsed(graph.replay, 3))
+    if once < GRAPH_MS:
+        times = min(MOST_CAPTURED, int(GRAPH_MS / max(once, 1e-3)) + 1)
+        graph = _captured(call, times)
+        graph.replay()
+    number = _number(seconds, once * times)
+    return lambda: median(_elapsed(graph.replay, number)) / times, False
 
 
 TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer, "graph": _graph_timer}
 
 
-def measure(calls, kind, rounds, seconds):
+def warm_clocks():
+    """Products of matrices: an idle GPU runs at a fraction of its clock, and takes a while to leave it."""
+    matrix = torch.randn((PRODUCT, PRODUCT), dtype=torch.bfloat16, device="cuda")
+    end = time.monotonic() + WARM_SECONDS
+    while time.monotonic() < end:
+        for _ in range(10):
+            matrix @ matrix
+        torch.cuda.synchronize()
+
+
+def measure(calls, kind, rounds, seconds, failed=None, deadline=None):
     """{name: Time} of `calls` {name: function}; `kind` is cpu, cuda, or graph (replays of a CUDA graph).
 
-    Every round runs each call for about `seconds`.
+    Every round runs each call for about `seconds`. A call that raises goes with its error into the dict `failed`, if
+    there is one. After `deadline` (of time.monotonic) no other round begins; a call that has not begun by then fails
+    with a TimeoutError.
     """
-    timers = {name: TIMERS[kind](call, seconds) for name, call in calls.items()}
-    found = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            found[name].append(timer())
-    return {name: Time(times) for name, times in found.items()}
+    timers, is_once, found = {}, {}, {name: [] for name in calls}
+
+    def attempt(name, function):
+        try:
+            return function()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error.with_traceback(None)  # whose frames would keep tensors alive
+            timers.pop(name, None)
+            free("cpu" if kind == "cpu" else "cuda")
+
+    for name, call in calls.items():
+        if deadline is not None and time.monotonic() >= deadline:
+            attempt(name, _too_late)
+        elif made := attempt(name, lambda call=call: TIMERS[kind](call, seconds)):
+            timers[name], is_once[name] = made
+    for number in range(rounds):
+        if number and deadline is not None and time.monotonic() >= deadline:
+            break
+        for name, timer in list(timers.items()):
+            if number and is_once[name]:
+                continue
+            milliseconds = attempt(name, timer)
+            if milliseconds is not None:
+                found[name].append(milliseconds)
+    return {name: Time(found[name]) for name in timers}
+
+
+def _too_late():
+    raise TimeoutError("time limit")

@@ -106,8 +106,9 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[DIM], ScalarType dtype) 
   // the shim numbers dtypes as ScalarType does
   const AOTITorchError error =
       aoti_torch_empty_strided(DIM, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle);
+  // the shim keeps torch's own words to itself; kernels fail behind our back, and the next allocation reports it
   STD_TORCH_CHECK(error == TORCH_SUCCESS, "dpb_triton: out of memory: cannot allocate ", stride * size_of(dtype),
-                  " bytes");  // the shim keeps torch's own words to itself
+                  " bytes", device_type == aoti_torch_device_type_cpu() ? "" : ", if no earlier kernel has failed");
   return Tensor(handle);
 }
 

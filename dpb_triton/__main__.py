@@ -24,6 +24,17 @@ def chosen(device_type):
     return next(backend for backend in preferred if why_not(backend, device_type) is None)
 
 
+def print_backends(device_type):
+    """What can serve tensors on that device, which is said to be missing where it is."""
+    choice, ready = f"{chosen(device_type)!r} is chosen", dict.fromkeys(BACKENDS, "available")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        choice = f"there are none here, torch sees no GPU; with one {choice}"
+        ready |= {"triton": "installed, but there is no GPU", "cuda": "built, but there is no GPU"}
+    print(f"\n{device_type} tensors: {choice}")
+    for backend in BACKENDS:
+        print(f"  {backend:<7} {why_not(backend, device_type) or ready[backend]}")
+
+
 def main():
     """Print it."""
     print(f"dpb_triton {__version__} in {ops.__file__.rpartition('/')[0]}")
@@ -35,10 +46,8 @@ def main():
         is_cpu_build = not (torch.version.cuda or torch.version.hip)
         print("cuda: torch sees no GPU" + (" (a CPU build of torch)" if is_cpu_build else ""))
     print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for device_type in ("cpu", "cuda"):
-        print(f"\n{device_type} tensors: {chosen(device_type)!r} is chosen")
-        for backend in BACKENDS:
-            print(f"  {backend:<7} {why_not(backend, device_type) or 'available'}")
+    print_backends("cpu")
+    print_backends("cuda")
 
 
 if __name__ == "__main__":

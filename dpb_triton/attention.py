@@ -19,7 +19,7 @@ from .attention_checks import (
 )
 from .attention_padding import check_key_padding_mask, clear_unseen, pad
 from .checks import FLOATING, check_flag
-from .functional import is_transformed, why_not
+from .functional import is_in_onnx_export, is_transformed, why_not
 
 BACKENDS = tuple(attention_ops.SUFFIXES)
 
@@ -55,13 +55,16 @@ def to_autocast(query, key, value):
 
 def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, numbers, suffix, return_lse):
     """Everything is checked: (batch, heads, length, head_dim) in, (out, lse) out."""
-    table = table.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    table = table if table.dtype == dtype else table.to(dtype)
     seed = None
     if numbers[2] > 0:
         # drawn by torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     options = (seqlens, seed, *longest, offset, signed, *bounds, *numbers)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, table)):
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or table.requires_grad
+    ):
         return BiasAttention.apply(query, key, value, table, *options, suffix, return_lse)[:2]
     return ops.call("attention_forward", suffix, query, key, value, table, *options)[:2]
 
@@ -136,7 +139,7 @@ def bias_attention(
     )  # fmt: skip
     offset = check_dense(query, key, table, table_length, offset, *bounds)
     check_key_padding_mask(key_padding_mask, query, key, softcap)
-    is_exported = torch.onnx.is_in_onnx_export()  # to what knows torch's operators, and none of ours
+    is_exported = is_in_onnx_export()  # to what knows torch's operators, and none of ours
     if is_exported or is_transformed(query, key, value, table):
         return _transformed(
             query, key, value, table, "torch" if is_exported else backend, is_causal=is_causal, scale=scale,

@@ -19,13 +19,17 @@ class BiasAttention(torch.autograd.Function):
         out, lse, state = ops.call("attention_forward", ctx.suffix, *arguments)
         ctx.save_for_backward(query, key, value, table, out, state, seqlens, seed)
         ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
+        ctx.set_materialize_grads(False)  # zeros for lse and state would be two fills of memory that nobody reads
         return out, lse, state
 
     @staticmethod
     def backward(ctx, dout, dlse, dstate):
         needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
         needs = needs_dq, needs_dk or needs_dv, needs_dtable
-        arguments = (dout, dlse if ctx.with_lse else None, *ctx.saved_tensors, *ctx.options, False, *needs)
+        saved = ctx.saved_tensors
+        if dout is None:  # lse alone was used
+            dout = torch.zeros_like(saved[4])
+        arguments = (dout, dlse, *saved, *ctx.options, False, *needs)
         if torch.is_grad_enabled():
             dq, dk, dv, dtable = _Gradient.apply(ctx.suffix, *arguments)
         else:

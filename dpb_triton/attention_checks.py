@@ -58,8 +58,9 @@ def check_window(window, is_causal):
 def check_heads(query, key, value, layout, enable_gqa):
     """Ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
     check_flag("enable_gqa", enable_gqa)
+    names = (*layout, "head_dim")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, (*layout, "head_dim"))
+        check_tensor(name, tensor, names)
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -67,11 +68,12 @@ def check_heads(query, key, value, layout, enable_gqa):
         if not 1 <= tensor.shape[-1] <= LARGEST_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim of 1 to {LARGEST_HEAD_DIM}, got shape {_show(tensor)}")
     head = layout.index("heads")
+    *_, head_dim = query.shape
     heads, kv_heads = query.shape[head], key.shape[head]
-    if key.shape[:-1] != value.shape[:-1]:
+    if key.shape != value.shape and key.shape[:-1] != value.shape[:-1]:
         raise ValueError(f"key and value must agree but for head_dim, got shapes {_show(key)} and {_show(value)}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's head_dim {query.shape[-1]}, got shape {_show(key)}")
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key must have query's head_dim {head_dim}, got shape {_show(key)}")
     if heads != kv_heads and not enable_gqa:
         raise ValueError(
             f"key and value must have query's {heads} heads, got {kv_heads} (enable_gqa=True shares them in groups)"

@@ -87,5 +87,7 @@ for _name, _schema in SCHEMAS.items():
     ops.LIBRARY.impl(_name, TORCH[_name], "CompositeExplicitAutograd")
     ops.LIBRARY.impl(_name + "_torch", TORCH[_name], "CompositeExplicitAutograd")
     ops.LIBRARY.impl(_name + "_triton", TRITON[_name], "CompositeExplicitAutograd")
+    ops.DIRECT |= {(_name + "_triton", _device): TRITON[_name] for _device in ("cpu", "cuda")}
     if ops.has_triton():
-        ops.LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+        ops.DIRECT[_name, "cuda"] = _on_cuda(_name)
+        ops.LIBRARY.impl(_name, ops.DIRECT[_name, "cuda"], "CUDA")

@@ -47,6 +47,11 @@ def is_transformed(*tensors):
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_in_onnx_export():
+    """Whether torch.onnx traces this call; where nothing traces at all it is not asked, which takes a microsecond."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=None):
     """bias[h, x, y] = table[h, |x + offset - y|]: a table of distances as a position bias.
 
@@ -80,7 +85,7 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
     check_distances(table, n, i, j, offset)
     dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
     suffix = "" if backend is None else check_backend(backend, table.device.type)
-    if torch.onnx.is_in_onnx_export():  # which knows torch's operators, and none of ours
+    if is_in_onnx_export():  # which knows torch's operators, and none of ours
         return reference.expand(table, i, j, offset=offset, signed=signed, dtype=dtype)
     if is_transformed(table):
         if backend == "torch":

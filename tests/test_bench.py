@@ -2,9 +2,6 @@
 """The bench measures what is right, says FAIL of what is wrong, and writes what it prints."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +12,13 @@ for module in ("click", "tabulate", "tqdm"):
 from click.testing import CliRunner  # noqa: E402
 
 from bench import expand as bench_expand  # noqa: E402
-from bench import gpu as bench_gpu  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
+from bench.lines import Lines, read_lines  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
 from bench.report import times_table  # noqa: E402
 from bench.timing import Time, measure  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 QUICK = ["expand", "--smoke", "--device", "cpu", "--peer", "eager", "--backend", "torch"]
 
 
@@ -45,7 +41,38 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert "no CUDA graph: fp32 33 forward: operation not permitted" in times_table(result)
 
 
-def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+def test_lines_come_as_the_run_goes_and_hold_what_the_json_holds(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for _ in range(2):
+        done = CliRunner().invoke(cli, [*QUICK, "--lines", str(path), "--json", str(tmp_path / "r.json")])
+        assert done.exit_code == 0, done.output
+    events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
+    half = len(events) // 2
+    assert events[0] == events[half] == "start" and events[-1] == "end"
+    assert events[1 : half - 1].count("checked") == 12  # three directions, two lengths, two providers
+    assert events[1 : half - 1].count("timed") == 12 + 6  # and the limits
+    assert events.index("timed") < len(events) - 1 - events[::-1].index("checked")
+    _, last = read_lines(path)
+    assert times_table(last) == times_table(json.loads((tmp_path / "r.json").read_text()))
+
+
+def test_lines_of_a_run_that_was_killed_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    Lines(path).write("start", bench="expand", environment={})
+    Lines(path).write("absent", name="cuda", reason="no GPU")
+    for event, ms in (("checked", {}), ("timed", {"ms": 1.0})):
+        Lines(path).write(event, n=8, direction="forward", provider="eager", wrong=None, **ms)
+    with path.open("a") as file:
+        file.write('{"event": "timed", "n": 8, "dire')
+    (result,) = read_lines(path)
+    assert result["absent"] == {"cuda": "no GPU"}
+    assert [record["ms"] for record in result["records"]] == [1.0]
+    path.write_text("half a line\n" + path.read_text())
+    with pytest.raises(json.JSONDecodeError):
+        read_lines(path)
+
+
+def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
     wrong = Provider(
         "dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2, "torch"
     )
@@ -91,38 +118,3 @@ def test_peak_memory_is_the_calls_own():
 
     assert 60 < peak_mib(call, "cpu") < 80
     assert peak_mib(lambda: None, "cpu") < 5
-
-
-def test_gpu_command_without_a_gpu_says_so_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = CliRunner().invoke(cli, ["gpu"])
-    assert done.exit_code == 2
-    assert len(done.output.strip().splitlines()) == 1 and "no GPU" in done.output
-
-
-def test_gpu_parts_run_fail_and_time_out_and_the_report_survives(tmp_path):
-    """A rehearsal on the CPU: the same parts with the same options, and two that go wrong."""
-    python = bench_gpu.Part("prints", ("-c", "print('hello')"), 60)
-    fails = bench_gpu.Part("fails", ("-c", "raise SystemExit(3)"), 60)
-    hangs = bench_gpu.Part("hangs", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2)
-    found = {part.name: part for part in bench_gpu.parts("cpu", (33, 9000), (24, 33))}
-    real = bench_gpu.Part("expand bf16", (*found["expand bf16"].arguments, "--peer", "eager"), 90, writes_json=True)
-    attention = found["attention bf16"]
-    path = tmp_path / "report.json"
-    assert not bench_gpu.run_all([fails, python, hangs, real, attention], path, {"device": "none"})
-    report = json.loads(path.read_text())
-    outcomes = {part["name"]: (part["ok"], part["exit"]) for part in report["parts"]}
-    assert outcomes == {"fails": (False, 3), "prints": (True, 0), "hangs": (False, None), "expand bf16": (True, 0),
-                        "attention bf16": (True, 0)}  # fmt: skip
-    assert report["parts"][1]["tail"] == "hello\n"
-    assert report["parts"][2]["tail"] == "begun\n"
-    assert report["parts"][3]["result"]["records"]
-    assert {record["n"] for record in report["parts"][4]["result"]["records"]} == {24, 33}
-    assert sum(part.seconds for part in bench_gpu.parts("cuda")) <= 600
-
-
-def test_gpu_test_command_is_one_that_pytest_takes():
-    tests = bench_gpu.parts("cpu")[0]
-    command = [sys.executable, *tests.arguments, "--collect-only"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:]

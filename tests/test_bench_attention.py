@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch._dynamo.utils import counters  # noqa: E402
 from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
-from bench import attention_memory, attention_providers  # noqa: E402
+from bench import attention_cells, attention_memory, attention_providers  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
-from bench.attention_providers import EAGER, NO_BIAS, PEERS, Provider, Shape, forward, inputs, training  # noqa: E402
-from bench.report import NO_ROOM, tables  # noqa: E402
+from bench.attention_providers import EAGER, PEERS, Provider, forward, limit_providers, training  # noqa: E402
+from bench.attention_shapes import Shape, inputs, seen_of  # noqa: E402
+from bench.report import tables  # noqa: E402
+from bench.report_memory import NO_ROOM  # noqa: E402
 from dpb_triton import bias_attention, reference  # noqa: E402
 
 SHAPE = Shape("fp32", 2, 2, 24, 8, "causal")
@@ -34,7 +37,8 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     seen = {(record["mask"], record["direction"], record["provider"]) for record in result["records"]}
     names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # no FlexAttention in a smoke run
-    assert seen == {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
+    expected = {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
+    assert seen == expected | {(mask, "training", "dpb torch frozen") for mask in ("causal", "full")}
     for record in result["records"]:
         assert record["wrong"] is None
         assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
@@ -45,34 +49,87 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
+def _seen(shape):
+    return seen_of(shape, shape.batch, "cpu")
+
+
+MASKED = [
+    SHAPE,
+    replace(SHAPE, mask="full"),
+    replace(SHAPE, mask="window", window=5),
+    replace(SHAPE, mask="padded", batch=3),
+    replace(SHAPE, mask="causal", queries=3),
+    replace(SHAPE, mask="full", queries=1),
+    replace(SHAPE, mask="window", window=5, queries=7),
+]
+NO_BIAS, *_ = limit_providers("cpu", "fp32")
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("shape", MASKED, ids=lambda shape: f"{shape.mask}-{shape.i}")
 @pytest.mark.parametrize("provider", [*PEERS.values(), NO_BIAS], ids=lambda provider: provider.name)
-def test_every_provider_computes_the_definition(provider, mask, monkeypatch):
-    *tensors, dout = inputs(SHAPE, "cpu")
-    is_causal = mask == "causal"
-    if "flex" in provider.name:  # without its compiler, which takes long
-        monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: flex_attention)
-    out = forward(provider, *tensors, dout, is_causal)
+def test_every_provider_computes_the_definition(provider, shape, monkeypatch):
+    *tensors, dout = inputs(shape, "cpu")
+    seen = _seen(shape)
+    # without their compiler, which takes long
+    monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention_providers, "_compiled_eager", lambda: EAGER.attend)
+    out = forward(provider, *tensors, dout, seen)
+    options = seen.options()
     if provider is NO_BIAS:
+        options["key_padding_mask"] = None
         with torch.no_grad():
             tensors[3].zero_()
-    expected = reference.attention(*tensors, is_causal=is_causal)
+    expected = reference.attention(*tensors, **options)
     torch.testing.assert_close(out, expected.detach())
     if "flex" in provider.name:
         with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
-            training(provider, *tensors, dout, is_causal)
+            training(provider, *tensors, dout, seen)
         return
-    gradients = training(provider, *tensors, dout, is_causal)
+    gradients = training(provider, *tensors, dout, seen)
     assert len(gradients) == (4 if provider.trains_table else 3)
     exact = torch.autograd.grad(expected, tensors, dout)
     for actual, wanted in zip(gradients, exact, strict=False):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", MASKED, ids=lambda shape: f"{shape.mask}-{shape.i}")
+def test_pairs_are_those_that_are_seen(shape):
+    seen = _seen(shape)
+    visible = seen.is_seen(reference.distance(shape.i, shape.n, shape.n - shape.i))
+    visible = visible.expand(shape.batch, -1, -1)
+    if seen.padding is not None:
+        visible = visible & ~seen.padding[:, None]
+    assert shape.pairs(shape.batch) == shape.heads * visible.sum()
+
+
+def test_a_batch_of_copies_is_checked_in_whole(monkeypatch):
+    """Two entries have a reference, six are measured; an error in the last of them shows, as does one of the table."""
+    shape = replace(SHAPE, batch=6, mask="padded")
+    monkeypatch.setitem(attention_cells.CHECK_PAIRS, "cpu", 2 * shape.heads * shape.n**2)
+    cells = attention_cells.Cells(shape, "cpu")
+    assert cells.distinct == 2
+    assert not torch.equal(cells.inputs[0][0], cells.inputs[0][1])
+    assert torch.equal(cells.inputs[0][1], cells.inputs[0][5])
+    assert cells.wrong("forward", EAGER) is None
+    assert cells.wrong("training", EAGER) is None
+
+    def last_is_wrong(*arguments):
+        out = EAGER.attend(*arguments)
+        return torch.cat((out[:5], out[5:] * 1.001))
+
+    assert "out off by" in cells.wrong("forward", Provider("wrong", last_is_wrong))
+    table_only = Provider("wrong", lambda q, k, v, table, s: EAGER.attend(q, k, v, _ScaledGradient.apply(table), s))
+    assert "dtable off by" in cells.wrong("training", table_only)
+    nan = Provider(
+        "nan", lambda *arguments: torch.cat((EAGER.attend(*arguments)[:5], torch.full((1, 2, 24, 8), torch.nan)))
+    )
+    assert "out off by nan" in cells.wrong("forward", nan)
+
+
 def test_the_check_in_parts_is_the_check_in_one(monkeypatch):
-    monkeypatch.setitem(bench_attention.CHECK_BYTES, "cpu", 5 * SHAPE.batch * SHAPE.heads * SHAPE.n * 8)  # 5 rows
-    cells = bench_attention.Cells(SHAPE, "cpu")
+    monkeypatch.setitem(attention_cells.CHECK_BYTES, "cpu", 5 * SHAPE.batch * SHAPE.heads * SHAPE.n * 8)  # 5 rows
+    cells = attention_cells.Cells(SHAPE, "cpu")
     *tensors, dout = (tensor.detach().double() for tensor in cells.inputs)
     out = reference.attention(*(tensor.requires_grad_() for tensor in tensors), is_causal=True)
     whole = dict(zip(("out", "dq", "dk", "dv", "dtable"), (out, *torch.autograd.grad(out, tensors, dout)), strict=True))
@@ -108,7 +165,7 @@ WRONG = [
 ]
 
 
-def test_a_wrong_provider_fails_and_gets_no_time(monkeypatch):
+def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
     monkeypatch.setattr(bench_attention, "providers", lambda *_: ([EAGER, *WRONG], {}))
     done = CliRunner().invoke(cli, QUICK)
     assert done.exit_code == 1
@@ -138,9 +195,9 @@ def test_flex_attention_stays_compiled_after_a_refusal():
     *tensors, dout = inputs(SHAPE, "cpu")
     provider = PEERS["flex fixed table"]
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
-        training(provider, *tensors, dout, True)
+        training(provider, *tensors, dout, _seen(SHAPE))
     before = counters["stats"]["unique_graphs"]
-    forward(provider, *tensors, dout, True)
+    forward(provider, *tensors, dout, _seen(SHAPE))
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
@@ -206,6 +263,12 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
         (["--memory", "0"], "0"),
         (["--memory", "9", "--seq", "64"], "--longest"),
         (["--peer", "flash"], "flash"),
+        (["--mask", "padded", "--head-dim", "256"], "--head-dim"),
+        (["--queries", "9", "--seq", "8"], "--queries 9"),
+        (["--queries", "1", "--memory", "9"], "--queries"),
+        (["--errors", "--memory", "9"], "--errors"),
+        (["--batch", "3", "--tokens", "99"], "--tokens 99"),
+        (["--cell", "door"], "door"),
         (["--device", "cuda"], "torch sees no GPU"),
     ],
 )

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""setup.py: what it builds, and what it says where it does not. Nothing is compiled here, that is `make wheel-test`."""
+"""setup.py: what it builds, and what it says where it does not.
 
+Nothing is compiled here: that is `make wheel-test`, and `make cuda-build-test` against a CUDA build of torch.
+"""
+
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SETUP = "import os, runpy, shutil, sys\nsys.argv = ['setup.py', '-q', 'build', '--build-lib', 'out']\n"
+SETUP = "import os, runpy, shutil, sys\nsys.argv = ['setup.py', '-q', *{command!r}]\n"
+BUILD = ("build", "--build-lib", "out")
+IN_PLACE = ("build_ext", "--inplace")
 RUN = "runpy.run_path('setup.py', run_name='__main__')"
 
 NO_TORCH = "sys.modules['torch'] = None\n"
@@ -36,10 +42,10 @@ def source(tmp_path):
     return tmp_path
 
 
-def build(source, code, **environment):
-    unset = {"DPB_TRITON_CSRC", "TORCH_CUDA_ARCH_LIST", "CXX"}
+def build(source, code, command=BUILD, **environment):
+    unset = {"DPB_TRITON_CSRC", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CC", "CXX"}
     environment = {key: value for key, value in os.environ.items() if key not in unset} | environment
-    command = [sys.executable, "-c", SETUP + code + RUN]
+    command = [sys.executable, "-c", SETUP.format(command=command) + code + RUN]
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -72,22 +78,119 @@ def test_refuses_another_word(source):
     assert done.returncode != 0 and "got 'yes'" in done.stderr
 
 
-@pytest.mark.parametrize(("cuda", "archs"), [("13.0", "8.0;9.0;10.0+PTX"), ("12.6", "8.0;9.0+PTX"), (None, None)])
-def test_cuda_sources_ask_for_a_toolkit_and_a_torch_that_loads_them_and_for_no_gpu(source, cuda, archs):
-    toolkit = source / "toolkit"
-    for path in ("bin/nvcc", "include/cuda_runtime.h"):
-        (toolkit / path).parent.mkdir(parents=True)
-        (toolkit / path).touch(mode=0o755)
-    code = f"""
+@pytest.mark.parametrize("code", ["", NO_NINJA], ids=["it fails", "it is not tried"])
+def test_a_build_in_place_that_does_not_happen_takes_the_old_binary_along(source, code):
+    """Else the package would go on with kernels of other sources."""
+    old = source / "dpb_triton/_C.abi3.so"
+    old.touch()
+    done = build(source, code, IN_PLACE, CXX="false")
+    assert done.returncode == 0 and not old.exists(), done.stderr
+    assert (source / "dpb_triton/_C.txt").read_text().strip() in done.stderr
+
+
+# ---- a CUDA build of torch, and compilers that only write down what they are asked for
+
+CUDA_TORCH = """
 import torch, setuptools
 torch.version.cuda = {cuda!r}
 torch.cuda._is_compiled = lambda: torch.version.cuda is not None
 torch.cuda.is_available, torch.cuda.device_count = (lambda: False), None
+"""
+ONLY_SHOW = """
 def setup(ext_modules, **options):
-    print(sorted(ext_modules[0].sources), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    print(ext_modules[0].sources, ext_modules[0].define_macros, os.environ.get("TORCH_CUDA_ARCH_LIST"))
 setuptools.setup = setup
 """
-    done = build(source, code, CUDA_HOME=str(toolkit))
+NO_TOOLKIT = """
+from pathlib import Path
+exists = Path.exists
+Path.exists = lambda self: self.name != "cuda_runtime.h" and exists(self)
+"""
+COMPILER = """#!{python}
+import json, sys
+from pathlib import Path
+if "--version" in sys.argv:
+    print("release {cuda}, V{cuda}.0")
+elif "--list-gpu-arch" in sys.argv:
+    print(*{archs!r}, sep="\\n")
+else:
+    with open({log!r}, "a") as log:
+        print(json.dumps(sys.argv), file=log)
+    if {status} == 0:
+        Path(sys.argv[sys.argv.index("-o") + 1]).touch()
+    sys.exit({status})
+"""
+
+
+@pytest.fixture
+def compilers(source):
+    """Puts nvcc and a C++ compiler into `source`; returns the environment that chooses them."""
+
+    def install(cuda="13.0", archs=("compute_80", "compute_90", "compute_100"), nvcc_status=0):
+        paths = {"nvcc": source / "toolkit/bin/nvcc", "c++": source / "toolkit/bin/c++"}
+        header = source / "toolkit/include/cuda_runtime.h"
+        for path in (*paths.values(), header):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o755)
+        for name, path in paths.items():
+            status, log = nvcc_status if name == "nvcc" else 0, str(source / f"{name}.log")
+            path.write_text(COMPILER.format(python=sys.executable, cuda=cuda, archs=archs, status=status, log=log))
+        cxx = str(paths["c++"])
+        return {"CUDA_HOME": str(source / "toolkit"), "CC": cxx, "CXX": cxx, "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+
+    return install
+
+
+def commands(source, name):
+    """The command lines that the compiler `name` was given."""
+    return [json.loads(line) for line in (source / f"{name}.log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "known", "archs"),
+    [
+        ("13.0", ("compute_75", "compute_80", "compute_90", "compute_100", "compute_120"), "8.0;9.0;10.0+PTX"),
+        ("12.8", ("compute_80", "compute_90"), "8.0;9.0+PTX"),  # a toolkit older than torch's
+        (None, (), None),
+    ],
+)
+def test_cuda_sources_ask_for_a_toolkit_and_a_torch_that_loads_them_and_for_no_gpu(
+    source, compilers, cuda, known, archs
+):
+    done = build(source, CUDA_TORCH.format(cuda=cuda) + ONLY_SHOW, **compilers(cuda or "13.0", known))
     assert done.returncode == 0, done.stderr
     assert ("csrc/band_cuda.cu" in done.stdout) == (cuda is not None)
+    assert ("('USE_CUDA', None)" in done.stdout) == (cuda is not None)
     assert done.stdout.strip().endswith(f"] {archs}")
+
+
+def test_the_bench_compiles_the_cuda_source_with_the_flags_of_the_build(source, compilers):
+    from bench import codegen_cuda
+
+    done = build(source, CUDA_TORCH.format(cuda="13.0"), **compilers())
+    assert done.returncode == 0, done.stderr
+    [built] = commands(source, "nvcc")
+    named = ("-DTORCH_EXTENSION_NAME=", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DPy_LIMITED_API=")  # after the module
+    flags = [flag for flag in built if flag.startswith(("-D", "-O", "-std", "--expt")) and not flag.startswith(named)]
+    assert "-DUSE_CUDA" in flags
+    assert sorted(codegen_cuda.build_flags()) == sorted(flags)
+    assert [word for word in codegen_cuda.compile_command("out") if word in flags] == codegen_cuda.build_flags()
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "words"),
+    [("nvcc fails", "", "the compiler failed"), ("no toolkit", NO_TOOLKIT, "there is no CUDA toolkit")],
+)
+def test_a_toolkit_that_does_not_fit_costs_the_cuda_kernels_alone(source, compilers, missing, code, words):
+    environment = compilers(nvcc_status=1)
+    done = build(source, CUDA_TORCH.format(cuda="13.0") + code, IN_PLACE, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"dpb_triton: the CUDA kernels are not built: {words}" in done.stderr
+    assert words in (source / "dpb_triton/_C.txt").read_text()
+    assert list(source.glob("dpb_triton/_C*.so"))
+    link = commands(source, "c++")[-1]
+    assert "-lcudart" not in link and not [word for word in link if word.endswith("band_cuda.o")]
+
+    if missing == "nvcc fails":
+        done = build(source, CUDA_TORCH.format(cuda="13.0"), IN_PLACE, DPB_TRITON_CSRC="1", **environment)
+        assert done.returncode != 0

@@ -21,47 +21,60 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_blocks import blocks_of, padded
+from .attention_blocks import Tile, blocks_of, padded
 from .attention_dtable import launch_dtable
-from .attention_launch import like, precision_of, reach_of, score_numbers, whole_rows
+from .attention_launch import describe, like, precision_of, reach_of, score_numbers, whole_rows
 from .attention_prologue import launch_prologue
 from .attention_tiles import (
     add_bias,
     dot,
     dot_add,
+    dot_of_rows,
     is_allowed,
     is_kept,
+    is_wide,
     load_bias,
     load_rows,
     load_state,
+    move_to,
     narrow,
     opaque,
     row_keys,
     sequence,
     store_rows,
+    stream_rows,
     visible_blocks,
 )
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 
 @triton.jit
-def _add_queries(dk, dv, key, value, query_ptr, dout_ptr, rows_ptr, seed_ptr, bias_ptr, y, first_x, i,
-                 offset, left, right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold,
-                 keep_scale,
-                 HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                 HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                 IS_MASKED: tl.constexpr):  # fmt: skip
+def _add_queries(dk, dv, key, value, key_ptr, value_ptr, query_ptr, dout_ptr, rows_ptr, seed_ptr, bias_ptr, y, first_y,
+                 first_x, i, j, offset, left, right, first_row, stride_qx, stride_dx, stride_ky, stride_vy, scale,
+                 cap_in, cap_out, threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+                 PRECISION: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
     """One block of queries taken into dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_V]."""
     x = first_x + tl.arange(0, BLOCK_M)
     query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, False, IS_MASKED)
     dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, False, IS_MASKED)
     largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
 
-    kq = dot(key, tl.trans(query), PRECISION)  # [BLOCK_N, BLOCK_M]
+    if is_wide(BLOCK_D, PRECISION):
+        kq = dot_of_rows(key_ptr, first_y, j, stride_ky, query_ptr, first_x, i, stride_qx, BLOCK_N, BLOCK_M, HEAD_DIM,
+                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    else:
+        kq = dot(key, tl.trans(query), PRECISION)  # [BLOCK_N, BLOCK_M]
     bias = load_bias((bias_ptr + first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
     s, slope = add_bias(kq, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[None, :])
-    dp = dot(value, tl.trans(dout), PRECISION)
+    if is_wide(BLOCK_V, PRECISION):
+        dp = dot_of_rows(value_ptr, first_y, j, stride_vy, dout_ptr, first_x, i, stride_dx, BLOCK_N, BLOCK_M, VALUE_DIM,
+                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    else:
+        dp = dot(value, tl.trans(dout), PRECISION)
     kept = e * inverse[None, :]
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, first_row + x)
@@ -107,8 +120,11 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
     rows_ptr += 4 * (row * stride_rb + first_query)
 
     y = first_y + (BLOCK_N - 1 - tl.arange(0, BLOCK_N))
-    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
-    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, True, True)
+    key, value = y, y
+    if not is_wide(BLOCK_D, PRECISION):
+        key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, True, True)
+    if not is_wide(BLOCK_V, PRECISION):
+        value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, True, True)
     # the mirror, in which y - x - offset is at width - 1 - zero - (y - x - offset), lies behind the table of all heads
     bias_ptr += tl.cast(heads, tl.int64) * width + (width - 1 - zero + offset - first_y - (BLOCK_N - 1))
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -119,23 +135,27 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
     for member in range(0, group):
         head = kv_head * group + member
         q_ptr, do_ptr = query_ptr + head * stride_qh, dout_ptr + head * stride_dh
-        r_ptr = rows_ptr + 4 * head * stride_rh
-        b_ptr = bias_ptr + head * width
+        r_ptr, b_ptr = rows_ptr + 4 * head * stride_rh, bias_ptr + head * width
         first_row = (index.to(tl.int64) * heads + head) * longest_query
         for edge in range(enter, leave - (outside - inside)):
             m = edge if edge < inside else edge + (outside - inside)
             dk, dv = _add_queries(
-                dk, dv, key, value, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, m * BLOCK_M, i, offset, left,
-                right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION, True,
+                dk, dv, key, value, key_ptr, value_ptr, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, first_y, m * BLOCK_M,
+                i, j, offset, left, right, first_row, stride_qx, stride_dx, stride_ky, stride_vy, scale, cap_in,
+                cap_out, threshold, keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
             )  # fmt: skip
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_ptr, do_ptr = query_ptr + head * stride_qh, dout_ptr + head * stride_dh
+        r_ptr, b_ptr = rows_ptr + 4 * head * stride_rh, bias_ptr + head * width
+        first_row = (index.to(tl.int64) * heads + head) * longest_query
         for m in range(inside, outside):
             dk, dv = _add_queries(
-                dk, dv, key, value, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, m * BLOCK_M, i, offset, left,
-                right, first_row, stride_qx, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION, False,
+                dk, dv, key, value, key_ptr, value_ptr, q_ptr, do_ptr, r_ptr, seed_ptr, b_ptr, y, first_y, m * BLOCK_M,
+                i, j, offset, left, right, first_row, stride_qx, stride_dx, stride_ky, stride_vy, scale, cap_in,
+                cap_out, threshold, keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
             )  # fmt: skip
     dk_ptr += row * stride_dkb + kv_head * stride_dkh + first_key_row * stride_dky
     dv_ptr += row * stride_dvb + kv_head * stride_dvh + first_key_row * stride_dvy
@@ -144,20 +164,28 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
 
 
 @triton.jit
-def _add_keys(dq, query, dout, largest, inverse, delta, key_ptr, value_ptr, bias_ptr, x, first_y, j, offset, left,
-              right, first_key, second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, keep_scale,
-              HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-              HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-              IS_MASKED: tl.constexpr):  # fmt: skip
+def _add_keys(dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key_ptr, value_ptr, at, bias_ptr, x,
+              first_x, first_y, i, j, offset, left, right, first_key, second_key, stride_qx, stride_dx, stride_ky,
+              stride_vy, scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+              HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+              PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
     """One block of keys taken into dq [BLOCK_M, BLOCK_D]."""
-    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
-    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, IS_MASKED)
-    qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
+    key = stream_rows(key_ptr, at, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
+    if is_wide(BLOCK_D, PRECISION):
+        qk = dot_of_rows(query_ptr, first_x, i, stride_qx, key_ptr, first_y, j, stride_ky, BLOCK_M, BLOCK_N, HEAD_DIM,
+                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    else:
+        qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
     bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, slope = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[:, None])
-    dp = dot(dout, tl.trans(value), PRECISION)
+    if is_wide(BLOCK_V, PRECISION):
+        dp = dot_of_rows(dout_ptr, first_x, i, stride_dx, value_ptr, first_y, j, stride_vy, BLOCK_M, BLOCK_N, VALUE_DIM,
+                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    else:
+        value = stream_rows(value_ptr, at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED, IS_DESCRIBED)
+        dp = dot(dout, tl.trans(value), PRECISION)
     if HAS_DROPOUT:
         y = first_y + opaque(tl.arange(0, BLOCK_N))
         dp = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), dp * keep_scale, 0.0)
@@ -177,7 +205,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
                HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+               PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
     block = n_blocks - 1 - pid % n_blocks
     index = (pid // n_blocks) % batch
@@ -190,8 +218,10 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     query_ptr += row * stride_qb + head * stride_qh + first_query * stride_qx
     dout_ptr += row * stride_db + head * stride_dh + first_query * stride_dx
     dq_ptr += row * stride_dqb + head * stride_dqh + first_query * stride_dqx
-    key_ptr += row * stride_kb + (head // group) * stride_kh + first_key_row * stride_ky
-    value_ptr += row * stride_vb + (head // group) * stride_vh + first_key_row * stride_vy
+    kv_head = head // group
+    key_ptr = move_to(key_ptr, row * stride_kb + kv_head * stride_kh + first_key_row * stride_ky, IS_DESCRIBED)
+    value_ptr = move_to(value_ptr, row * stride_vb + kv_head * stride_vh + first_key_row * stride_vy, IS_DESCRIBED)
+    at = row.to(tl.int32), kv_head.to(tl.int32)
     rows_ptr += 4 * (row * stride_rb + head * stride_rh + first_query)
 
     a = tl.arange(0, BLOCK_M)
@@ -200,8 +230,11 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     first_key, second_key = a, a
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, (index.to(tl.int64) * heads + head) * longest_query + x)
-    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
-    dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, True)
+    query, dout = a, a
+    if not is_wide(BLOCK_D, PRECISION):
+        query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    if not is_wide(BLOCK_V, PRECISION):
+        dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, True)
     largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     enter, inside, outside, leave = visible_blocks(
@@ -210,21 +243,22 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, d
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
         dq = _add_keys(
-            dq, query, dout, largest, inverse, delta, key_ptr, value_ptr, bias_ptr, x, k * BLOCK_N, j, offset, left,
-            right, first_key, second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-            True,
+            dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key_ptr, value_ptr, at, bias_ptr, x, first_x,
+            k * BLOCK_N, i, j, offset, left, right, first_key, second_key, stride_qx, stride_dx, stride_ky, stride_vy,
+            scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, IS_DESCRIBED, True,
         )  # fmt: skip
     for k in range(inside, outside):
         dq = _add_keys(
-            dq, query, dout, largest, inverse, delta, key_ptr, value_ptr, bias_ptr, x, k * BLOCK_N, j, offset, left,
-            right, first_key, second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-            False,
+            dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key_ptr, value_ptr, at, bias_ptr, x, first_x,
+            k * BLOCK_N, i, j, offset, left, right, first_key, second_key, stride_qx, stride_dx, stride_ky, stride_vy,
+            scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, IS_DESCRIBED, False,
         )  # fmt: skip
     store_rows(dq_ptr, dq * softmax_scale, first_x, i, stride_dqx, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
 
+@repeated(also=lambda dout, *_: precision_of(dout))
 def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset,
              signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
              *, blocks=None):  # fmt: skip
@@ -236,11 +270,11 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
     """
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
-    dq = like(query) if needs_dq else query.new_empty((0,))
-    dk, dv = (like(key), like(value)) if needs_dkv else (key.new_empty((0,)), value.new_empty((0,)))
+    dq = like(query) if needs_dq else empty((0,), query.dtype, query.device)
+    dk, dv = (like(x) if needs_dkv else empty((0,), x.dtype, x.device) for x in (key, value))
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or reach[0] > reach[1]:
-        dtable = torch.zeros_like(table) if needs_dtable else table.new_empty((0,))
+        dtable = torch.zeros_like(table) if needs_dtable else empty((0,), table.dtype, table.device)
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable
 
     query, key, value, dout, out = (whole_rows(tensor) for tensor in (query, key, value, dout, out))
@@ -255,24 +289,30 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
         "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "HAS_SOFTCAP": softcap > 0,
         "HAS_DROPOUT": dropout_p > 0, "IS_PACKED": seqlens is not None, "PRECISION": precision_of(query),
     }  # fmt: skip
-    blocks = {name: blocks_of(name, query, value) for name in ("dkdv", "dq", "dtable")} | (blocks or {})
+    tiles = {name: blocks_of(name, query, value) for name in ("dkdv", "dq", "dtable")}
+    tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_dkv:
-        block_m, block_n, num_warps, num_stages = blocks["dkdv"]
-        n_blocks = triton.cdiv(longest_key, block_n)
-        _dkdv_kernel[(n_blocks * sequences * kv_heads,)](
+        tile = tiles["dkdv"]
+        n_blocks = cdiv(longest_key, tile.block_n)
+        launch(
+            _dkdv_kernel, (n_blocks * sequences * kv_heads,),
             *tensors, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], *bounds, n_blocks, longest_query,
-            **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+            **numbers, **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if needs_dq:
-        block_m, block_n, num_warps, num_stages = blocks["dq"]
-        n_blocks = triton.cdiv(longest_query, block_m)
-        _dq_kernel[(n_blocks * sequences * heads,)](
-            *tensors, dq, *strides, *dq.stride()[:3], *bounds, n_blocks, longest_query, **numbers, **constants,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+        tile = tiles["dq"]
+        n_blocks = cdiv(longest_query, tile.block_m)
+        described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
+        launch(
+            _dq_kernel, (n_blocks * sequences * heads,),
+            query, *(described or (key, value)), *tensors[3:], dq, *strides, *dq.stride()[:3], *bounds, n_blocks,
+            longest_query, **numbers, **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            IS_DESCRIBED=bool(described), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if not needs_dtable:
-        return dq, dk, dv, table.new_empty((0,))
+        return dq, dk, dv, empty((0,), table.dtype, table.device)
     dtable = launch_dtable(
-        table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks["dtable"]
+        table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, tiles["dtable"]
     )
     return dq, dk, dv, dtable

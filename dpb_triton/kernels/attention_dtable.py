@@ -18,17 +18,23 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_launch import describe
 from .attention_tiles import (
     add_bias,
     dot,
+    dot_of_rows,
     is_kept,
+    is_wide,
     load_bias,
-    load_rows,
     load_state,
+    move_to,
     opaque,
     row_keys,
     sequence,
+    stream_rows,
 )
+from .launching import cdiv
+from .replay import empty, launch
 
 # Programs to aim at: where bands are few, their steps are cut, so that the machine is full and the longest band short.
 PROGRAMS = 2048
@@ -37,23 +43,32 @@ FOLD_BLOCK = 256
 
 
 @triton.jit
-def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, rows_ptr, seed_ptr, first_x, start,
-                i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out,
-                threshold, keep_scale,
+def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, rows_ptr, seed_ptr, first_x, start, i, j,
+                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
                 HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-                PRECISION: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
     """Acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
     first_y = first_x + start
-    x = first_x + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
-    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, IS_MASKED)
-    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
-    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, True)
-    s, _ = add_bias(dot(query, tl.trans(key), PRECISION), bias, scale, cap_in, cap_out, HAS_SOFTCAP)
+    x = first_x + tl.arange(0, BLOCK_M)
+    if is_wide(BLOCK_D, PRECISION):
+        qk = dot_of_rows(query_ptr, first_x, i, stride_qx, key_ptr, first_y, j, stride_ky, BLOCK_M, BLOCK_N, HEAD_DIM,
+                         PRECISION, False, IS_MASKED, IS_MASKED)  # fmt: skip
+    else:
+        query = stream_rows(query_ptr, at, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
+        key = stream_rows(key_ptr, kv_at, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
+        qk = dot(query, tl.trans(key), PRECISION)
+    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
+    s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[:, None])  # [BLOCK_M, BLOCK_N]
-    dout = load_rows(dout_ptr, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, True, IS_MASKED)
-    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, IS_MASKED)
-    dp = dot(dout, tl.trans(value), PRECISION)
+    if is_wide(BLOCK_V, PRECISION):
+        dp = dot_of_rows(dout_ptr, first_x, i, stride_dx, value_ptr, first_y, j, stride_vy, BLOCK_M, BLOCK_N, VALUE_DIM,
+                         PRECISION, False, IS_MASKED, IS_MASKED)  # fmt: skip
+    else:
+        dout = stream_rows(dout_ptr, at, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, IS_MASKED, IS_DESCRIBED)
+        value = stream_rows(value_ptr, kv_at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED,
+                            IS_DESCRIBED)  # fmt: skip
+        dp = dot(dout, tl.trans(value), PRECISION)
     y = first_y + opaque(tl.arange(0, BLOCK_N))
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, first_row + x)
@@ -76,7 +91,8 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
                    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+                   PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
+    tl.static_assert(BLOCK_M <= BLOCK_N)  # the skew wraps around a row once
     pid = tl.program_id(0)
     band = n_bands - 1 - pid % n_bands  # under causality the bands of the least distances are the longest
     chunk = (pid // n_bands) % n_chunks
@@ -84,22 +100,25 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
     relative = least + band * BLOCK_N  # y - x - offset of the window's first column, in its first query's row
 
     a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    bias_ptr += head * width + (zero + relative - (BLOCK_M - 1))
-    bias = load_bias((bias_ptr + a)[:, None] + c[None, :])  # [BLOCK_M, BLOCK_N], of all steps
+    bias_ptr += head * width + (zero + relative)
+    # [BLOCK_M, BLOCK_N], of all steps. Loaded once, so its rows need not run backwards as in the other kernels
+    bias = load_bias((bias_ptr - a)[:, None] + c[None, :])
 
-    query_ptr += head * stride_qh
-    key_ptr += (head // group) * stride_kh
-    value_ptr += (head // group) * stride_vh
-    dout_ptr += head * stride_dh
+    kv_head = head // group
+    query_ptr = move_to(query_ptr, head * stride_qh, IS_DESCRIBED)
+    key_ptr = move_to(key_ptr, kv_head * stride_kh, IS_DESCRIBED)
+    value_ptr = move_to(value_ptr, kv_head * stride_vh, IS_DESCRIBED)
+    dout_ptr = move_to(dout_ptr, head * stride_dh, IS_DESCRIBED)
     rows_ptr += 4 * head * stride_rh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for index in range(0, batch):
         first_query, rows, first_key_row, columns, shift = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
         row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
-        q_ptr = query_ptr + row * stride_qb + first_query * stride_qx
-        do_ptr = dout_ptr + row * stride_db + first_query * stride_dx
-        k_ptr = key_ptr + row * stride_kb + first_key_row * stride_ky
-        v_ptr = value_ptr + row * stride_vb + first_key_row * stride_vy
+        q_ptr = move_to(query_ptr, row * stride_qb + first_query * stride_qx, IS_DESCRIBED)
+        do_ptr = move_to(dout_ptr, row * stride_db + first_query * stride_dx, IS_DESCRIBED)
+        k_ptr = move_to(key_ptr, row * stride_kb + first_key_row * stride_ky, IS_DESCRIBED)
+        v_ptr = move_to(value_ptr, row * stride_vb + first_key_row * stride_vy, IS_DESCRIBED)
+        at, kv_at = (row.to(tl.int32), head.to(tl.int32)), (row.to(tl.int32), kv_head.to(tl.int32))
         r_ptr = rows_ptr + 4 * (row * stride_rb + first_query)
         first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
 
@@ -116,31 +135,33 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
             acc = _add_window(
-                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, r_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
-                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
-                keep_scale,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
+                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
+                columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
+                keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
+                PRECISION, IS_DESCRIBED, True,
             )  # fmt: skip
         for step in range(inside, outside):
             acc = _add_window(
-                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, r_ptr, seed_ptr, step * BLOCK_M, start, rows, columns,
-                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
-                keep_scale,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
+                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
+                columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
+                keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
+                PRECISION, IS_DESCRIBED, False,
             )  # fmt: skip
 
     # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
-    diagonal = relative - (BLOCK_M - 1) + a[:, None] + c[None, :]
+    diagonal = relative - a[:, None] + c[None, :]
     if HAS_LEFT:
         acc = tl.where(diagonal >= -left, acc, 0.0)
     if HAS_RIGHT:
         acc = tl.where(diagonal <= right, acc, 0.0)
-    # Skew: column t takes from row a the element on diagonal t, or, where that lies left of the window, t - BLOCK_N.
+    # Skew, rows from the last to the first: column t takes from row BLOCK_M - 1 - a the element t - a, on diagonal t,
+    # or, where that lies left of the window, t - a + BLOCK_N.
     # Gathered from one row of BLOCK_M * BLOCK_N, through shared memory: row by row it would be shuffles, and selects
     # among all registers of a row.
     t = c[None, :]
     element = tl.arange(0, BLOCK_M * BLOCK_N)
-    source = element - element % BLOCK_N + ((element % BLOCK_N - element // BLOCK_N) & (BLOCK_N - 1))
+    row, column = element // BLOCK_N, element % BLOCK_N
+    source = (BLOCK_M - 1 - row) * BLOCK_N + ((column - row) & (BLOCK_N - 1))
     skewed = tl.reshape(tl.gather(tl.reshape(acc, [BLOCK_M * BLOCK_N]), source, axis=0), [BLOCK_M, BLOCK_N])
     lower = tl.sum(tl.where(t >= a[:, None], skewed, 0.0), axis=0)
     upper = tl.sum(tl.where(t < a[:, None], skewed, 0.0), axis=0)
@@ -181,21 +202,29 @@ def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNE
     tl.store(dtable_ptr + head * width + column, total, mask=is_column)
 
 
-def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, blocks):
+def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, tile):
     """Dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
-    block_m, block_n, num_warps, num_stages = blocks
+    block_m, block_n = tile.block_m, tile.block_n
     heads, width = table.shape
     least, largest = reach
-    n_bands = triton.cdiv(largest - least + block_m, block_n)
-    steps = triton.cdiv(longest_query, block_m)
+    n_bands = cdiv(largest - least + block_m, block_n)
+    steps = cdiv(longest_query, block_m)
     n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
-    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=torch.float32, device=table.device)
-    _dtable_kernel[(n_bands * n_chunks * heads,)](
-        *tensors, partial, *strides, *bounds, longest_query, least, n_bands, n_chunks, triton.cdiv(steps, n_chunks),
-        **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    partial = empty((heads, n_chunks, 2, n_bands * block_n), torch.float32, table.device)
+    query, key, value, bias, seqlens, seed, dout, rows = tensors
+    described = None
+    if tile.is_described:
+        queries, keys = describe((query, dout), block_m, seqlens), describe((key, value), block_n, seqlens)
+        described = queries and keys and (queries[0], *keys, bias, seqlens, seed, queries[1], rows)
+    launch(
+        _dtable_kernel, (n_bands * n_chunks * heads,),
+        *(described or tensors), partial, *strides, *bounds, longest_query, least, n_bands, n_chunks,
+        cdiv(steps, n_chunks), **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
+        IS_DESCRIBED=bool(described), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dtable = torch.empty((heads, width), dtype=torch.float32, device=table.device)
-    _fold_dtable_kernel[(triton.cdiv(width, FOLD_BLOCK), heads)](
+    dtable = empty((heads, width), torch.float32, table.device)
+    launch(
+        _fold_dtable_kernel, (cdiv(width, FOLD_BLOCK), heads),
         partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * block_n, n_chunks,
         SIGNED=signed, BLOCK_M=block_m, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK,
     )  # fmt: skip

@@ -19,36 +19,46 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_blocks import blocks_of, padded
-from .attention_launch import like, pad_bias, precision_of, reach_of, score_numbers, whole_rows
+from .attention_blocks import Tile, blocks_of, padded
+from .attention_launch import describe, like, pad_bias, precision_of, reach_of, score_numbers, whole_rows
 from .attention_tiles import (
     LN2,
     add_bias,
     dot,
     dot_add,
+    dot_of_rows,
     is_allowed,
     is_kept,
+    is_wide,
     load_bias,
     load_rows,
+    move_to,
     narrow,
     opaque,
     row_keys,
     sequence,
     store_rows,
+    stream_rows,
     visible_blocks,
 )
+from .launching import cdiv
+from .replay import empty, launch, repeated
 
 
 @triton.jit
-def _attend(query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, first_y, i, j, offset, left, right, first_key,
-            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold,
+def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, acc, m_i, l_i, x, first_x, first_y, i, j, offset, left,
+            right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out, threshold,
             HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-            HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+            HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr,
             IS_MASKED: tl.constexpr):  # fmt: skip
     """One block of keys: (acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M], l_i [BLOCK_M]) with it taken in."""
-    key = load_rows(key_ptr, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, False, IS_MASKED)
-    qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
+    if is_wide(BLOCK_D, PRECISION):
+        qk = dot_of_rows(query_ptr, first_x, i, stride_qx, key_ptr, first_y, j, stride_ky, BLOCK_M, BLOCK_N, HEAD_DIM,
+                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    else:
+        key = stream_rows(key_ptr, at, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
+        qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
     bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     if IS_MASKED:
@@ -64,7 +74,7 @@ def _attend(query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, first_y, i, j
     if HAS_DROPOUT:
         y = first_y + opaque(tl.arange(0, BLOCK_N))
         p = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), p, 0.0)
-    value = load_rows(value_ptr, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, False, IS_MASKED)
+    value = stream_rows(value_ptr, at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED, IS_DESCRIBED)
     acc = dot_add(narrow(p, value.dtype), value, acc * alpha[:, None], PRECISION)
     return acc, m_new, l_i
 
@@ -80,7 +90,7 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
                     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
+                    PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
     block = n_blocks - 1 - pid % n_blocks
     index = (pid // n_blocks) % batch  # of the batch, or of the packed sequence
@@ -91,8 +101,10 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
         return
     row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
     query_ptr += row * stride_qb + head * stride_qh + first_query * stride_qx
-    key_ptr += row * stride_kb + (head // group) * stride_kh + first_key_row * stride_ky
-    value_ptr += row * stride_vb + (head // group) * stride_vh + first_key_row * stride_vy
+    kv_head = head // group
+    key_ptr = move_to(key_ptr, row * stride_kb + kv_head * stride_kh + first_key_row * stride_ky, IS_DESCRIBED)
+    value_ptr = move_to(value_ptr, row * stride_vb + kv_head * stride_vh + first_key_row * stride_vy, IS_DESCRIBED)
+    at = row.to(tl.int32), kv_head.to(tl.int32)
     out_ptr += row * stride_ob + head * stride_oh + first_query * stride_ox
     lse_ptr += row * stride_lb + head * stride_lh + first_query
     state_ptr += row * stride_lb + head * stride_lh + first_query
@@ -103,7 +115,9 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     first_key, second_key = a, a
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, (index.to(tl.int64) * heads + head) * longest_query + x)
-    query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    query = a
+    if not is_wide(BLOCK_D, PRECISION):
+        query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -114,15 +128,17 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
         acc, m_i, l_i = _attend(
-            query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, k * BLOCK_N, i, j, offset, left, right, first_key,
-            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
-            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, True,
+            query, query_ptr, key_ptr, value_ptr, at, bias_ptr, acc, m_i, l_i, x, first_x, k * BLOCK_N, i, j, offset,
+            left, right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out, threshold,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
+            PRECISION, IS_DESCRIBED, True,
         )  # fmt: skip
     for k in range(inside, outside):
         acc, m_i, l_i = _attend(
-            query, key_ptr, value_ptr, bias_ptr, acc, m_i, l_i, x, k * BLOCK_N, i, j, offset, left, right, first_key,
-            second_key, stride_ky, stride_vy, scale, cap_in, cap_out, threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
-            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, PRECISION, False,
+            query, query_ptr, key_ptr, value_ptr, at, bias_ptr, acc, m_i, l_i, x, first_x, k * BLOCK_N, i, j, offset,
+            left, right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out, threshold,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
+            PRECISION, IS_DESCRIBED, False,
         )  # fmt: skip
 
     sees_a_key = l_i > 0
@@ -136,6 +152,7 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_p
     tl.store(state_ptr + stride_s + x, l_i, mask=x < i)
 
 
+@repeated(also=lambda query, *_: precision_of(query))
 def forward(query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
             softcap, dropout_p, *, blocks=None):  # fmt: skip
     """Launch the forward pass: (out, lse, state). `attention_ops.py` says what the arguments are.
@@ -145,26 +162,28 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
     batch, heads, i, head_dim = query.shape
     kv_heads, j, value_dim = value.shape[1:]
     out = like(query, value_dim)
-    lse = torch.empty((batch, heads, i), dtype=torch.float32, device=query.device)
-    state = torch.empty((2, batch, heads, i), dtype=torch.float32, device=query.device)
+    lse = empty((batch, heads, i), torch.float32, query.device)
+    state = empty((2, batch, heads, i), torch.float32, query.device)
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
 
     query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
-    block_m, block_n, num_warps, num_stages = blocks or blocks_of("forward", query, value)
+    tile = Tile(*blocks) if blocks else blocks_of("forward dropout" if dropout_p > 0 else "forward", query, value)
+    described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     sequences = batch if seqlens is None else seqlens.shape[0]
-    n_blocks = triton.cdiv(longest_query, block_m)
-    _forward_kernel[(n_blocks * sequences * heads,)](
-        query, key, value, bias, seqlens, seed, out, lse, state, *query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], state.stride(0), i, j, offset, left or 0, right or 0,
-        zero, bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query,
+    n_blocks = cdiv(longest_query, tile.block_m)
+    launch(
+        _forward_kernel, (n_blocks * sequences * heads,),
+        query, *(described or (key, value)), bias, seqlens, seed, out, lse, state, *query.stride()[:3],
+        *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride()[:2], state.stride(0), i, j, offset,
+        left or 0, right or 0, zero, bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query,
         **score_numbers(scale, softcap, dropout_p),
         HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=padded(head_dim), BLOCK_V=padded(value_dim),
-        BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_p > 0, IS_PACKED=seqlens is not None,
-        PRECISION=precision_of(query),
-        num_warps=num_warps, num_stages=num_stages,
+        PRECISION=precision_of(query), IS_DESCRIBED=bool(described),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse, state

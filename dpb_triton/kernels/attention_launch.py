@@ -5,8 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_blocks import generation
+from .attention_blocks import generation, padded
 from .attention_tiles import LOG2E
+from .launching import cdiv
+from .replay import empty, launch
 
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
@@ -16,7 +18,9 @@ BIAS_BLOCK = 1024
 def like(tensor, dim=None):
     """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
     batch, heads, length, last = tensor.shape
-    return tensor.new_empty((batch, length, heads, last if dim is None else dim)).transpose(1, 2)
+    dim = last if dim is None else dim
+    strides = max(length, 1) * heads * dim, dim, heads * dim, 1
+    return empty((batch, heads, length, dim), tensor.dtype, tensor.device, strides)
 
 
 def whole_rows(tensor):
@@ -34,6 +38,20 @@ def whole_rows(tensor):
     ):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def describe(tensors, block, seqlens):
+    """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none.
+
+    A box of a packed sequence would hold its neighbour's rows, wide rows of float32 are read in chunks, and descriptors
+    take only strides of 16 bytes and more.
+    """
+    is_strided = all(s and s % 8 == 0 for t in tensors for s in t.stride()[:3])
+    if seqlens is not None or tensors[0].dtype == torch.float32 or not is_strided:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 
 def precision_of(query):
@@ -103,9 +121,10 @@ def pad_bias(table, signed, reach):
     """
     width, lowest = width_of(reach)
     heads = table.shape[0]
-    bias = torch.empty((heads, width), dtype=torch.float32, device=table.device)
+    bias = empty((heads, width), torch.float32, table.device)
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
-    _bias_kernel[(triton.cdiv(width, BIAS_BLOCK), heads)](
-        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK
-    )
+    launch(
+        _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),
+        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
     return bias, -lowest

@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .attention_blocks import padded
 from .attention_launch import BIAS_BLOCK, width_of, write_bias
+from .launching import cdiv
+from .replay import empty, launch
 
 ROW_BLOCK = 64
 # Rows beyond the last one that a tile of queries may load, and selects away: the largest block.
@@ -57,7 +59,7 @@ def _write_rows(block, row, dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, st
 
 @triton.jit(do_not_specialize=["rows", "i", "heads", "row_blocks", "row_programs", "n", "lowest", "width",
                                "bias_blocks"])  # fmt: skip
-def _prologue_kernel(dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, table_ptr, bias_ptr, mirror_ptr,
+def _prologue_kernel(dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, table_ptr, bias_ptr,
                      stride_db, stride_dh, stride_dx, stride_ob, stride_oh, stride_ox, rows, i, heads, row_blocks,
                      row_programs, n, lowest, width, bias_blocks, stride_h, stride_n,
                      HAS_DLSE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -69,6 +71,7 @@ def _prologue_kernel(dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, table_ptr
                     HAS_DLSE, VALUE_DIM, BLOCK_V, BLOCK_M)  # fmt: skip
     else:
         pid -= row_programs
+        mirror_ptr = bias_ptr + tl.cast(heads, tl.int64) * width
         write_bias(pid % bias_blocks, (pid // bias_blocks).to(tl.int64), table_ptr, bias_ptr, mirror_ptr, n, lowest,
                    width, stride_h, stride_n, SIGNED, True, BLOCK)  # fmt: skip
 
@@ -77,13 +80,14 @@ def launch_prologue(dout, dlse, out, state, table, signed, reach):
     """(rows, (batch, heads) strides of them in queries, bias (2, heads, width), zero). dout, out: whole rows."""
     batch, heads, i, value_dim = dout.shape
     count = batch * heads * i
-    rows = torch.empty(4 * (count + ROW_PADDING), dtype=torch.float32, device=dout.device)
+    rows = empty((4 * (count + ROW_PADDING),), torch.float32, dout.device)
     width, lowest = width_of(reach)
-    bias = torch.empty((2, heads, width), dtype=torch.float32, device=dout.device)
-    row_blocks, bias_blocks = triton.cdiv(i, ROW_BLOCK), triton.cdiv(width, BIAS_BLOCK)
+    bias = empty((2, heads, width), torch.float32, dout.device)
+    row_blocks, bias_blocks = cdiv(i, ROW_BLOCK), cdiv(width, BIAS_BLOCK)
     row_programs = row_blocks * batch * heads
-    _prologue_kernel[(row_programs + bias_blocks * heads,)](
-        dout, None if dlse is None else dlse.contiguous(), out, state.contiguous(), rows, table, bias, bias[1],
+    launch(
+        _prologue_kernel, (row_programs + bias_blocks * heads,),
+        dout, None if dlse is None else dlse.contiguous(), out, state.contiguous(), rows, table, bias,
         *dout.stride()[:3], *out.stride()[:3], count, i, heads, row_blocks, row_programs,
         (table.shape[1] + 1) // 2 if signed else table.shape[1], lowest, width, bias_blocks, *table.stride(),
         HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK_M=ROW_BLOCK,

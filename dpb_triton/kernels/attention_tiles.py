@@ -25,6 +25,7 @@ from .expand import IS_INTERPRETED
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+CHUNK = tl.constexpr(64)
 
 
 @triton.jit
@@ -144,14 +145,61 @@ def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, 
     if IS_MASKED:
         row = first + index
         mask = (row >= 0) & (row < rows)
-        if DIM == BLOCK:
+        if DIM >= BLOCK:
             return tl.load(ptrs, mask=mask[:, None], other=0.0)
         else:
             return tl.load(ptrs, mask=mask[:, None] & (offs_d < DIM)[None, :], other=0.0)
-    elif DIM == BLOCK:
+    elif DIM >= BLOCK:
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
+    """A matrix among those at `source`: a pointer moves there, a descriptor is told at each load."""
+    if IS_DESCRIBED:
+        return source
+    else:
+        return source + offset
+
+
+@triton.jit
+def stream_rows(source, at, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+                IS_MASKED: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
+    """`load_rows` of what a loop reads tile by tile, by pointers or by a descriptor of (batch, heads, rows, DIM).
+
+    at: (batch, head), which a descriptor needs. It gives zeros outside by itself.
+    """
+    if IS_DESCRIBED:
+        return tl.reshape(source.load([at[0], at[1], first, 0]), [COUNT, BLOCK])
+    else:
+        return load_rows(source, first, rows, stride, COUNT, DIM, BLOCK, False, IS_MASKED)
+
+
+@triton.constexpr_function
+def is_wide(block, precision):
+    """Whether rows of `block` columns are multiplied in chunks.
+
+    float32's three products of tf32 keep two copies of an operand in registers, and whole rows beyond 64 would spill.
+    """
+    return precision != "tf32" and block > CHUNK.value
+
+
+@triton.jit
+def dot_of_rows(x_ptr, first_x, i, stride_x, y_ptr, first_y, j, stride_y, M: tl.constexpr, N: tl.constexpr,
+                DIM: tl.constexpr, PRECISION: tl.constexpr, IS_REVERSED: tl.constexpr, IS_X_MASKED: tl.constexpr,
+                IS_MASKED: tl.constexpr):  # fmt: skip
+    """The products of the rows first_x … of x with the rows first_y … of y, CHUNK columns at a time: [M, N].
+
+    IS_REVERSED: the rows of x run backwards.
+    """
+    acc = tl.zeros([M, N], tl.float32)
+    for start in tl.static_range(0, DIM, CHUNK):
+        x = load_rows(x_ptr + start, first_x, i, stride_x, M, DIM - start, CHUNK, IS_REVERSED, IS_X_MASKED)
+        y = load_rows(y_ptr + start, first_y, j, stride_y, N, DIM - start, CHUNK, False, IS_MASKED)
+        acc = dot_add(x, tl.trans(y), acc, PRECISION)
+    return acc
 
 
 @triton.jit

@@ -32,6 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import cdiv, next_power_of_2
+from .replay import empty, launch, repeated
+
 # A wide, flat window: 512 bytes of a row for 2-byte types. At 128 x 128, ragged bf16 on sm_80, expand takes 247
 # registers and reduce spills 259 times (python -m bench codegen --block 128 128 --layout ragged prints it).
 # fp64 windows are half as wide: their registers are twice as many.
@@ -45,7 +48,7 @@ VECTOR_BYTES = 16
 def rows_per_program(heads: int, i: int, j: int) -> int:
     """Rows of a row chunk: the power of two that makes about PROGRAMS programs, from the shape alone."""
     ideal = heads * i * j / (BLOCK_N * PROGRAMS)
-    return min(max(triton.next_power_of_2(round(ideal / 2**0.5)), 64), 1024)
+    return min(max(next_power_of_2(max(round(ideal / 2**0.5), 1)), 64), 1024)
 
 
 @triton.jit
@@ -227,21 +230,23 @@ def _cut(heads, i, j, dtype, block_n, rows):
     """The grid and the constants of a launch: (bands, row chunks, block_n, rows)."""
     block_n = block_n or (BLOCK_N // 2 if dtype == torch.float64 else BLOCK_N)
     rows = rows or rows_per_program(heads, i, j)
-    return triton.cdiv(j + rows, block_n), triton.cdiv(i, rows), block_n, rows
+    return cdiv(j + rows, block_n), cdiv(i, rows), block_n, rows
 
 
+@repeated()
 def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the expansion. `block_m`, `block_n`, `rows` (powers of two) are there for tests of small shapes.
 
     table (heads, n) or, signed, (heads, 2n - 1) -> out (heads, i, j) in `dtype`, contiguous.
     """
     heads, width = table.shape
-    out = torch.empty((heads, i, j), dtype=dtype, device=table.device)
+    out = empty((heads, i, j), dtype, table.device)
     if out.numel() == 0:
         return out
     vec = VECTOR_BYTES // out.element_size()
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, dtype, block_n, rows)
-    _expand_kernel[(n_bands * n_chunks * heads,)](
+    launch(
+        _expand_kernel, (n_bands * n_chunks * heads,),
         table.to(dtype).contiguous(), out, i, j, (width + 1) // 2 if signed else width, offset, n_bands, n_chunks,
         SIGNED=signed, VEC=vec, SHIFT=0 if j % vec == 0 else vec - 1,
         ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
@@ -249,6 +254,7 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None,
     return out
 
 
+@repeated()
 def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
     """Launch the reduction; the transpose of `expand`, with the same options for tests.
 
@@ -276,14 +282,16 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
 
     accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, accumulator, block_n, rows)
-    partial = torch.empty((heads, n_chunks, 2, n_bands * block_n), dtype=accumulator, device=dbias.device)
-    dtable = torch.empty((heads, width), dtype=accumulator, device=dbias.device)
-    _reduce_kernel[(n_bands * n_chunks * heads,)](
-        dbias.as_strided((1,), (1,), dbias.storage_offset() - start), partial,
+    partial = empty((heads, n_chunks, 2, n_bands * block_n), accumulator, dbias.device)
+    dtable = empty((heads, width), accumulator, dbias.device)
+    launch(
+        _reduce_kernel, (n_bands * n_chunks * heads,),
+        dbias if start == 0 else dbias.as_strided((1,), (1,), dbias.storage_offset() - start), partial,
         i, j, start, stride_h, stride_x, stride_y, n_bands, n_chunks,
         UNIT=unit, VEC=vec, SHIFT=shift, ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
     )  # fmt: skip
-    _fold_kernel[(triton.cdiv(width, FOLD_BLOCK) * heads,)](
+    launch(
+        _fold_kernel, (cdiv(width, FOLD_BLOCK) * heads,),
         partial, dtable, n, offset, n_bands, n_chunks,
         SIGNED=signed, SHIFT=shift, ROWS=rows, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""Attention without any bias, by the kernels that come with torch: the limit of `python -m bench attention`.
+
+On a GPU FlashAttention-2 and cuDNN, the faster of the two on Hopper for a head_dim of 64 or 128; the EFFICIENT kernel
+for float32, which the other two do not take. Of the padded mask they see the causal part only: SDPA's fused kernels
+take no key mask, or no causality beside it.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from dpb_triton.reference import distance
+
+
+def _flash_window(query, key, value, window):
+    """FlashAttention-2 with its window, which scaled_dot_product_attention does not offer; differentiable."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False,
+        window_size_left=window, window_size_right=window,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _mask(query, key, seen):
+    """(i, j) bool, what SDPA needs where it has no word for it."""
+    i, j = query.shape[2], key.shape[2]
+    return seen.is_seen(distance(i, j, j - i, query.device))
+
+
+def without_bias(query, key, value, table, seen, backend=None):
+    """scaled_dot_product_attention by the kernel `backend`, an SDPBackend, or None for SDPA's own choice."""
+    if seen.window is not None and backend is SDPBackend.FLASH_ATTENTION:
+        return _flash_window(query, key, value, seen.window)
+    mask, is_causal = None, seen.is_causal
+    if seen.window is not None:
+        if backend is SDPBackend.CUDNN_ATTENTION:
+            raise NotImplementedError("scaled_dot_product_attention has no window")
+        mask = _mask(query, key, seen)
+    elif is_causal and query.shape[2] != key.shape[2]:  # is_causal would count from the first query
+        is_flash = backend is SDPBackend.FLASH_ATTENTION
+        mask = causal_lower_right(query.shape[2], key.shape[2]) if is_flash else _mask(query, key, seen)
+        is_causal = False
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+
+
+FLASH = partial(without_bias, backend=SDPBackend.FLASH_ATTENTION)
+CUDNN = partial(without_bias, backend=SDPBackend.CUDNN_ATTENTION)
+EFFICIENT = partial(without_bias, backend=SDPBackend.EFFICIENT_ATTENTION)
+
+
+def limits_of(device, dtype):
+    """{name: attend} of the limits there."""
+    if device == "cpu":
+        return {"no bias": without_bias}
+    if dtype == "fp32":
+        return {"no bias efficient": EFFICIENT}
+    return {"no bias flash": FLASH, "no bias cudnn": CUDNN}

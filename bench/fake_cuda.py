@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""A CUDA driver that is not there: Triton compiles, loads and launches as on an H100, and the launch does nothing.
+
+Everything of Triton is real, its C launcher too: only `libcuda.so.1` below it is this file's. So it shows without a GPU
+what a launch costs the host, and what the driver would be given: `install().take()` returns the launches since the
+last call, each with the grid and the bytes of every parameter of the kernel, as its PTX declares them. As a real driver
+it refuses grids and blocks beyond the limits. Tensors lie in the CPU's memory. Needs a C compiler, as Triton does.
+
+One a process, before Triton's first use; it cannot be taken back.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_BYTES = 227 * 1024  # of a block, at most
+
+# Attribute numbers, types and errors are cuda.h's.
+SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+#include "cuda.h"
+enum { PARAMETERS = 96, LAUNCHES = 4096, FUNCTIONS = 8192, SHARED = %(shared)d };
+typedef struct { uint64_t function, grid[3], threads, shared, values[PARAMETERS]; } Launch;
+Launch fake_launches[LAUNCHES];
+int fake_count = 0, fake_is_recording = 1;
+static unsigned char sizes[FUNCTIONS][PARAMETERS];
+static uintptr_t functions = 0;
+
+void fake_declare(uintptr_t function, int count, const unsigned char *bytes) { memcpy(sizes[function], bytes, count); }
+
+static CUresult launch(const CUlaunchConfig *config, CUfunction f, void **parameters) {
+  uint64_t grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  if (grid[0] < 1 || grid[0] > 0x7fffffff || grid[1] < 1 || grid[1] > 65535 || grid[2] < 1 || grid[2] > 65535 ||
+      config->blockDimX > 1024 || config->sharedMemBytes > SHARED)
+    return CUDA_ERROR_INVALID_VALUE;
+  if (!fake_is_recording) return CUDA_SUCCESS;
+  if (fake_count == LAUNCHES) return CUDA_ERROR_OUT_OF_MEMORY;
+  Launch *it = &fake_launches[fake_count++];
+  memset(it, 0, sizeof *it);
+  it->function = (uintptr_t)f;
+  memcpy(it->grid, grid, sizeof grid);
+  it->threads = config->blockDimX;
+  it->shared = config->sharedMemBytes;
+  for (int n = 0; n < PARAMETERS && sizes[it->function][n]; n++)
+    memcpy(&it->values[n], parameters[n], sizes[it->function][n]);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **parameters, void **extra) {
+  return launch(config, f, parameters);
+}
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  switch (attribute) {
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = SHARED; break;
+  case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = SHARED + 1024; break;
+  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+  case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
+  default: *value = 65536;
+  }
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction f) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)1; return CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule module, const char *name) {
+  if (++functions >= FUNCTIONS) return CUDA_ERROR_OUT_OF_MEMORY;
+  *f = (CUfunction)functions;
+  return CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  *(CUdeviceptr *)value = pointer;
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char **text) {
+  *text = error == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : "error";
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
+"""
+# what Triton's C names and nothing here calls
+UNUSED = (
+    "cuCtxGetDevice", "cuCtxGetLimit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion", "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuTensorMapEncodeIm2col",
+    "cuTensorMapEncodeTiled",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the driver was given."""
+
+    kernel: str
+    function: int  # which loaded binary
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int  # bytes
+    types: tuple[str, ...]  # of the parameters, as PTX writes them: u64, u32, f32, …
+    values: tuple[float, ...]
+
+
+def _build(folder, include):
+    source = Path(folder, "fake.c")
+    unused = (f'int no_{name}(void) __asm__("{name}");\nint no_{name}(void) {{ return 801; }}\n' for name in UNUSED)
+    source.write_text(SOURCE % {"shared": SHARED_BYTES} + "".join(unused))
+    library = Path(folder, "libcuda.so.1")
+    command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True, capture_output=True, text=True)
+    return library
+
+
+class FakeCuda:
+    """The library, and what it recorded."""
+
+    def __init__(self, library):
+        self.library = library
+        self.functions = {}  # handle: (kernel, types)
+
+    def declare(self, module, function, name, files, digest):
+        """Triton's hook after it has loaded a binary: tells the library how long its parameters are."""
+        (ptx,) = (Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
+        head = ptx[ptx.index(".entry") :]
+        types = tuple(re.findall(r"\.param \.(\w+)", head[: head.index(")")]))
+        self.functions[function] = name, types
+        sizes = bytes(int(kind[1:]) // 8 for kind in types)
+        self.library.fake_declare(ctypes.c_size_t(function), len(sizes), sizes)
+
+    def record(self, is_recording):
+        """Whether launches are recorded from now on; there is room for 4096 of them."""
+        ctypes.c_int.in_dll(self.library, "fake_is_recording").value = is_recording
+
+    def take(self):
+        """The launches since the last call."""
+        count = ctypes.c_int.in_dll(self.library, "fake_count")
+        words = 6 + 96
+        rows = (ctypes.c_uint64 * (words * count.value)).in_dll(self.library, "fake_launches")
+        found = [self._launch(rows[start : start + words]) for start in range(0, len(rows), words)]
+        count.value = 0
+        return found
+
+    def _launch(self, row):
+        function, x, y, z, threads, shared, *values = row
+        kernel, types = self.functions[function]
+        values = tuple(_value(kind, value) for kind, value in zip(types, values, strict=False))
+        return Launch(kernel, function, (x, y, z), threads, shared, types, values)
+
+
+def _value(kind, bits):
+    """A parameter's value; PTX writes u for ints of either sign."""
+    data = bits.to_bytes(8, "little")
+    codes = {"f32": "f", "f64": "d", "u8": "b", "u16": "h", "u32": "i", "u64": "q"}
+    return struct.unpack_from("<" + codes[kind], data)[0]
+
+
+@functools.cache
+def install():
+    """Make it Triton's driver in this process, whose tensors lie on the CPU; returns the FakeCuda."""
+    import triton
+    from triton.backends.nvidia import driver as nvidia
+
+    folder = tempfile.mkdtemp(prefix="dpb_triton_fake_cuda_")
+    library = _build(folder, Path(nvidia.__file__).parent / "include")
+    fake = FakeCuda(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))  # found from now on by its name
+    triton.knobs.nvidia.libcuda_path = folder
+
+    driver = nvidia.CudaDriver()
+    driver.get_current_device = lambda: 0
+    driver.get_current_stream = lambda device: 0
+    driver.get_device_capability = lambda device=0: (9, 0)
+    triton.runtime.driver.set_active(driver)
+    triton.knobs.runtime.kernel_load_end_hook.add(fake.declare)
+    return fake

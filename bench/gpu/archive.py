@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The tar of a compiled cache and what is known of it. Only the standard library and Triton."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+ABOUT = "dpb_triton_cache.json"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def own_key():
+    """SHA-256 of the `triton_key` of this interpreter's Triton; None without one."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:
+        return None
+    return hashlib.sha256(triton_key().encode()).hexdigest()
+
+
+def sources():
+    """A hash of the files of kernels."""
+    paths = sorted((ROOT / "dpb_triton" / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def read_about(path):
+    """What `write` was told of the tar."""
+    with tarfile.open(path) as tar:
+        return json.load(tar.extractfile(ABOUT))
+
+
+def unpack(path, folder):
+    """All entries into `folder`."""
+    with tarfile.open(path) as tar:
+        tar.extractall(folder, filter="data")
+    (Path(folder) / ABOUT).unlink()
+
+
+def write(path, folder, names, about):
+    """The tar `path` of the entries `names` of the cache `folder`."""
+    with tarfile.open(path, "w:xz", preset=3) as tar:
+        data = json.dumps(about).encode()
+        member = tarfile.TarInfo(ABOUT)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+        for name in sorted(names):
+            tar.add(Path(folder) / name, arcname=name)

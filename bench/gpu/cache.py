@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Kernels that were compiled elsewhere: what `--fill-cache` writes here and `--cache` reads on the lent machine.
+
+Triton finds a kernel there if the source of all its functions and their first lines, the launch's types, constants and
+divisibilities, the options, the GPU's architecture and Triton itself are the same. `triton_key` is the last of these:
+a hash of Triton's Python files and of its compiled half, which differs between Python versions. What is stored names
+its files by their absolute paths, so FOLDER is the same on both machines.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from . import archive
+
+FOLDER = Path("/tmp/dpb_triton_cache")
+
+
+def kernels_in(folder):
+    """How many compiled kernels a cache holds."""
+    return len(list(Path(folder).glob("*/*.cubin")))
+
+
+class Cache:
+    """The cache of a run: a tar that was given, or an empty one; `folder` is TRITON_CACHE_DIR."""
+
+    def __init__(self, tar=None, folder=FOLDER):
+        self.tar, self.folder, self.given = tar, Path(folder), 0
+
+    def open(self):
+        """Unpack the tar if it is for this Triton; says in one line what became of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.given = kernels_in(self.folder)
+        if self.tar is None:
+            return f"compiled cache: none given; {self.folder} holds {self.given} kernels"
+        key, about = archive.own_key(), archive.read_about(self.tar)
+        if about["triton_key"] != key:
+            return (
+                f"compiled cache: miss, all is compiled here: it was filled by Triton {about['triton']} of Python "
+                f"{about['python']}, triton_key {about['triton_key'][:12]}, here it is {str(key)[:12]}"
+            )
+        if about["folder"] != str(self.folder):
+            return f"compiled cache: miss: it was filled for {about['folder']}, not for {self.folder}"
+        archive.unpack(self.tar, self.folder)
+        self.given = kernels_in(self.folder)
+        line = f"compiled cache: hit, triton_key {key[:12]}, {self.given} kernels"
+        return line if about["sources"] == archive.sources() else f"{line}; sources have changed since it was filled"
+
+    def news(self):
+        """How many kernels were compiled since it was opened."""
+        return f"kernels compiled anew: {kernels_in(self.folder) - self.given}"
+
+
+def _call(command, environment):
+    return subprocess.run(command, cwd=archive.ROOT, env=os.environ | environment, check=False).returncode
+
+
+def _has_torch(python):
+    command = [python, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"]
+    return subprocess.run(command, cwd=archive.ROOT, check=False).returncode == 0
+
+
+def fill(phases, path, python, folder=FOLDER):
+    """Compile what the commands of `phases` launch, by the interpreter `python`, into the tar `path`.
+
+    Their launches are recorded first, by the same interpreter if it has torch, else by this one, whose Triton must
+    then be of the same version.
+    """
+    recorder = python if _has_torch(python) else sys.executable
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-fill-") as scratch:
+        paths = filter(None, [os.environ.get("PYTHONPATH"), str(archive.ROOT)])
+        environment = {"PYTHONPATH": os.pathsep.join(paths)}
+        files = []
+        for phase in phases:
+            for command in phase.commands:
+                words = command.line(lines=os.devnull, json=os.devnull, limit=600, out=scratch)
+                files.append(Path(scratch) / f"{len(files):03}-{phase.name}.pickle")
+                if _call([recorder, "-m", "bench.gpu.record", str(files[-1]), *words], environment):
+                    click.echo(f"{phase.name}: not all of its launches were recorded", err=True)
+        files = [str(file) for file in files if file.exists()]
+        environment = {"PYTHONPATH": str(archive.ROOT)}  # another Python has no use for this one's packages
+        environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+        sys.exit(_call([python, "-m", "bench.gpu.fill", str(path.resolve()), *files], environment))

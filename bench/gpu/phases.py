@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The phases of `python -m bench gpu`: what each runs, and which part of the time it may take.
+
+A phase is one or more commands, each a process of its own. In a command line `{lines}` stands for the file that takes a
+JSON line a cell, `{json}` for one that takes `records` at the end, `{limit}` for the seconds after which it should end
+by itself, `{out}` for the folder of --out.
+"""
+
+from dataclasses import dataclass, replace
+
+from . import suite
+
+NCU_KERNELS = r"regex:^_\w+_kernel$"  # this library's: those of torch have no underscore before their names
+
+
+@dataclass(frozen=True)
+class Command:
+    """What follows the interpreter; its weight among the commands of its phase."""
+
+    arguments: tuple
+    weight: float = 1.0
+    wants_csrc: bool = False  # waits for the compiled half, which is built in the background
+
+    def line(self, **words):
+        """The arguments with {lines}, {limit}, … filled in."""
+        filled = []
+        for argument in self.arguments:
+            for name, word in words.items():
+                argument = argument.replace("{" + name + "}", str(word))
+            filled.append(argument)
+        return filled
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A name for --phase, a weight (the seconds of a schedule of ten minutes), and the commands."""
+
+    name: str
+    weight: float
+    about: str
+    commands: tuple
+
+
+def shares(weights, seconds):
+    """Cut `seconds` in the proportion of `weights`."""
+    total = sum(weights)
+    return [seconds * weight / total for weight in weights]
+
+
+def _words(option, values):
+    return tuple(word for value in values for word in (option, str(value)))
+
+
+def _smoke(device, *options):
+    return Command(("-m", "bench.gpu.smoke", "--device", device, *options, "--lines", "{lines}"))
+
+
+def phases(device, tiny=False):
+    """All phases, in their order; `tiny` has the lengths of a rehearsal on a CPU."""
+
+    def bench(name, weight, *options, lengths=(), peers=(), heads=True, wants_csrc=False):
+        """One command of `python -m bench`: it stops by itself, and writes its records as they come."""
+        small = ("--smoke", "--backend", "torch", *(("--heads", "2") if heads else ())) if tiny else ()
+        lengths = (33,) if tiny and lengths else lengths
+        words = ("-m", "bench", name, "--device", device, *_words("--seq", lengths), *_words("--peer", peers), *options)
+        return Command((*words, *small, "--limit", "{limit}", "--lines", "{lines}"), weight, wants_csrc)
+
+    bf16, fp32 = ("--dtype", "bf16"), ("--dtype", "fp32")
+    materialised = ("eager", "sdpa with bias")
+    flex = ("flex fixed table", "flex trained table")
+    return [
+        Phase("smoke", 60, "is it right at all: every kernel once, against float64", (
+            _smoke(device, *(("--tiny",) if tiny else ())),
+            replace(_smoke(device, "--only", "csrc"), weight=0.3, wants_csrc=True),
+        )),
+        Phase("tests", 120, "the suite's tests that need a GPU", (
+            Command(suite.arguments(device, tiny), wants_csrc=True),
+        )),
+        Phase("sweep", 90, "launch constants by their times", (
+            Command(("-m", "bench", "sweep", "--device", device, "--limit", "{limit}", "--lines", "{lines}")),
+        )),
+        Phase("attention", 100, "bf16, causal, 2k to 16k, against peers and limits; head_dim 128 too", (
+            bench("attention", 6, *bf16, lengths=(8192, 2048, 4096), peers=materialised),
+            bench("attention", 3, *bf16, lengths=(16384,), peers=("none",)),
+            bench("attention", 3, *bf16, "--head-dim", "128", lengths=(8192, 2048), peers=("none",)),
+        )),
+        Phase("expand", 50, "the bias alone at 1k to 16k, against fill and sum", (
+            bench("expand", 3, *bf16, lengths=(8192, 8191, 1024), peers=("eager",), wants_csrc=True),
+            bench("expand", 1, *bf16, lengths=(16384,), peers=("none",), wants_csrc=True),
+        )),
+        Phase("profile", 60, "ncu's counters of each kernel at 8k", (
+            Command(("-m", "bench.gpu.counters", "{out}", NCU_KERNELS, device, "{lines}")),
+        )),
+        Phase("flex", 90, "FlexAttention, which compiles for long, at 8k", (
+            bench("attention", 1, *bf16, lengths=(8192,), peers=flex),
+        )),
+        Phase("window", 50, "a window with a published time, decoding, padding, all pairs", (
+            bench("attention", 2, *bf16, "--cell", "window", peers=("none",)),
+            bench("attention", 1, *bf16, "--cell", "decode", peers=materialised),
+            bench("attention", 1, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=materialised[1:]),
+        )),
+        Phase("float32", 30, "float32's errors as numbers, and its times", (
+            bench("attention", 1, *fp32, "--errors", lengths=(512, 2048, 4096), peers=materialised),
+            bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),
+        )),
+        Phase("memory", 40, "the longest sequence that trains at 16 heads", (
+            bench("attention", 1, *bf16, "--memory", "256" if tiny else "76000", peers=("none",)),
+        )),
+        Phase("host", 20, "the host's time for a call", (
+            Command(("-m", "bench", "host", "--device", device, "--json", "{json}")),
+        )),
+    ]  # fmt: skip

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench host`: microseconds of the host a call, beside torch's scaled_dot_product_attention in the same run.
+
+On a GPU: the time until a call returns, with fewer calls in a row than its queue holds. Without one the driver below
+Triton is `fake_cuda.py`'s, whose launches do nothing; all of Triton above it is real, and times are a thread's own CPU
+time. SDPA then runs on the CPU, with one element a head, so that its call is what costs; there are no launches in it.
+The least of many short rounds: other work on the machine only adds.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import click
+import torch
+from tabulate import tabulate
+from torch.nn import functional
+
+from .environment import describe, one_line
+from .options import DTYPES, chosen_device
+
+CALLS_IN_A_ROW = 20  # a GPU's queue holds 1,024 launches
+
+
+def _round(call, device):
+    """Microseconds of one call, of CALLS_IN_A_ROW."""
+    clock = time.thread_time_ns
+    if device == "cuda":  # where another thread runs backward
+        clock = time.perf_counter_ns
+        torch.cuda.synchronize()
+    start = clock()
+    for _ in range(CALLS_IN_A_ROW):
+        call()
+    return (clock() - start) / 1e3 / CALLS_IN_A_ROW
+
+
+def measure(calls, device, rounds):
+    """{name: microseconds} of `calls` {name: function}, in turn, round by round."""
+    for call in calls.values():  # compiles, fills caches
+        call()
+        call()
+    found = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(_round(call, device))
+    return {name: min(times) for name, times in found.items()}
+
+
+def the_calls(device, dtype, *, heads, seq, head_dim):
+    """{name: function}: ours through Triton, and SDPA, which has no bias and makes no table's gradient."""
+    from dpb_triton import bias_attention, expand_bias
+
+    def tensors(*shape):
+        return [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
+
+    query, key, value = tensors(1, heads, seq, head_dim)
+    small = (query, key, value) if device == "cuda" else tensors(1, heads, 1, 1)
+    table = torch.randn(heads, seq, device=device).requires_grad_()
+    dout, dsmall, dbias = (torch.randn_like(x) for x in (query, small[0], expand_bias(table, seq, seq)))
+
+    def attend():
+        return bias_attention(query, key, value, table, is_causal=True, backend="triton")
+
+    def expand():
+        return expand_bias(table, seq, seq, backend="triton")
+
+    def sdpa():
+        return functional.scaled_dot_product_attention(*small, is_causal=True)
+
+    return {
+        "attention forward": torch.no_grad()(attend),
+        "attention training step": lambda: torch.autograd.grad(attend(), (query, key, value, table), dout),
+        "SDPA forward": torch.no_grad()(sdpa),
+        "SDPA training step": lambda: torch.autograd.grad(sdpa(), small, dsmall),
+        "expand forward": torch.no_grad()(expand),
+        "expand training step": lambda: torch.autograd.grad(expand(), table, dbias),
+    }
+
+
+def let_cpu_tensors_through():
+    """Backend "triton" serves them in this process, below Triton the fake driver; returns that."""
+    from dpb_triton import attention, functional
+
+    from . import fake_cuda
+
+    fake = fake_cuda.install()
+    functional.why_not = attention.why_not = lambda backend, device_type: None
+    return fake
+
+
+def count_launches(calls, fake):
+    """{name: launches of Triton kernels a call}."""
+    found = {}
+    for name, call in calls.items():
+        call()
+        fake.take()
+        call()
+        found[name] = len(fake.take())
+    return found
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--seq", type=click.IntRange(1), default=64, show_default=True, help="Queries and keys.")
+@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
+def host(device, dtype, heads, seq, head_dim, rounds, path):
+    """Microseconds of the host a call, beside SDPA; without a GPU by launches that do nothing."""
+    device = chosen_device(device)
+    if "TRITON_INTERPRET" in os.environ:
+        raise click.UsageError("unset TRITON_INTERPRET: the interpreter launches nothing")
+    environment = describe(device)
+    torch.set_num_threads(1)
+    fake = let_cpu_tensors_through() if device == "cpu" else None
+    calls = the_calls(device, DTYPES[dtype], heads=heads, seq=seq, head_dim=head_dim)
+    launches = count_launches(calls, fake) if fake else dict.fromkeys(calls)
+    if fake:
+        fake.record(False)
+    times = measure(calls, device, rounds)
+    records = [{"call": name, "launches": launches[name], "us": times[name]} for name in calls]
+    click.echo(one_line(environment))
+    click.echo(tabulate([list(record.values()) for record in records], headers=list(records[0]), floatfmt=".1f"))
+    if path:
+        path.write_text(json.dumps({"environment": environment, "records": records}, indent=1))
+
+
+if __name__ == "__main__":
+    host()

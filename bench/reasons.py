@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""Why a cell has no times, in words that fit a table."""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+NO_MEMORY = "out of memory"
+NO_TIME = "not measured: time limit"
+NO_KERNEL = "No available kernel"  # scaled_dot_product_attention, of a shape that its chosen kernel does not take
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def reason_of(error):
+    """What kept a call from being timed."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return NO_MEMORY
+    if isinstance(error, TimeoutError):
+        return NO_TIME
+    return first_line(error).removeprefix("NotImplementedError: ")
+
+
+@contextmanager
+def refusals():
+    """Turns SDPA's refusal, which names no reason, into a NotImplementedError with those that it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except RuntimeError as error:
+            if NO_KERNEL not in str(error):
+                raise
+            said = [str(warning.message).split(" (Triggered internally")[0] for warning in caught]
+            said = [words for words in said if "not used because" not in words and "runtime disabled" not in words]
+            raise NotImplementedError("; ".join([NO_KERNEL, *dict.fromkeys(said)])[:300]) from None

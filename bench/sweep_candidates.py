@@ -12,7 +12,8 @@ _SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
 _WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
 # What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
-VARIANTS = {kernel: ((),) for kernel in KERNELS}
+# True: keys and values come by descriptors (TMA). dkdv has no such loop.
+VARIANTS = {"forward": ((), (True,)), "dkdv": ((),), "dq": ((), (True,)), "dtable": ((), (True,))}
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
     wanted = groups(kernels, [int(width) for width in widths], dtypes, archs or ("sm_90",))
     lines = Lines(lines)
     setting = {"limit": limit, "groups": wanted, "shape": [batch, heads, seq]}
-    lines.start({"bench": "sweep", "environment": describe(device), "setting": setting, "absent": {}})
+    lines.start({"bench": "sweep", "environment": _here(), "setting": setting, "absent": {}})
     results = load(path, is_old_welcome=device == "cuda")
     if device == "cpu" or not all(best(results, group) for group in wanted):
         # on a GPU a third of the time at most is for what no list says
@@ -164,6 +164,13 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
     click.echo(tabulate(_rows(results, wanted, count), headers=HEADERS))
     click.echo("tensor, issue, exp2: clocks of a multiprocessor for 1024 scores, the largest one is the estimate")
     lines.write("end", compiled=len(results))
+
+
+def _here():
+    """The environment of a run; without a GPU, too, where the GPU's part is rehearsed."""
+    import torch
+
+    return describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _arch_here(archs):

@@ -148,14 +148,14 @@ def is_hopeless(job, results):
         if not result["problems"] or [result[name] for name in ("width", "dtype", "arch")] != rest:
             continue
         other = candidate_of(result)
-        if (other.kernel, other.warps, other.more) != (candidate.kernel, candidate.warps, candidate.more):
+        if (other.kernel, other.warps) != (candidate.kernel, candidate.warps):
             continue
         words = " ".join(result["problems"])
         is_double = "times the products" in words or "more than once" in words
         if is_double and (other.block_m, other.block_n) == (candidate.block_m, candidate.block_n):
             return True
         is_smaller = other.block_m <= candidate.block_m and other.block_n <= candidate.block_n
-        if is_smaller and result.get("spills", 0) > 64:
+        if is_smaller and other.more == candidate.more and result.get("spills", 0) > 64:
             return True
     return False
 

@@ -6,7 +6,6 @@ by what their instructions would cost. With --device cuda it times the best of t
 file should hold. Nothing is tuned when a kernel is launched.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +14,8 @@ import click
 from tabulate import tabulate
 
 from .codegen_matrix import ARCHS
+from .environment import describe
+from .lines import Lines
 from .sweep_candidates import KERNELS, WIDTHS, Candidate
 from .sweep_offline import GENERATIONS, best, candidate_of, compile_candidates, groups, load, save
 
@@ -41,18 +42,6 @@ def _rows(results, wanted, count):
             clocks = [causal["clocks"][name] for name in ("tensor", "issue", "exp2")]
             yield [kernel, arch, dtype, width, candidate.name.split(" ", 1)[1], causal["registers"], causal["blocks"],
                    causal["instructions"], *clocks, full["registers"], full["instructions"]]  # fmt: skip
-
-
-class _Lines:
-    """One JSON object a line, on the disk when `write` returns."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def write(self, event, **facts):
-        if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
 def _offline(wanted, results, path, jobs, limit, lines):
@@ -157,8 +146,9 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
         archs = [_arch_here(archs)]
         path = path or RESULTS / f"sweep-offline-{archs[0]}.json"
     wanted = groups(kernels, [int(width) for width in widths], dtypes, archs or ("sm_90",))
-    lines = _Lines(lines)
-    lines.write("start", bench="sweep", device=device, limit=limit, groups=wanted)
+    lines = Lines(lines)
+    setting = {"limit": limit, "groups": wanted, "shape": [batch, heads, seq]}
+    lines.start({"bench": "sweep", "environment": _here(), "setting": setting, "absent": {}})
     results = load(path, is_old_welcome=device == "cuda")
     if device == "cpu" or not all(best(results, group) for group in wanted):
         # on a GPU a third of the time at most is for what no list says
@@ -174,6 +164,13 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
     click.echo(tabulate(_rows(results, wanted, count), headers=HEADERS))
     click.echo("tensor, issue, exp2: clocks of a multiprocessor for 1024 scores, the largest one is the estimate")
     lines.write("end", compiled=len(results))
+
+
+def _here():
+    """The environment of a run; without a GPU, too, where the GPU's part is rehearsed."""
+    import torch
+
+    return describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _arch_here(archs):

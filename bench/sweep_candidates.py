@@ -12,7 +12,8 @@ _SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
 _WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
 # What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
-VARIANTS = {kernel: ((),) for kernel in KERNELS}
+# True: keys and values come by descriptors (TMA). dkdv has no such loop.
+VARIANTS = {"forward": ((), (True,)), "dkdv": ((),), "dq": ((), (True,)), "dtable": ((), (True,))}
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,21 @@ def candidates(kernel, width, dtype, arch):
             continue
         if (warps == 2 and has_wgmma and dtype != "fp32") or (more and not has_wgmma):
             continue
-        found.append((_rank(candidate, registers / most, scores), candidate))
+        found.append((_rank(candidate, registers / most, _full(kernel, arch, width)), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
-def _rank(candidate, fullness, scores):
-    """Less is better: many scores a thread, registers that are used but not crowded, the likely stages."""
-    crowded = max(fullness - 0.65, 0) * 4
-    return crowded - 0.5 * min(scores, 64) / 64 - min(fullness, 0.65) + 0.15 * STAGES.index(candidate.stages)
+def _full(kernel, arch, width):
+    """The part of a thread's registers that these elements fill in tiles that have been found not to spill, about.
+
+    wgmma and sm_100 read operands from shared memory; elsewhere they take registers, too, and dtable's bias does.
+    """
+    if kernel == "dtable":
+        return 0.25
+    return 0.6 if arch not in ("sm_80", "gfx942") else 0.4 if width <= 128 else 0.3
+
+
+def _rank(candidate, fullness, full):
+    """Less is better: registers that are used but not crowded, then the likely stages and warps."""
+    off = (fullness - full) * 2 if fullness > full else full - fullness
+    return off + 0.15 * STAGES.index(candidate.stages) + 0.1 * _WARPS.index(candidate.warps)

@@ -10,7 +10,6 @@ import itertools
 import json
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,7 @@ from .codegen_matrix import attention_cases
 from .codegen_products import blocks_a_multiprocessor, clocks_a_tile
 from .codegen_promises import resident_warps, shared_limit
 from .codegen_run import compile_case, environment
-from .sweep_candidates import STAGES, Candidate, candidates
+from .sweep_candidates import Candidate, candidates
 
 SOURCES = Path(__file__).resolve().parent.parent / "dpb_triton" / "kernels"
 GENERATIONS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
@@ -87,6 +86,7 @@ def compile_candidate(candidate, width, dtype, arch):
         )  # fmt: skip
         (record,) = compile_case(case)
         found["problems"] += [f"{options}: {sentence}" for sentence in problems(record)]
+        found["spills"] = record.get("spills", 0)
         if found["problems"]:
             return found
         scores = record["constants"]["BLOCK_M"] * record["constants"]["BLOCK_N"]
@@ -118,7 +118,7 @@ def in_turn(wanted, known):
 def compile_candidates(wanted, results, jobs, limit, on_result=lambda key, result: None):
     """Compile what `results` lacks of the groups for at most `limit` seconds, into `results`.
 
-    Returns how many are left. Tiles whose work is done twice are not tried again with other stages.
+    Returns how many are left.
     """
     end = time.monotonic() + limit
     todo = in_turn(wanted, results)
@@ -128,7 +128,7 @@ def compile_candidates(wanted, results, jobs, limit, on_result=lambda key, resul
         while (todo and time.monotonic() < end) or running:
             while todo and len(running) < jobs and time.monotonic() < end:
                 job = todo.pop()
-                if not is_doubled(job, results):
+                if not is_hopeless(job, results):
                     running[pool.submit(compile_candidate, *job)] = job
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -138,12 +138,24 @@ def compile_candidates(wanted, results, jobs, limit, on_result=lambda key, resul
     return len(todo)
 
 
-def is_doubled(job, results):
-    """Whether the same tile and warps, with other stages, have been found to compute something twice."""
+def is_hopeless(job, results):
+    """Whether what was found of other tiles says that this one is not worth a compilation.
+
+    The same tile with other stages computes something twice, or one that is no larger spills a lot.
+    """
     candidate, *rest = job
-    for stages in STAGES:
-        known = results.get(key_of(replace(candidate, stages=stages), *rest), {"problems": []})
-        if any("times the products" in sentence or "more than once" in sentence for sentence in known["problems"]):
+    for result in results.values():
+        if not result["problems"] or [result[name] for name in ("width", "dtype", "arch")] != rest:
+            continue
+        other = candidate_of(result)
+        if (other.kernel, other.warps) != (candidate.kernel, candidate.warps):
+            continue
+        words = " ".join(result["problems"])
+        is_double = "times the products" in words or "more than once" in words
+        if is_double and (other.block_m, other.block_n) == (candidate.block_m, candidate.block_n):
+            return True
+        is_smaller = other.block_m <= candidate.block_m and other.block_n <= candidate.block_n
+        if is_smaller and other.more == candidate.more and result.get("spills", 0) > 64:
             return True
     return False
 

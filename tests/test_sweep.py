@@ -93,14 +93,16 @@ class Threads(ThreadPoolExecutor):
         super().__init__(jobs)
 
 
-def test_candidates_are_compiled_in_turn_and_doubled_ones_once(monkeypatch):
-    """Every group's best first; tiles that compute twice not with other stages; what is known not again."""
+def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
+    """Every group's best first; what computes twice not with other stages, nothing larger than what spills a lot."""
     asked = []
 
     def compile_one(candidate, width, dtype, arch):
         asked.append(candidate)
-        is_doubled = (candidate.block_m, candidate.block_n, candidate.warps) == first[:3]
-        return result(candidate, ["causal: main loop: 2.00 times the products that its tile needs"] * is_doubled)
+        if (candidate.block_m, candidate.block_n, candidate.warps) == first[:3]:
+            return result(candidate, ["causal: main loop: 2.00 times the products that its tile needs"])
+        is_crowded = candidate.kernel == "dq" and candidate.block_m * candidate.block_n >= 4096
+        return result(candidate, ["causal: 99 spills"]) | {"spills": 99} if is_crowded else result(candidate)
 
     first = candidates(*GROUP)[0].blocks
     monkeypatch.setattr(sweep_offline, "ProcessPoolExecutor", Threads)
@@ -112,6 +114,11 @@ def test_candidates_are_compiled_in_turn_and_doubled_ones_once(monkeypatch):
     assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
     assert [candidate.kernel for candidate in asked[:6]] == ["dkdv", "dq"] * 3
     assert len([c for c in asked if c.kernel == "dkdv" and (c.block_m, c.block_n, c.warps) == first[:3]]) == 1
+    crowded = [c for c in asked if c.kernel == "dq" and c.block_m * c.block_n >= 4096]
+    assert crowded
+    for one, two in itertools.combinations(crowded, 2):
+        is_larger = two.block_m >= one.block_m and two.block_n >= one.block_n
+        assert not (is_larger and (two.warps, two.more) == (one.warps, one.more))
     count = len(asked)
     assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
     assert len(asked) == count

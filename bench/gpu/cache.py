@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -74,14 +75,18 @@ def fill(phases, path, python, folder=FOLDER):
     with tempfile.TemporaryDirectory(prefix="bench-gpu-fill-") as scratch:
         paths = filter(None, [os.environ.get("PYTHONPATH"), str(archive.ROOT)])
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
-        files = []
-        for phase in phases:
-            for command in phase.commands:
-                words = command.line(lines=os.devnull, json=os.devnull, limit=600, out=scratch)
-                files.append(Path(scratch) / f"{len(files):03}-{phase.name}.pickle")
-                if _call([recorder, "-m", "bench.gpu.record", str(files[-1]), *words], environment):
-                    click.echo(f"{phase.name}: not all of its launches were recorded", err=True)
+        commands = [(phase.name, command) for phase in phases for command in phase.commands]
+        files = [Path(scratch) / f"{place:03}.pickle" for place in range(len(commands))]
+
+        def record(place):
+            words = commands[place][1].line(lines=os.devnull, json=os.devnull, limit=600, out=scratch)
+            return _call([recorder, "-m", "bench.gpu.record", str(files[place]), *words], environment)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (name, _), status in zip(commands, pool.map(record, range(len(commands))), strict=True):
+                if status:
+                    click.echo(f"{name}: not all of its launches were recorded", err=True)
         files = [str(file) for file in files if file.exists()]
-        environment = {"PYTHONPATH": str(archive.ROOT)}  # another Python has no use for this one's packages
-        environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
-        sys.exit(_call([python, "-m", "bench.gpu.fill", str(path.resolve()), *files], environment))
+        alone = {"PYTHONPATH": str(archive.ROOT)}  # another Python has no use for this one's packages
+        alone |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+        sys.exit(_call([python, "-m", "bench.gpu.fill", str(path.resolve()), *files], alone))

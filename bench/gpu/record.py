@@ -96,6 +96,8 @@ def _bench(arguments):
         return  # processes of its own; its kernels are those of the other lengths
     if arguments[0] == "sweep":
         return _sweep(arguments)
+    if arguments[0] == "host":
+        return _host(arguments)
     importlib.import_module(f"bench.{arguments[0]}")
     replace("why_not_measured", lambda backend, device: None if backend == "triton" else "is not recorded")
     replace("peak_mib", lambda call, device: (call(), None)[1])
@@ -129,6 +131,15 @@ def _sweep(arguments):
     sweep._arch_here = lambda archs: "sm_90"
     sweep._offline = lambda *rest: 0
     sweep.sweep([*arguments[1:]], standalone_mode=False)
+
+
+def _host(arguments):
+    """Its calls, each once, without the driver of its own that it has on a CPU."""
+    from bench import host
+
+    host.let_cpu_tensors_through = lambda: None
+    host.measure = lambda calls, *rest: {name: (call(), 0.0)[1] for name, call in calls.items()}
+    host.host(["cpu" if word == "cuda" else word for word in arguments[1:]], standalone_mode=False)
 
 
 def _pytest(arguments, recorder):

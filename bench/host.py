@@ -17,6 +17,7 @@ import torch
 from tabulate import tabulate
 from torch.nn import functional
 
+from . import fake_cuda
 from .environment import describe, one_line
 from .options import DTYPES, chosen_device
 
@@ -78,17 +79,6 @@ def the_calls(device, dtype, *, heads, seq, head_dim):
     }
 
 
-def let_cpu_tensors_through():
-    """Backend "triton" serves them in this process, below Triton the fake driver; returns that."""
-    from dpb_triton import attention, functional
-
-    from . import fake_cuda
-
-    fake = fake_cuda.install()
-    functional.why_not = attention.why_not = lambda backend, device_type: None
-    return fake
-
-
 def count_launches(calls, fake):
     """{name: launches of Triton kernels a call}."""
     found = {}
@@ -115,7 +105,7 @@ def host(device, dtype, heads, seq, head_dim, rounds, path):
         raise click.UsageError("unset TRITON_INTERPRET: the interpreter launches nothing")
     environment = describe(device)
     torch.set_num_threads(1)
-    fake = let_cpu_tensors_through() if device == "cpu" else None
+    fake = fake_cuda.let_cpu_tensors_through() if device == "cpu" else None
     calls = the_calls(device, DTYPES[dtype], heads=heads, seq=seq, head_dim=head_dim)
     launches = count_launches(calls, fake) if fake else dict.fromkeys(calls)
     if fake:

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
-from bench import fake_cuda, host
+from bench import fake_cuda
 from dpb_triton import bias_attention, bias_attention_varlen, expand_bias, kernels
 from dpb_triton.kernels import attention_forward, launching, replay
 
@@ -189,7 +189,7 @@ def compare(first, second, inputs):
 
 def install():
     """The Watch, in place of every `launch` and every repeated function of the package's kernels."""
-    fake = host.let_cpu_tensors_through()
+    fake = fake_cuda.let_cpu_tensors_through()
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: b"nothing"
     watch = Watch(fake)
     for module in pkgutil.iter_modules(kernels.__path__):

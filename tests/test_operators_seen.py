@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""The operators go past the dispatcher where nobody looks (`ops.call`), and through it for everyone who does."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from dpb_triton import bias_attention, expand_bias, ops
+from dpb_triton.functional import why_not
+
+
+@pytest.fixture
+def calls(device):
+    """Expand and attention with their gradients, by Triton."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+
+    def run(wrap=lambda tensor: tensor):
+        table = wrap(torch.randn(2, 16, device=device)).requires_grad_()
+        query, key, value = (wrap(torch.randn(1, 2, 16, 16, device=device)).requires_grad_() for _ in range(3))
+        expand_bias(table, 16, 16, backend="triton").sum().backward()
+        bias_attention(query, key, value, table, is_causal=True, backend="triton").sum().backward()
+
+    return run
+
+
+NAMES = {f"dpb_triton::{name}_triton" for name in ("expand", "reduce", "attention_forward", "attention_backward")}
+
+
+class Mode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_them(calls):
+    with Mode() as mode:
+        calls()
+    assert mode.names >= NAMES
+
+
+def test_a_profiler_sees_them(calls):
+    with torch.profiler.profile() as profiler:
+        calls()
+    assert {event.name for event in profiler.events()} >= NAMES
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds another, and notes what is asked of it."""
+
+    names: ClassVar = set()
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.names.add(function._schema.name)
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, cls) else x, (args, kwargs or {}))
+        return tree_map(lambda x: cls(x) if isinstance(x, torch.Tensor) else x, function(*args, **kwargs))
+
+
+def test_a_class_of_tensors_sees_them(calls):
+    Wrapper.names.clear()
+    calls(Wrapper)
+    assert Wrapper.names >= NAMES
+
+
+def test_otherwise_they_go_past_it(calls, monkeypatch):
+    def never(*args):
+        raise AssertionError("the dispatcher was asked")
+
+    for name in NAMES:
+        monkeypatch.setitem(ops.OPERATORS, name.removeprefix("dpb_triton::"), never)
+    calls()
+
+
+def test_lse_alone_is_differentiated(attention_backend, device):
+    """Nobody makes zeros for a gradient that is not there, so backward is given none for out."""
+    query, key, value = (torch.randn(1, 2, 9, 16, device=device, dtype=torch.float32) for _ in range(3))
+    table = torch.randn(2, 9, device=device)
+    inputs = [x.requires_grad_() for x in (query, key, table)]
+    _, lse = bias_attention(query, key, value, table, return_lse=True, backend=attention_backend)
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).abs().to(device)
+    wanted = (query @ key.mT / 4 + table[:, distance]).logsumexp(-1)
+    for ours, theirs in zip(
+        torch.autograd.grad(lse.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

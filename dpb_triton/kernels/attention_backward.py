@@ -45,6 +45,7 @@ from .attention_tiles import (
     stream_rows,
     visible_blocks,
 )
+from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch, repeated
 
@@ -316,3 +317,6 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
         table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, tiles["dtable"]
     )
     return dq, dk, dv, dtable
+
+
+settle(globals())

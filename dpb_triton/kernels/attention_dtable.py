@@ -33,6 +33,7 @@ from .attention_tiles import (
     sequence,
     stream_rows,
 )
+from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch
 
@@ -229,3 +230,6 @@ def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query,
         SIGNED=signed, BLOCK_M=block_m, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK,
     )  # fmt: skip
     return dtable
+
+
+settle(globals())

@@ -41,6 +41,7 @@ from .attention_tiles import (
     stream_rows,
     visible_blocks,
 )
+from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch, repeated
 
@@ -187,3 +188,6 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse, state
+
+
+settle(globals())

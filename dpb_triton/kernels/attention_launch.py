@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .attention_blocks import generation, padded
 from .attention_tiles import LOG2E
+from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch
 
@@ -128,3 +129,6 @@ def pad_bias(table, signed, reach):
         table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
     )  # fmt: skip
     return bias, -lowest
+
+
+settle(globals())

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .attention_blocks import padded
 from .attention_launch import BIAS_BLOCK, width_of, write_bias
+from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch
 
@@ -94,3 +95,6 @@ def launch_prologue(dout, dlse, out, state, table, signed, reach):
         SIGNED=signed, BLOCK=BIAS_BLOCK,
     )  # fmt: skip
     return rows, (heads * i, i), bias, -lowest
+
+
+settle(globals())

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .expand import IS_INTERPRETED
+from .keys import settle
 
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -311,3 +312,6 @@ def is_kept(first_key, second_key, y, threshold):
     """Whether dropout keeps a score: a function of the row's keys and of y, whatever the tiles."""
     bits = mix((y.to(tl.uint32) ^ first_key) * tl.full([], 0x9E3779B1, tl.uint32) + second_key)
     return bits >= threshold.to(tl.uint32)
+
+
+settle(globals())

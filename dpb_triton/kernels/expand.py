@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .keys import settle
 from .launching import cdiv, next_power_of_2
 from .replay import empty, launch, repeated
 
@@ -296,3 +297,6 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
         SIGNED=signed, SHIFT=shift, ROWS=rows, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dtable.to(dtype)
+
+
+settle(globals())

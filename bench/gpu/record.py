@@ -28,7 +28,7 @@ class Recorder:
 
     def install(self):
         """From now on, in this process."""
-        os.environ["TRITON_INTERPRET"] = "0"
+        os.environ.pop("TRITON_INTERPRET", None)
         offline.install()
 
         def record(kernel, key, signature, device, constexprs, options, attrs, warmup):

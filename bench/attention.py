@@ -105,7 +105,7 @@ def attention(common, cell, errors, budgets, longest, **sizes):
     if device == "cuda" and "backends" not in common.asked:
         common.backends = ("triton",)
     if sizes["batch"] is None and sizes["tokens"] is None:
-        sizes |= {"batch": 1} if device == "cpu" or budgets else {"tokens": TOKENS}
+        sizes |= {"batch": 1} if device == "cpu" or budgets or common.smoke else {"tokens": TOKENS}
     sizes = Sizes(heads=common.heads, **{name: value for name, value in sizes.items() if name != "heads"})
     environment = describe(device)
     click.echo(one_line(environment))

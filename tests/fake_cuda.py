@@ -19,6 +19,7 @@ from bench.__main__ import cli
 from bench.lines import read_lines
 from bench.report import tables
 
+CALL_MS = 5.0  # between two events
 REPLAY_MS = 0.3  # what a graph takes, whatever it holds
 
 
@@ -56,7 +57,7 @@ def _install(fake, monkeypatch):
             assert enable_timing
 
         def record(self):
-            fake.now += 0.5
+            fake.now += CALL_MS
             self.at = fake.now
 
         def elapsed_time(self, end):
@@ -69,7 +70,7 @@ def _install(fake, monkeypatch):
     class Graph:
         def replay(self):
             assert self.is_whole
-            fake.now += REPLAY_MS - 0.5
+            fake.now += REPLAY_MS - CALL_MS
 
     @contextmanager
     def graph(captured):

@@ -17,7 +17,7 @@ from bench import attention as bench_attention  # noqa: E402
 from bench import attention_cells, timing  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.attention_limits import FLASH  # noqa: E402
-from bench.attention_providers import EAGER, SDPA, Provider  # noqa: E402
+from bench.attention_providers import EAGER, Provider  # noqa: E402
 from bench.attention_shapes import Seen, Shape  # noqa: E402
 from bench.report import times_table  # noqa: E402
 
@@ -36,10 +36,19 @@ def bench(tmp_path):
     return partial(run_bench, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("mask", ["causal", "window", "padded"])
-def test_attention_with_our_kernels_interpreted(gpu, bench, dtype, mask):
-    code, output, records = bench(*QUICK, "--dtype", dtype, "--mask", mask, "--window", "5", "--tokens", "48")
+CASES = [
+    ("triton", "bf16", "causal"),
+    ("torch", "fp32", "full"),
+    ("torch", "bf16", "window"),
+    ("torch", "fp32", "padded"),
+]
+
+
+@pytest.mark.parametrize("backend_name, dtype, mask", CASES)
+def test_attention_beside_its_peers_and_limits(gpu, bench, backend_name, dtype, mask):
+    """Backend "triton" is our kernels in their interpreter."""
+    options = ["--dtype", dtype, "--mask", mask, "--window", "5", "--tokens", "48", "--backend", backend_name]
+    code, output, records = bench(*QUICK, *options)
     assert code == 0, output
     assert "batch 48 / seq" in output
     limits = {"fp32": ["efficient"], "bf16": ["flash", "cudnn"]}[dtype]
@@ -48,7 +57,8 @@ def test_attention_with_our_kernels_interpreted(gpu, bench, dtype, mask):
         assert "absent: limit: no bias cudnn, training: scaled_dot_product_attention has no window" in output
         limits = []
     for direction in ("forward", "training"):
-        for name in ("eager", "sdpa with bias", "dpb triton", *(f"limit: no bias {limit}" for limit in limits)):
+        names = ["eager", "sdpa with bias", f"dpb {backend_name}"]
+        for name in names + [f"limit: no bias {limit}" for limit in limits]:
             record = records[direction, name]
             assert (record["batch"], record["wrong"], record["ms"] > 0) == (2, None, True)
             assert record["tflop_s"] > 0
@@ -56,7 +66,7 @@ def test_attention_with_our_kernels_interpreted(gpu, bench, dtype, mask):
             assert record.get("of_limit", {}).keys() == {f"no bias {limit}" for limit in limits}
             assert record["x_eager"] > 0 and record["graph_x_eager"] == pytest.approx(1)
             assert name.startswith("limit") or record["peak_mib"] == 2
-    trained, frozen = records["training", "dpb triton"], records["training", "dpb triton frozen"]
+    trained, frozen = (records["training", f"dpb {backend_name}{more}"] for more in ("", " frozen"))
     assert (trained["gradients"], frozen["gradients"]) == ("q k v table", "q k v")
     assert trained["over_frozen"] > 0 and trained["graph_over_frozen"] == pytest.approx(1)
     assert "over_frozen" not in frozen
@@ -108,7 +118,8 @@ def test_flash_attentions_window_is_differentiable():
 def test_float32_is_held_against_sdpa_on_the_gpu(gpu, monkeypatch):
     """Three TF32 products on tensor cores have an accumulator that eager's float32 products do not have."""
     shape = Shape("fp32", 2, 2, 24, 16, "causal")
-    monkeypatch.setattr(SDPA, "__dict__", SDPA.__dict__ | {"attend": lambda *a: EAGER.attend(*a) * (1 + 2e-5)})
+    sdpa = Provider("sdpa", lambda *arguments: EAGER.attend(*arguments) * (1 + 2e-5))
+    monkeypatch.setattr(attention_cells, "SDPA", sdpa)
     coarse = Provider("coarse", lambda *arguments: EAGER.attend(*arguments) * (1 + 3e-5))
     coarser = Provider("coarser", lambda *arguments: EAGER.attend(*arguments) * (1 + 1e-4))
     for direction in ("forward", "training"):
@@ -121,7 +132,7 @@ def test_float32_is_held_against_eager_where_sdpa_has_no_room(gpu, monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(SDPA, "__dict__", SDPA.__dict__ | {"attend": no_room})
+    monkeypatch.setattr(attention_cells, "SDPA", Provider("sdpa", no_room))
     shape = Shape("fp32", 2, 2, 24, 16, "causal")
     assert attention_cells.Cells(shape, "cuda").wrong("training", EAGER) is None
     coarse = Provider("coarse", lambda *arguments: EAGER.attend(*arguments) * (1 + 3e-5))

@@ -56,8 +56,8 @@ def test_the_driver_is_given_what_the_call_says(results, name):
     assert {function for function, is_repeated in case["repeated"] if not is_repeated} == never
 
 
-def test_a_tensor_given_twice_is_not_taken_for_two(results):
-    assert results["same tensor twice"] is None, results["same tensor twice"]
+def test_a_repeated_call_takes_its_tensors_one_by_one_and_is_heard(results):
+    assert results["repeated"] is None, results["repeated"]
 
 
 def test_every_kind_of_argument_takes_tritons_binary(results):

@@ -178,7 +178,7 @@ def _add_keys(dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key
                          PRECISION, True, True, IS_MASKED)  # fmt: skip
     else:
         qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
-    bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    bias = load_bias((bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, slope = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     e = tl.exp2(s - largest[:, None])
     if is_wide(BLOCK_V, PRECISION):

@@ -60,7 +60,7 @@ def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, acc, m_i, l_i, x
     else:
         key = stream_rows(key_ptr, at, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
         qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
-    bias = load_bias((bias_ptr + (first_y + tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    bias = load_bias((bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     if IS_MASKED:
         mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False)

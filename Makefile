@@ -110,7 +110,8 @@ format: $(READY)  ## let them rewrite
 gpu:  ## all that needs a GPU, on this machine's, with the torch installed there: nothing is downloaded
 	$(or $(PY),python3) -m bench gpu
 
-GPU_PYTHON ?= python3.12
+# the lent machine's; pyenv puts a name on PATH that may start nothing
+GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 GPU_TRITON ?= 3.6.0
 # Triton alone, twice: for the lent machine's Python, which compiles, and for ours, which finds out what is launched.
 build/gpu-cache/.ready: Makefile

@@ -21,14 +21,9 @@ LAYERS = [
     "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
-    "attention_backward",
-    "attention_dtable",
-    "attention_forward",
-    "attention_launch",
-    "attention_blocks",
-    "attention_tiles",
-    "expand",
-]
+    "attention_backward", "attention_dtable", "attention_forward", "attention_prologue", "attention_launch",
+    "attention_blocks", "attention_tiles", "expand", "replay", "launching", "keys",
+]  # fmt: skip
 INTEGRATIONS = ["transformers", "transformers_attention", "transformers_table", "transformers_mask"]
 
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The command line of `python -m bench gpu`."""
 
+import contextlib
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +40,13 @@ def _on_signal(number, frame):
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)  # once is enough: what follows is the end
     raise Stopped(signal.Signals(number).name)
+
+
+def _log_machine(output):
+    """What nvidia-smi says of clocks, power and who else is there, into the log."""
+    if shutil.which("nvidia-smi"):
+        with output.open_log("nvidia-smi") as log, contextlib.suppress(subprocess.SubprocessError):
+            subprocess.run(["nvidia-smi"], stdout=log, stderr=subprocess.STDOUT, timeout=20, check=False)
 
 
 def _default_folder(environment):
@@ -78,6 +88,8 @@ def gpu(names, seconds, out, tar, fill, python, keep_going, sha, is_list, device
     summary = {"bench": "gpu", "environment": describe(device, sha)}
     click.echo(one_line(summary["environment"]))
     output = Output(out or _default_folder(summary["environment"]))
+    if device == "cuda":
+        _log_machine(output)
     cache = compiled.Cache(tar)
     summary["cache"] = cache.open()
     click.echo(summary["cache"])

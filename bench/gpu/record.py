@@ -28,7 +28,7 @@ class Recorder:
 
     def install(self):
         """From now on, in this process."""
-        os.environ["TRITON_INTERPRET"] = "0"
+        os.environ.pop("TRITON_INTERPRET", None)
         offline.install()
 
         def record(kernel, key, signature, device, constexprs, options, attrs, warmup):
@@ -165,7 +165,7 @@ def _pytest(arguments, recorder):
     for option in ("-n", "--dist"):
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
-    pytest.main([*words, "--tb=no", "-W", "ignore", "-p", "no:xdist"], plugins=[Plugin()])
+    pytest.main([*words, "--tb=no", "--no-summary", "-W", "ignore", "-p", "no:xdist"], plugins=[Plugin()])
 
 
 def _no_oracle(query, key, value, table, dout, dlse=None, *, options, keep=None):

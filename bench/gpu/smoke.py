@@ -95,8 +95,8 @@ def run(names, device, n, lines=None):
     return outcome
 
 
-def main(arguments=None):
-    """Parse, run."""
+def main(arguments=None, interprets=True):
+    """Parse, run; on a CPU in Triton's interpreter."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--only", default="", help="the cases whose names begin so")
@@ -104,7 +104,7 @@ def main(arguments=None):
     parser.add_argument("--tiny", action="store_true", help="the length of a rehearsal")
     parser.add_argument("--lines", help="write JSON lines there")
     options = parser.parse_args(arguments)
-    if options.device == "cpu":
+    if options.device == "cpu" and interprets:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, by their first use
     names = [options.case] if options.case else [name for name in CASES if name.startswith(options.only)]
     if not options.case and not options.only:
@@ -117,7 +117,7 @@ def record(arguments):
     """For bench.gpu.record: every case, nothing compared."""
     global errors_of
     errors_of = lambda results: {}  # noqa: E731
-    return main(arguments)
+    return main(arguments, interprets=False)
 
 
 if __name__ == "__main__":

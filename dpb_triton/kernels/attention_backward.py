@@ -290,7 +290,7 @@ def backward(dout, dlse, query, key, value, table, out, state, seqlens, seed, lo
         "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "HAS_SOFTCAP": softcap > 0,
         "HAS_DROPOUT": dropout_p > 0, "IS_PACKED": seqlens is not None, "PRECISION": precision_of(query),
     }  # fmt: skip
-    tiles = {name: blocks_of(name, query, value) for name in ("dkdv", "dq", "dtable")}
+    tiles = {name: blocks_of(name, query, value, dropout_p > 0) for name in ("dkdv", "dq", "dtable")}
     tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_dkv:
         tile = tiles["dkdv"]

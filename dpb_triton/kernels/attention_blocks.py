@@ -25,8 +25,9 @@ BLOCKS = {
     },
     "hopper": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        "forward dropout": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),  # its hash wants registers
+        "forward dropout": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),  # the hash wants registers
         "dkdv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+        "dkdv dropout": ((32, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
         "dq": ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         "dtable": ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1)),
     },
@@ -99,9 +100,9 @@ def generation():
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
 
 
-def blocks_of(kernel, query, value):
-    """The Tile of "forward", "forward dropout", "dkdv", "dq" or "dtable"."""
+def blocks_of(kernel, query, value, has_dropout=False):
+    """The Tile of "forward", "dkdv", "dq" or "dtable"; has_dropout: of the row for that, where there is one."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
-    row = rows.get(kernel) or rows[kernel.split()[0]]
+    row = rows.get(f"{kernel} dropout" if has_dropout else kernel, rows[kernel])
     width = max(padded(query.shape[3]), padded(value.shape[3]))
     return Tile(*row[0 if width <= 64 else 1 if width <= 128 else 2])

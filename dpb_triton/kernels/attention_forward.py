@@ -171,7 +171,7 @@ def forward(query, key, value, table, seqlens, seed, longest_query, longest_key,
 
     query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
-    tile = Tile(*blocks) if blocks else blocks_of("forward dropout" if dropout_p > 0 else "forward", query, value)
+    tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     sequences = batch if seqlens is None else seqlens.shape[0]
     n_blocks = cdiv(longest_query, tile.block_m)

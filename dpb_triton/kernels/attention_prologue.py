@@ -39,7 +39,7 @@ def _write_rows(block, row, dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, st
     dout_ptr += index * stride_db + head * stride_dh
     out_ptr += index * stride_ob + head * stride_oh
     if VALUE_DIM % 8 == 0:  # as in attention_tiles.row_ptrs
-        stride_dx, stride_ox = stride_dx // 8 * 8, stride_ox // 8 * 8
+        stride_dx, stride_ox = (stride_dx >> 3) * 8, (stride_ox >> 3) * 8
         dout_ptr, out_ptr = tl.multiple_of(dout_ptr, 16), tl.multiple_of(out_ptr, 16)
     dout = tl.load(dout_ptr + x[:, None] * tl.cast(stride_dx, tl.int64) + offs_v, mask=mask, other=0.0)
     out = tl.load(out_ptr + x[:, None] * tl.cast(stride_ox, tl.int64) + offs_v, mask=mask, other=0.0)

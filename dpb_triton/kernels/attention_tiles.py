@@ -123,11 +123,11 @@ def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
 
     Rows of a multiple of 8 elements begin at multiples of 16 bytes: the launchers see to it (`whole_rows`). Triton sees
     it by itself only where the stride is a multiple of 16, and loads 2 bytes at a time elsewhere. A hint on an argument
-    gets lost on the way; what a division and a product say does not.
+    gets lost on the way; what a shift and a product say does not.
     """
     stride = tl.full([], 0, tl.int32) + stride
     if DIM % 8 == 0:
-        stride = stride // 8 * 8
+        stride = (stride >> 3) * 8
         ptr = tl.multiple_of(ptr + first * tl.cast(stride, tl.int64), 16)
     else:
         ptr += first * tl.cast(stride, tl.int64)

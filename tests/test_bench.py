@@ -38,7 +38,7 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert "| dtype" in times_table(result, style="github").replace("|   dtype", "| dtype")
     assert (tmp_path / "r.png").stat().st_size > 10_000
     result["records"][0]["graph_error"] = "operation not permitted"
-    assert "no CUDA graph: fp32 33 forward: operation not permitted" in times_table(result)
+    assert "no CUDA graph: fp32 33 forward eager: operation not permitted" in times_table(result)
 
 
 def test_lines_come_as_the_run_goes_and_hold_what_the_json_holds(tmp_path):

@@ -21,7 +21,7 @@ from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch
 
-ROW_BLOCK = 64
+ROW_BLOCK = 32
 # Rows beyond the last one that a tile of queries may load, and selects away: the largest block.
 ROW_PADDING = 128
 
@@ -32,7 +32,7 @@ def _write_rows(block, row, dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, st
                 VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """The rows of BLOCK_M queries of head row % heads of the batch's entry row // heads."""
     x = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    index, head = row // heads, row % heads
+    index, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)[None, :]
     is_row = x < i
     mask = is_row[:, None] & (offs_v < VALUE_DIM)
@@ -44,7 +44,7 @@ def _write_rows(block, row, dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, st
     dout = tl.load(dout_ptr + x[:, None] * tl.cast(stride_dx, tl.int64) + offs_v, mask=mask, other=0.0)
     out = tl.load(out_ptr + x[:, None] * tl.cast(stride_ox, tl.int64) + offs_v, mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    x = row * i + x
+    x = row.to(tl.int64) * i + x
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + x, mask=is_row, other=0.0)
     largest = tl.load(state_ptr + x, mask=is_row, other=0.0)
@@ -66,7 +66,7 @@ def _prologue_kernel(dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, table_ptr
                      SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
     if pid < row_programs:
-        _write_rows(pid % row_blocks, (pid // row_blocks).to(tl.int64), dout_ptr, dlse_ptr, out_ptr, state_ptr,
+        _write_rows(pid % row_blocks, pid // row_blocks, dout_ptr, dlse_ptr, out_ptr, state_ptr,
                     rows_ptr, stride_db, stride_dh, stride_dx, stride_ob, stride_oh, stride_ox, rows, i, heads,
                     HAS_DLSE, VALUE_DIM, BLOCK_V, BLOCK_M)  # fmt: skip
     else:

@@ -9,7 +9,7 @@ import torch
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
-from fake_cuda import fake_cuda, run_bench  # noqa: E402
+from recorded_cuda import QUICK, TORCH, recorded_cuda, run_bench  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
@@ -17,13 +17,10 @@ from bench import attention_cells, cells, timing  # noqa: E402
 from bench import expand as bench_expand  # noqa: E402
 from bench.attention_providers import EAGER, Provider  # noqa: E402
 
-QUICK = ["attention", "--device", "cuda", "--smoke", "--heads", "2", "--seq", "24", "--head-dim", "16"]
-TORCH = ["--backend", "torch"]
-
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with fake_cuda(monkeypatch) as fake:
+    with recorded_cuda(monkeypatch) as fake:
         yield fake
 
 

@@ -9,20 +9,17 @@ import torch
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
-from fake_cuda import fake_cuda, run_bench  # noqa: E402
+from recorded_cuda import recorded_cuda, run_bench  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
 from bench import attention_memory  # noqa: E402
 from bench.attention_providers import EAGER, Provider  # noqa: E402
 from bench.report_memory import NO_ROOM  # noqa: E402
 
-QUICK = ["attention", "--device", "cuda", "--smoke", "--heads", "2", "--seq", "24", "--head-dim", "16"]
-TORCH = ["--backend", "torch"]
-
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with fake_cuda(monkeypatch) as fake:
+    with recorded_cuda(monkeypatch) as fake:
         yield fake
 
 

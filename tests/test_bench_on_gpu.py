@@ -10,7 +10,7 @@ for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
 from click.testing import CliRunner  # noqa: E402
-from fake_cuda import REPLAY_MS, fake_cuda, run_bench  # noqa: E402
+from recorded_cuda import QUICK, REPLAY_MS, TORCH, recorded_cuda, run_bench  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
@@ -21,13 +21,10 @@ from bench.attention_providers import EAGER, Provider  # noqa: E402
 from bench.attention_shapes import Seen, Shape  # noqa: E402
 from bench.report import times_table  # noqa: E402
 
-QUICK = ["attention", "--device", "cuda", "--smoke", "--heads", "2", "--seq", "24", "--head-dim", "16"]
-TORCH = ["--backend", "torch"]
-
 
 @pytest.fixture
 def gpu(monkeypatch):
-    with fake_cuda(monkeypatch) as fake:
+    with recorded_cuda(monkeypatch) as fake:
         yield fake
 
 

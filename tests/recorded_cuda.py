@@ -20,6 +20,8 @@ from bench.lines import read_lines
 from bench.report import tables
 
 CALL_MS = 5.0  # between two events
+QUICK = ["attention", "--device", "cuda", "--smoke", "--heads", "2", "--seq", "24", "--head-dim", "16"]
+TORCH = ["--backend", "torch"]
 REPLAY_MS = 0.3  # what a graph takes, whatever it holds
 
 
@@ -37,7 +39,7 @@ class _OnTheCpu(TorchFunctionMode):
         return function(*map(moved, args), **kwargs)
 
 
-class FakeCuda:
+class RecordedCuda:
     """What the bench does to the GPU. Memory counts are `peak` bytes; `refused` SDPBackends have no kernel."""
 
     def __init__(self):
@@ -132,9 +134,9 @@ def _install(fake, monkeypatch):
 
 
 @contextmanager
-def fake_cuda(monkeypatch):
-    """A FakeCuda in place of torch.cuda."""
-    fake = FakeCuda()
+def recorded_cuda(monkeypatch):
+    """A RecordedCuda in place of torch.cuda."""
+    fake = RecordedCuda()
     with monkeypatch.context() as patches, _OnTheCpu():
         _install(fake, patches)
         yield fake

@@ -83,7 +83,7 @@ def _add_queries(dk, dv, key, value, key_ptr, value_ptr, query_ptr, dout_ptr, ro
         kept = tl.where(keep, kept, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     if IS_MASKED:
-        mask = is_allowed(y, first_x, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M, False)
+        mask = is_allowed(y, first_x, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M)
         kept = tl.where(mask, kept, 0.0)
     dv = dot_add(narrow(kept, dout.dtype), dout, dv, PRECISION)
     ds = e * (dp * inverse[None, :] - delta[None, :]) * slope
@@ -133,6 +133,8 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr,
     enter, inside, outside, leave = visible_blocks(
         first_y, j, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_N, BLOCK_M
     )
+    # The edges of all heads that share the key, then their whole tiles: both inside one loop over the heads would keep
+    # each other's pointers alive, and spill.
     for member in range(0, group):
         head = kv_head * group + member
         q_ptr, do_ptr = query_ptr + head * stride_qh, dout_ptr + head * stride_dh
@@ -192,7 +194,7 @@ def _add_keys(dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key
         dp = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), dp * keep_scale, 0.0)
     ds = e * (dp * inverse[:, None] - delta[:, None]) * slope
     if IS_MASKED:
-        ds = tl.where(is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False), ds, 0.0)
+        ds = tl.where(is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N), ds, 0.0)
     return dot_add(narrow(ds, key.dtype), key, dq, PRECISION)
 
 

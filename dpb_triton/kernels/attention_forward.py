@@ -63,7 +63,7 @@ def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, acc, m_i, l_i, x
     bias = load_bias((bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
     if IS_MASKED:
-        mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N, False)
+        mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         s = tl.where(mask, s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))

@@ -244,15 +244,12 @@ def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, H
 
 @triton.jit
 def is_allowed(x, first_y, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-               BLOCK_N: tl.constexpr, IS_REVERSED: tl.constexpr):  # fmt: skip
+               BLOCK_N: tl.constexpr):  # fmt: skip
     """Which of the keys first_y … + BLOCK_N - 1, of j, the queries x [BLOCK_M] may see: [BLOCK_M, BLOCK_N].
 
-    IS_REVERSED: the columns run from the last key to the first. The roles may be swapped as in `visible_blocks`.
+    The roles may be swapped as in `visible_blocks`.
     """
-    column = tl.arange(0, BLOCK_N)
-    if IS_REVERSED:
-        column = BLOCK_N - 1 - column
-    column = opaque(column)[None, :]
+    column = opaque(tl.arange(0, BLOCK_N))[None, :]
     end = tl.zeros(x.shape, tl.int32) + (j - first_y)
     if HAS_RIGHT:
         end = tl.minimum(end, x + (offset + right + 1 - first_y))

@@ -3,6 +3,7 @@
 on the GPU. A backend that a machine lacks is skipped, with its reason in the summary."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -59,3 +60,20 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda that only keeps a record (recorded_cuda.py), for the bench's GPU paths."""
+    from recorded_cuda import recorded_cuda
+
+    with recorded_cuda(monkeypatch) as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """`python -m bench` with these words, in this process."""
+    from recorded_cuda import run_bench
+
+    return partial(run_bench, tmp_path)

@@ -1,32 +1,19 @@
 # SPDX-License-Identifier: MIT
 """What goes wrong on a GPU, rehearsed: it is a finding about a cell, and the run goes on."""
 
-from functools import partial
-
 import pytest
 import torch
 
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
-from recorded_cuda import QUICK, TORCH, recorded_cuda, run_bench  # noqa: E402
+from recorded_cuda import QUICK, TORCH  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
 from bench import attention_cells, cells, timing  # noqa: E402
 from bench import expand as bench_expand  # noqa: E402
 from bench.attention_providers import EAGER, Provider  # noqa: E402
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    with recorded_cuda(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return partial(run_bench, tmp_path)
 
 
 def test_a_limit_that_torch_refuses_is_absent_with_torchs_reason(gpu, bench):

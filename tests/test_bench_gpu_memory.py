@@ -1,31 +1,17 @@
 # SPDX-License-Identifier: MIT
 """The search for the longest trainable sequence on a GPU, rehearsed."""
 
-from functools import partial
-
 import pytest
 import torch
 
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
-from recorded_cuda import recorded_cuda, run_bench  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
 from bench import attention_memory  # noqa: E402
 from bench.attention_providers import EAGER, Provider  # noqa: E402
 from bench.report_memory import NO_ROOM  # noqa: E402
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    with recorded_cuda(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return partial(run_bench, tmp_path)
 
 
 def _memory(monkeypatch, gpu, *, room, found=(EAGER,), first=512, step=0.001):

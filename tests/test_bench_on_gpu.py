@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The benches' GPU paths, rehearsed: every branch runs here once, so that a slip of the pen costs no GPU time."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
 from click.testing import CliRunner  # noqa: E402
-from recorded_cuda import QUICK, REPLAY_MS, TORCH, recorded_cuda, run_bench  # noqa: E402
+from recorded_cuda import QUICK, REPLAY_MS, TORCH  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
 
 from bench import attention as bench_attention  # noqa: E402
@@ -20,18 +18,6 @@ from bench.attention_limits import FLASH  # noqa: E402
 from bench.attention_providers import EAGER, Provider  # noqa: E402
 from bench.attention_shapes import Seen, Shape  # noqa: E402
 from bench.report import times_table  # noqa: E402
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    with recorded_cuda(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-def bench(tmp_path):
-    return partial(run_bench, tmp_path)
-
 
 CASES = [
     ("triton", "bf16", "causal"),

@@ -20,6 +20,7 @@ from .attention_checks import (
 from .attention_padding import check_key_padding_mask, clear_unseen, pad
 from .checks import FLOATING, check_flag
 from .functional import is_in_onnx_export, is_transformed, why_not
+from .tracing import is_tracing, traced_as
 
 BACKENDS = tuple(attention_ops.SUFFIXES)
 
@@ -69,6 +70,7 @@ def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, 
     return ops.call("attention_forward", suffix, query, key, value, table, *options)[:2]
 
 
+@traced_as(reference.attention)
 def bias_attention(
     query,
     key,
@@ -122,6 +124,8 @@ def bias_attention(
         (out, lse), lse (batch, heads, i) in float32 (float64 for float64), natural logarithm. A query that sees no key
         gets 0 and -inf. Under autocast query, key and value are cast to its dtype; the table is not.
         Deterministic: no atomics, the same bits in every run.
+        A trace (torch.jit.trace, torch.onnx.export) records plain torch operations, whatever the backend, with the bias
+        materialised and torch's dropout. Sizes stay free; every other argument, and what the checks say, is fixed.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -187,7 +191,7 @@ def bias_attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,) on query's device, where each sequence starts, from 0 to the
             total.
         max_seqlen_q, max_seqlen_k: the longest sequences, or more. When both are given nothing waits for a GPU (the
-            numbers in cu_seqlens are then checked on it); torch.compile and CUDA graphs need them.
+            numbers in cu_seqlens are then checked on it); torch.compile, torch.jit.trace and CUDA graphs need them.
         offsets: int32 (sequences,), the offset of each sequence. Default: its number of keys minus its number of
             queries, which must not be negative.
         is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend: as in `bias_attention`.
@@ -204,6 +208,8 @@ def bias_attention_varlen(
         query, key, value, table, ("total", "heads"), is_causal, scale, signed, window, softcap, dropout_p,
         enable_gqa, return_lse, backend,
     )  # fmt: skip
+    if is_tracing() and (max_seqlen_q is None or max_seqlen_k is None):
+        raise ValueError("max_seqlen_q and max_seqlen_k must be given in a trace, which would keep the lengths it sees")
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets)
     seqlens, *longest = check_packed(query, key, table, table_length, packing, *bounds)
     if is_transformed(query, key, value, table):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What every public function asks of its arguments: one check each, naming the argument, the value, the expectation.
 
-Symbolic ints (torch.compile, torch.export) pass; comparisons on them become guards.
+Symbolic ints (torch.compile, torch.export) pass; comparisons on them become guards. So do a trace's 0-d tensors, whose
+numbers are looked at.
 """
 
 import numbers
 
 import torch
+
+from .tracing import is_size, number
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,8 +24,14 @@ def constant_under_compile(function):
 
 
 def check_int(name, value, minimum=None):
-    """`value` as an int (a SymInt stays one), at least `minimum`. bool is not an int here, numpy's integers are."""
+    """`value` as an int (a SymInt and a trace's size stay what they are), at least `minimum`.
+
+    bool is not an int here, numpy's integers are.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if is_size(value):
+            check_int(name, number(value), minimum)
+            return value
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
         value = int(value)
@@ -65,9 +74,10 @@ def check_grid(i, j, offset):
     i, j = check_int("i", i, 0), check_int("j", j, 0)
     if offset is not None:
         return i, j, check_int("offset", offset)
-    if j < i:
+    if number(j) < number(i):
         raise ValueError(
-            f"j must be at least i, because the i queries are the last of the j positions; got i = {i}, j = {j} "
+            "j must be at least i, because the i queries are the last of the j positions; "
+            f"got i = {number(i)}, j = {number(j)} "
             "(give an offset to place the queries elsewhere)"
         )
     return i, j, j - i

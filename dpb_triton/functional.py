@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from . import ops, reference
 from .autograd import ExpandBias
 from .checks import check_distances, check_dtype, check_flag, check_grid, check_table, constant_under_compile
+from .tracing import traced_as
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 
@@ -48,10 +49,11 @@ def is_transformed(*tensors):
 
 
 def is_in_onnx_export():
-    """Whether torch.onnx traces this call; where nothing traces at all it is not asked, which takes a microsecond."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    """Whether torch.onnx exports this call; where nothing compiles it is not asked, which takes a microsecond."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
+@traced_as(reference.expand)
 def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=None):
     """bias[h, x, y] = table[h, |x + offset - y|]: a table of distances as a position bias.
 
@@ -68,6 +70,8 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
     Returns:
         (heads, i, j), contiguous, differentiable any number of times with respect to the table, whose gradient is
         summed in float32 (float64 for float64) and rounded once. Deterministic.
+        A trace (torch.jit.trace, torch.onnx.export) records plain torch operations, whatever the backend; i, j and
+        offset stay free where they are sizes of tensors, and what the checks say is fixed.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -11,7 +11,9 @@ from torch import nn
 from .attention import bias_attention
 from .checks import check_dtype, check_flag, check_grid, check_int, check_tensor, constant_under_compile
 from .functional import expand_bias
-from .table_cache import TableCache, is_traced
+from .mlp import dtype_and_device, run
+from .table_cache import TableCache
+from .tracing import largest
 
 
 def _is_autocast(device_type):
@@ -19,9 +21,13 @@ def _is_autocast(device_type):
 
 
 @constant_under_compile
-def _is_tf32(device_type):
-    """Whether float32 matrix products keep 11 bits of their factors: positions beyond 2,048 would share a distance."""
-    return device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def _is_rounding(device_type):
+    """Whether float32 matrix products may keep 11 bits of their factors (TF32), or 8: positions would share a distance.
+
+    As `torch.backends.….matmul.fp32_precision` says, which takes two microseconds to ask.
+    """
+    backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type)
+    return backend is not None and torch._C._get_fp32_precision_getter(backend, "matmul") in ("tf32", "bf16")
 
 
 class DynamicPositionBias(nn.Module):
@@ -34,7 +40,12 @@ class DynamicPositionBias(nn.Module):
 
     In eval mode, where no gradient is asked for, the table is kept from call to call until a parameter changes, so a
     decoding step runs no MLP (inside torch.compile it does). On a GPU a write through `parameter.data` goes unseen:
-    call `eval()` after it.
+    call `eval()` after it. Nothing is kept of an MLP that may be more than its parameters: hooks, patched methods,
+    layers of other classes, parameters that are somebody else's.
+
+    The layers are called as modules, whoever fills their parameters: FSDP, nn.DataParallel, ZeRO-3, quantised or
+    offloaded layers. A trace (torch.jit.trace, torch.onnx.export) holds torch's own operators only. The lengths stay
+    free in it where they are sizes of tensors; dtypes and options are fixed.
 
     Args:
         dim: width of the MLP's hidden layers.
@@ -76,15 +87,15 @@ class DynamicPositionBias(nn.Module):
 
     @property
     def device(self):
-        """The device of the parameters."""
-        return next(self.parameters()).device
+        """The device of the parameters; where there are none, of what is there instead."""
+        return dtype_and_device(self)[1]
 
     def table(self, n):
         """The bias of each distance, the curve per head: (heads, n), with `signed` (heads, 2n - 1).
 
-        float32, or float64 for float64 parameters, whatever the autocast state; where TF32 is allowed the MLP runs in
-        float64. Column d belongs to distance d, of a
-        signed table to distance d - (n - 1). What `expand_bias` takes.
+        float32, or float64 for float64 parameters, whatever the autocast state; where float32 products may be rounded
+        (TF32) the MLP runs in float64. Column d belongs to distance d, of a signed table to distance d - (n - 1). What
+        `expand_bias` takes.
         """
         n = check_int("n", n, 0)
         kept = self._kept(n)
@@ -95,24 +106,29 @@ class DynamicPositionBias(nn.Module):
 
     def _kept(self, n):
         """The kept table, of n distances or more, or None."""
-        return None if is_traced(self.device.type) else self._cache.get(self, n, self._compute)
+        if type(self)._compute is not _COMPUTE or "_compute" in vars(self):
+            return None  # a function of whatever it likes
+        options = self.signed, self.log_distance, _is_rounding("cpu"), _is_rounding("cuda")
+        return self._cache.get(self, n, self._compute, options)
 
-    def _table(self, n):
-        """A table of n distances or more, not to be written to."""
+    def _table(self, n, query=None):
+        """A table of n distances or more, not to be written to; for `query`, if the module has no device of its own."""
         kept = self._kept(n)
-        return self._compute(n) if kept is None else kept
+        return self._compute(n, query) if kept is None else kept
 
-    def _compute(self, n):
-        device, dtype = self.device, self._table_dtype()
-        mlp_dtype = torch.float64 if _is_tf32(device.type) else dtype
+    def _compute(self, n, query=None):
+        found, device = dtype_and_device(self, query)
+        dtype = torch.float64 if found == torch.float64 else torch.float32
+        # layers that show no floating number, quantised ones, may know float32 only
+        mlp_dtype = torch.float64 if found is not None and _is_rounding(device.type) else dtype
         with torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else nullcontext():
             if self.signed:
-                distance = torch.arange(2 * n - 1 if n > 0 else 0, dtype=mlp_dtype, device=device) - (n - 1)
+                distance = torch.arange(2 * n, dtype=mlp_dtype, device=device)[1:] - n  # also for n = 0
             else:
                 distance = torch.arange(n, dtype=mlp_dtype, device=device)
             if self.log_distance:
                 distance = distance.sign() * (distance.abs() + 1).log()
-            rows = self._mlp_in(mlp_dtype, rearrange(distance, "n -> n 1"))
+            rows = run(self.mlp, rearrange(distance, "n -> n 1"))
             return rearrange(rows, "n heads -> heads n").to(dtype).contiguous()
 
     def forward(self, i, j, *, offset=None, dtype=None, backend=None):
@@ -131,11 +147,12 @@ class DynamicPositionBias(nn.Module):
         n = j if offset is None else None
         i, j, offset = check_grid(i, j, offset)
         if n is None:
-            n = max(i + offset, j - offset) if i > 0 and j > 0 else 0
+            n = _reach(i, j, offset)
         if dtype is None:
-            dtype = next(self.parameters()).dtype
-            if _is_autocast(self.device.type) and dtype != torch.float64:
-                dtype = torch.get_autocast_dtype(self.device.type)
+            dtype, device = dtype_and_device(self)
+            dtype = torch.get_default_dtype() if dtype is None else dtype
+            if _is_autocast(device.type) and dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device.type)
         return expand_bias(self._table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
 
     def attention(self, query, key, value, *, offset=None, **options):
@@ -154,8 +171,8 @@ class DynamicPositionBias(nn.Module):
         for name, tensor in (("query", query), ("key", key)):
             check_tensor(name, tensor, ("batch", "heads", "length", "head_dim"))
         i, j, offset = check_grid(query.shape[2], key.shape[2], offset)
-        n = max(i + offset, j - offset) if i > 0 and j > 0 else 0
-        return bias_attention(query, key, value, self._table(n), offset=offset, signed=self.signed, **options)
+        table = self._table(_reach(i, j, offset), query)
+        return bias_attention(query, key, value, table, offset=offset, signed=self.signed, **options)
 
     def train(self, mode=True):
         self._cache.clear()
@@ -166,17 +183,6 @@ class DynamicPositionBias(nn.Module):
             f"dim={self.dim}, heads={self.heads}, depth={self.depth}, norm={self.norm}, "
             f"log_distance={self.log_distance}, signed={self.signed}"
         )
-
-    def _table_dtype(self):
-        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
-
-    def _mlp_in(self, dtype, x):
-        """The MLP computed in `dtype`; the layers may be any modules."""
-        parameters = dict(self.mlp.named_parameters())
-        if all(parameter.dtype == dtype for parameter in parameters.values()):
-            return self.mlp(x)
-        parameters = {name: parameter.to(dtype) for name, parameter in parameters.items()}
-        return torch.func.functional_call(self.mlp, parameters, (x,))
 
     @classmethod
     def from_x_transformers(
@@ -225,3 +231,13 @@ class DynamicPositionBias(nn.Module):
             renamed[f"mlp.{int(layer) * stride + inner}.{rest[-1].replace('gamma', 'weight')}"] = value
         module.load_state_dict(renamed)
         return module
+
+
+_COMPUTE = DynamicPositionBias._compute
+
+
+def _reach(i, j, offset):
+    """How many distances the grid needs."""
+    if isinstance(i, torch.Tensor) or isinstance(j, torch.Tensor) or isinstance(offset, torch.Tensor):
+        return largest(i + offset, j - offset)
+    return max(i + offset, j - offset) if i > 0 and j > 0 else 0

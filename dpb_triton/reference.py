@@ -15,6 +15,11 @@ def distance(i, j, offset, device=None):
     return rearrange(x + offset, "i -> i 1") - rearrange(y, "j -> 1 j")
 
 
+def _pick(table, index):
+    """table[:, index], where an index below 0 is as wrong as one beyond the end."""
+    return table.index_select(1, rearrange(index, "i j -> (i j)")).reshape(table.shape[0], *index.shape)
+
+
 def expand(table, i, j, *, offset=None, signed=False, dtype=None):
     """bias[h, x, y] = table[h, |x + offset - y|], or table[h, x + offset - y + n - 1] of a signed table.
 
@@ -22,7 +27,7 @@ def expand(table, i, j, *, offset=None, signed=False, dtype=None):
     """
     index = distance(i, j, j - i if offset is None else offset, table.device)
     index = index + table.shape[1] // 2 if signed else index.abs()
-    return table.to(dtype or table.dtype)[:, index]
+    return _pick(table.to(dtype or table.dtype), index)
 
 
 def reduce(dbias, n, *, offset=None, signed=False, dtype=None):
@@ -66,19 +71,20 @@ def attention(
         groups = query.shape[1] // key.shape[1]
         key, value = (repeat(x, "b h j d -> b (h g) j d", g=groups) for x in (key, value))
 
-    s = (query @ key.mT).to(accumulator) * scale
+    s = (query @ key.transpose(-2, -1)).to(accumulator) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     distances = distance(i, j, j - i if offset is None else offset, query.device)
-    index = distances + width // 2 if signed else distances.abs()
-    s = s + table.to(accumulator)[:, index.clamp(0, width - 1)]  # only pairs that the window cuts off are clamped
-
     left, right = (None, None) if window is None else window
     right = 0 if is_causal else right
+    is_cut = torch.zeros_like(distances, dtype=torch.bool)
     if left is not None:
-        s = s.masked_fill(distances > left, -torch.inf)
+        is_cut = is_cut | (distances > left)
     if right is not None:
-        s = s.masked_fill(-distances > right, -torch.inf)
+        is_cut = is_cut | (-distances > right)
+    index = distances + width // 2 if signed else distances.abs()
+    s = s + _pick(table.to(accumulator), index.masked_fill(is_cut, 0))  # their distance may be outside the table
+    s = s.masked_fill(is_cut, -torch.inf)
     if key_padding_mask is not None:
         mask = rearrange(key_padding_mask, "b j -> b 1 1 j")
         s = s.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else s + mask

@@ -7,12 +7,12 @@ MLP computed for  256          512         1024        a kept table serves all s
 """
 
 import torch
-from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from .plain_layers import plain_parameters
 
 _SMALLEST = 256
-# Functions of their parameters alone. Any other layer (LoRA, a parametrization, a quantised one) may change its mind
-# without a parameter changing, so its table is computed each time.
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.SiLU)
 
 
 class TableCache:
@@ -28,24 +28,35 @@ class TableCache:
         """Forget the table."""
         self._kept = None
 
-    def get(self, module, n, compute):
+    def get(self, module, n, compute, options):
         """A table of n distances or more: the kept one, or `compute(length)`, which is then kept.
 
-        None where nothing may be kept: in training, in a trace or a capture, of layers that are not plain. A call that
-        needs gradients also forgets what there is, because an optimizer's step follows.
+        `options` is what else than the MLP `compute` depends on. None where nothing may be kept: in training, in a
+        trace or a capture, of an MLP that is not known to be a function of its parameters alone. A call that needs
+        gradients also forgets what there is, because an optimizer's step follows.
         """
-        if module.training or not _is_plain(module.mlp):
+        if module.training or _is_seen():
             return None
-        parameters = list(module.mlp.parameters())
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        plain = plain_parameters(module.mlp)
+        if plain is None or not plain[0]:
+            return None
+        parameters, numbers = plain
+        device = parameters[0].device
+        if device.type not in ("cpu", "cuda") or any(x.device != device or x.is_inference() for x in parameters):
+            return None
+        # a graph would go on reading a table that a longer one has replaced
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
             self.clear()
             return None
 
         # On a CPU the numbers are compared, which takes microseconds. A GPU would have to be waited for: there a change
         # shows in torch's count of in-place operations or in the storage. Neither shows a write through `.data`.
-        is_read = parameters[0].device.type == "cpu"
-        key = [(x.data_ptr(), x._version, x.dtype, x.device) for x in parameters]
-        key.append((module.signed, module.log_distance, torch.is_inference_mode_enabled()))
+        is_read = device.type == "cpu"
+        key = [torch.is_inference_mode_enabled(), device, *options, *numbers, *(x.dtype for x in parameters)]
+        if not is_read:
+            key += [(x.data_ptr(), x._version, x.shape, x.stride()) for x in parameters]
         length = _SMALLEST
         kept = self._kept
         if kept is not None:
@@ -62,24 +73,14 @@ class TableCache:
         return table
 
 
-def is_traced(device_type):
-    """Whether this call is being recorded, for other numbers than those it sees, or has none."""
+def _is_seen():
+    """Whether this call is being recorded, for other numbers than those it sees, or may mean something else."""
     return (
         torch.compiler.is_compiling()
-        or device_type not in ("cpu", "cuda")
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        # a graph would go on reading a table that a longer one has replaced
-        or (device_type == "cuda" and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _is_plain(mlp):
-    return type(mlp) is nn.Sequential and all(
-        type(layer) in _PLAIN
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and all(type(x) is nn.Parameter and not x.is_inference() for x in layer.parameters())
-        for layer in mlp
-    )
+        # torch.set_default_device is a mode too, one that no layer's forward can tell
+        or (torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()))
+    )  # fmt: skip

@@ -8,7 +8,12 @@ import torch.distributed as dist
 from distributed_model import BATCH, HEADS, LENGTH, batches, build, loss_of, one_process, train
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +108,60 @@ def fsdp_of_the_module_alone():
             torch.testing.assert_close(module(5, 9), expected(5, 9), atol=1e-12, rtol=1e-12)
             for parameter in (*module.parameters(), *expected.parameters()):
                 parameter.mul_(1.5)
+
+
+def fsdp_of_each_linear():
+    """Every Linear of the MLP is a group of its own: its parameters are there while it runs, and only then."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build()
+    shard_linears(model, mesh)
+    fully_shard(model, mesh=mesh)
+    check_equal(ranks_mean(train(model, shard_of_batch)), model, one_process())
+
+
+def shard_linears(module, mesh, **options):
+    for layer in [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]:
+        fully_shard(layer, mesh=mesh, **options)
+
+
+def fsdp_of_each_linear_in_bfloat16():
+    """The MLP still runs in float32: the table is the same, bit for bit. A policy for the weights may round them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    expected, module = (build(torch.bfloat16).layers[0].pos_bias for _ in range(2))
+    shard_linears(module, mesh)
+    fully_shard(module, mesh=mesh)
+    for each in (module, expected):
+        each(5, 9).float().square().mean().backward()
+    for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, atol=1e-4, rtol=0.02)
+    module.eval(), expected.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(module(5, 3000, dtype=torch.float32), expected(5, 3000, dtype=torch.float32))
+
+    rounded, module = (build(torch.float32).layers[0].pos_bias for _ in range(2))
+    shard_linears(module, mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=False))
+    fully_shard(module, mesh=mesh)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    assert torch.equal(module(5, 3000), rounded(5, 3000))
+
+
+def fsdp1(wrap_policy=None):
+    """FSDP1's default: flat parameters, of which the layers hold views that are no parameters."""
+    options = {"auto_wrap_policy": wrap_policy, "device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(build(), **options)
+    check_equal(ranks_mean(train(model, shard_of_batch)), model, one_process())
+    expected = build()
+    expected.load_state_dict(one_process()[1])
+    tokens = batches()[0][:, :-1]
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model.eval()(tokens), expected.eval()(tokens), atol=1e-10, rtol=1e-10)
+
+
+def is_linear_or_bias(module, recurse, **_):
+    return recurse or isinstance(module, (torch.nn.Linear, DynamicPositionBias))
 
 
 def multihead_attention(wrap):
@@ -224,6 +283,10 @@ CASES = {
     "fsdp of layers": partial(fsdp, True),
     "fsdp of the bias within": partial(fsdp, True, is_alone=True),
     "fsdp of the module alone": fsdp_of_the_module_alone,
+    "fsdp of each Linear": fsdp_of_each_linear,
+    "fsdp of each Linear in bfloat16": fsdp_of_each_linear_in_bfloat16,
+    "fsdp1": fsdp1,
+    "fsdp1 of layers": partial(fsdp1, is_linear_or_bias),
     "ddp of MultiheadAttention": partial(multihead_attention, wrap_ddp),
     "fsdp of MultiheadAttention": partial(multihead_attention, wrap_fsdp),
     "fsdp in mixed precision": fsdp_mixed_precision,

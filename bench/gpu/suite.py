@@ -33,6 +33,7 @@ OWN_PROCESSES = "starts processes of its own, on the CPU"
 BEFORE = "raises before a kernel starts, the same on every machine"
 NO_KERNEL = "runs no kernel of this library"
 CPU_ONLY = "draws its tensors on the CPU"
+TRACED = "a trace holds torch's operators, and none of this library's"
 LEFT_OUT = {  # by pattern
     "test_attention_bad_input.py": BEFORE,
     "test_attention_reference.py": NO_KERNEL,
@@ -41,6 +42,8 @@ LEFT_OUT = {  # by pattern
     "test_codegen*.py": OFFLINE,
     "test_csrc.py": OFFLINE,
     "test_distributed.py": OWN_PROCESSES,
+    "test_foreign_parameters.py": CPU_ONLY,
+    "test_kept_table.py": NO_KERNEL,
     "test_kernel_keys.py": OFFLINE,
     "test_launch_path.py": OFFLINE,
     "test_layers.py": OWN_PROCESSES,
@@ -49,6 +52,7 @@ LEFT_OUT = {  # by pattern
     "test_readme.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_sweep.py": OFFLINE,
+    "test_tracing.py": TRACED,
     "test_transformers*.py": CPU_ONLY,
     "test_x_transformers.py": CPU_ONLY,
 }

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""torch.jit.trace, and the older ONNX exporter, which traces: sizes are 0-d tensors there, whose use is recorded.
+
+A trace is for a process that may not have this library, and for other lengths than those it was made with. So it
+records torch's own operators, those of `reference.py`. Ours would be recorded with their sizes as numbers.
+"""
+
+import functools
+from contextlib import contextmanager
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@contextmanager
+def unrecorded():
+    """Within it sizes are ints and nothing is recorded."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def number(size):
+    """The number that a size is; of a trace's 0-d tensor read without a record, and without torch's warning of that."""
+    if not isinstance(size, torch.Tensor):
+        return size
+    with unrecorded():
+        return size.item()
+
+
+def largest(a, b):
+    """max(a, b), which a trace records."""
+    if isinstance(b, torch.Tensor):
+        a, b = b, a
+    return a.clamp(min=b) if isinstance(a, torch.Tensor) else max(a, b)
+
+
+def is_tracing():
+    """Whether this call is being traced."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+def is_size(value):
+    """Whether `value` is a size as a trace has it."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 0
+        and value.dtype in (torch.int64, torch.int32)
+        and is_tracing()
+    )
+
+
+def traced_as(reference):
+    """A decorator: a trace records `reference`, of the same arguments but `backend`, in the function's place.
+
+    The function is called beside it, unrecorded, so that its checks see numbers.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def traceable(*args, **kwargs):
+            if not is_tracing():
+                return function(*args, **kwargs)
+            with unrecorded(), torch.no_grad():
+                seen = pytree.tree_map_only(torch.Tensor, lambda x: x if x.dim() else x.item(), (args, kwargs))
+                function(*seen[0], **seen[1])
+            return reference(*args, **{name: value for name, value in kwargs.items() if name != "backend"})
+
+        return traceable
+
+    return decorate

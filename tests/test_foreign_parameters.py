@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT
+"""Parameters that are somebody else's: replicated, quantised, in buffers, gathered or brought layer by layer, cast."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dpb_triton import DynamicPositionBias, MultiheadAttention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def make(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return DynamicPositionBias(8, 2, dtype=dtype, **options)
+
+
+def calls(dtype):
+    """What a module can be asked for, by name."""
+    x = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return {
+        "table": lambda module: module.table(9),
+        "forward": lambda module: module(5, 9),
+        "in bfloat16": lambda module: module(5, 9, dtype=torch.bfloat16),
+        "attention": lambda module: module.attention(*x, is_causal=True),
+    }
+
+
+def assert_same(module, expected, dtype=torch.float32, tolerance=0.0):
+    """In every call, training or not, with gradients or not; and nothing is kept."""
+    for training in (True, False):
+        module.train(training)
+        for grad in (True, False):
+            for name, call in calls(dtype).items():
+                with torch.set_grad_enabled(grad):
+                    found, wanted = call(module), call(expected)
+                torch.testing.assert_close(
+                    found, wanted, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+                )
+    assert module._cache._kept is None
+    assert module.device == expected.device
+
+
+def replica(module):
+    """What torch.nn.parallel.replicate makes of a module for one device."""
+    again = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        again._modules[name] = None if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            again._parameters[name] = None
+        else:
+            setattr(again, name, parameter * 1)
+    return again
+
+
+class TestReplicas:
+    @pytest.mark.parametrize("options", [{}, {"norm": True, "signed": True, "depth": 1}], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_same_numbers(self, dtype, options):
+        module = make(dtype, **options)
+        assert_same(replica(module), module, dtype)
+
+    def test_gradients_reach_the_original(self):
+        module, expected = make(), make()
+        for each in (replica(module), expected):
+            each(5, 9).square().sum().backward()
+        for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+    def test_multihead(self):
+        torch.manual_seed(0)
+        module, x = MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+        for options in ({"need_weights": False}, {}):
+            torch.testing.assert_close(replica(module)(x, x, x, **options), module(x, x, x, **options))
+
+
+class InBuffers(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("w", linear.weight.detach())
+        self.register_buffer("b", linear.bias.detach())
+
+    def forward(self, x):
+        return F.linear(x, self.w, self.b)
+
+
+class Int8(nn.Module):
+    """Weight-only: int8 numbers, which must come as they are, and a scale a row."""
+
+    def __init__(self, linear, is_buffer, dtype=torch.float32):
+        super().__init__()
+        scale = linear.weight.detach().float().abs().amax(1, keepdim=True) / 127
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        if is_buffer:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale.to(dtype))
+        self.bias = nn.Parameter(linear.bias.detach().to(dtype))
+        self.address = weight.data_ptr()
+
+    def forward(self, x):
+        assert self.weight.dtype == torch.int8 and self.weight.data_ptr() == self.address
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.T + self.bias
+
+
+class Dequantised(nn.Module):
+    """As HQQ's: a product with a weight that is made in 16 bits, whatever comes in."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("packed", linear.weight.detach().bfloat16().view(torch.int16))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.matmul(x, self.packed.view(torch.bfloat16).T) + self.bias
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: int8 numbers that stand for a weight of another dtype, in a tensor of a class of its own."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, size, stride):
+        return cls(tensors["codes"], tensors["scale"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        x, weight, bias = args
+        assert type(weight) is cls and x.dtype == weight.dtype
+        return (x @ weight.codes.to(x.dtype).T) * weight.scale.T + bias
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{function} of a quantised weight")
+
+
+def linears(module):
+    return [place for place, layer in enumerate(module.mlp) if isinstance(layer, nn.Linear)]
+
+
+class TestLayersOfOthers:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_weights_in_buffers(self, dtype):
+        module, expected = make(dtype, norm=True), make(dtype, norm=True)
+        for place in linears(module):
+            module.mlp[place] = InBuffers(module.mlp[place])
+        assert_same(module, expected, dtype)
+        module = make(dtype)
+        for place in linears(module):
+            module.mlp[place] = InBuffers(module.mlp[place])
+        assert not list(module.parameters())
+        assert_same(module, make(dtype), dtype)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_quantize_dynamic(self):
+        quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has it no more")
+        module = quantization.quantize_dynamic(make().eval(), {nn.Linear}, dtype=torch.qint8)
+        expected = copy.deepcopy(module)
+        x = torch.arange(9.0)[:, None]
+        torch.testing.assert_close(module.table(9), expected.mlp(x).T, atol=0, rtol=0)
+        torch.testing.assert_close(module(5, 9), make()(5, 9), atol=0.05, rtol=0.05)
+        torch.backends.mkldnn.matmul.fp32_precision, before = "tf32", torch.backends.mkldnn.matmul.fp32_precision
+        torch.testing.assert_close(module.table(9), expected.mlp(x).T, atol=0, rtol=0)
+        torch.backends.mkldnn.matmul.fp32_precision = before
+        query = torch.randn(1, 2, 5, 8)
+        assert module.attention(query, query, query).dtype == torch.float32
+
+    @pytest.mark.parametrize("is_buffer", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_int8(self, dtype, is_buffer):
+        module = make(dtype)
+        for place in linears(module):
+            module.mlp[place] = Int8(module.mlp[place], is_buffer, dtype)
+        assert module(5, 9).dtype == dtype
+        torch.testing.assert_close(module.table(9), make(dtype).table(9), atol=0.05, rtol=0.05)
+        module(5, 9).sum().backward()
+        assert module.mlp[0].bias.grad.dtype == dtype
+        assert_same(module, module, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_products_with_sixteen_bits(self, dtype):
+        module, rounded = make(dtype), make(dtype)
+        for place in linears(module):
+            layer = rounded.mlp[place]
+            layer.weight.data = layer.weight.data.bfloat16().to(dtype)
+            module.mlp[place] = Dequantised(module.mlp[place])
+        assert_same(module, rounded, dtype, tolerance=1e-5)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16], ids=str)
+    def test_weights_of_a_class_of_their_own(self, dtype, scale):
+        module = make(dtype)
+        for place in linears(module):
+            int8 = Int8(module.mlp[place], False, scale)
+            module.mlp[place].weight = nn.Parameter(Quantised(int8.weight.data, int8.scale), requires_grad=False)
+        assert module.mlp[0].weight.dtype == scale
+        torch.testing.assert_close(module(5, 9).float(), make(dtype)(5, 9).float(), atol=0.05, rtol=0.05)
+        module.table(9).sum().backward()
+
+    def test_a_layer_of_another_dtype(self):
+        """Its weights are rounded, the distances are not."""
+        module, rounded = make(), make()
+        module.mlp[0].bfloat16()
+        for parameter in rounded.mlp[0].parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        module.mlp[0], module.mlp[2] = nn.Sequential(module.mlp[0], nn.Identity()), module.mlp[2]
+        assert torch.equal(module.table(3000), rounded.table(3000))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": True, "signed": True, "log_distance": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_is_the_float32_module_bit_for_bit(dtype, options):
+    """Forward and gradients: those of the same MLP whose parameters are cast, and whose gradients are cast back."""
+    module = make(dtype, **options)
+    table = module.table(40)
+    wide = copy.deepcopy(module).float()
+    assert torch.equal(table, wide.table(40))
+    table.square().mean().backward()
+    wide.table(40).square().mean().backward()
+    for ours, theirs in zip(module.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad.to(dtype))
+
+
+class Gathered:
+    """Parameters that are there while their layer runs: its hooks bring them and take them away, as ZeRO-3 does."""
+
+    def __init__(self, module):
+        self.seen = 0
+        for layer in module.modules():
+            own = dict(layer.named_parameters(recurse=False))
+            if own:
+                whole = {name: parameter.data for name, parameter in own.items()}
+                layer.register_forward_pre_hook(lambda layer, args, whole=whole: self.gather(layer, whole))
+                layer.register_forward_hook(lambda layer, args, out, whole=whole: self.release(layer, whole))
+                self.release(layer, whole)
+
+    def gather(self, layer, whole):
+        self.seen += 1
+        for name, data in whole.items():
+            getattr(layer, name).data = data
+
+    def release(self, layer, whole):
+        for name, data in whole.items():
+            getattr(layer, name).data = data.new_empty(0)
+
+
+class Offloaded:
+    """Parameters on the meta device until a layer runs."""
+
+    def __init__(self, module, patches, device=None):
+        for layer in module.modules():
+            own = dict(layer.named_parameters(recurse=False))
+            if own:
+                self.offload(layer, own)
+                self.patch(layer, own, device) if patches else self.hook(layer, own)
+
+    def hook(self, layer, own):
+        layer.register_forward_pre_hook(lambda layer, args: self.bring(layer, own))
+        layer.register_forward_hook(lambda layer, args, out: self.offload(layer, own))
+
+    def patch(self, layer, own, device):
+        """As accelerate does it."""
+        forward = layer.forward
+
+        def patched(x):
+            assert not x.is_meta
+            self.bring(layer, own)
+            out = forward(x)
+            self.offload(layer, own)
+            return out
+
+        layer.forward = patched
+        layer._hf_hook = type("Hook", (), {"execution_device": device})()
+
+    def bring(self, layer, own):
+        layer._parameters.update(own)
+
+    def offload(self, layer, own):
+        layer._parameters.update({name: nn.Parameter(x.to("meta"), x.requires_grad) for name, x in own.items()})
+
+
+class TestParametersThatComeAndGo:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_gathered_layer_by_layer(self, dtype):
+        module = make(dtype, norm=True)
+        gathered = Gathered(module)
+        assert all(parameter.numel() == 0 for parameter in module.parameters())
+        assert_same(module, make(dtype, norm=True), dtype)
+        assert gathered.seen > 0
+
+    @pytest.mark.parametrize("patches", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_offloaded(self, dtype, patches):
+        module = make(dtype, norm=True)
+        Offloaded(module, patches, device="cpu")
+        assert all(parameter.is_meta for parameter in module.parameters())
+        assert_same(module, make(dtype, norm=True), dtype)
+
+    def test_where_the_hooks_say(self):
+        module = make()
+        Offloaded(module, True, device=torch.device("cuda", 0))
+        assert module.device == torch.device("cuda", 0)
+        nested = make()
+        for layer in nested.mlp:
+            layer._hf_hook = type("Sequence", (), {"hooks": [object(), type("Hook", (), {"execution_device": 0})()]})()
+        assert nested.device.type == "cpu", "parameters that are somewhere count first"
+
+    def test_a_meta_module_stays_one(self):
+        """With hooks that fill nothing too, as a counter of shapes installs them."""
+        module = make(device="meta")
+        assert module(4, 6).is_meta and module.device.type == "meta"
+        shapes = []
+        for layer in module.mlp:
+            layer.register_forward_hook(lambda layer, args, out: shapes.append(out.shape))
+        assert module.table(9).is_meta
+        assert shapes[-1] == (9, 2)
+
+
+def test_a_hook_of_the_mlp_that_keeps_a_part(device):
+    """DTensor's way: what goes in and out of the whole MLP is somebody else's too."""
+    module = make(torch.bfloat16, device=device)
+    expected = module.table(9)[:1]
+    module.mlp.register_forward_pre_hook(lambda mlp, args: (args[0].clone(),))
+    module.mlp.register_forward_hook(lambda mlp, args, out: out[:, :1])
+    assert torch.equal(module.table(9), expected)

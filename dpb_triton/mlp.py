@@ -24,7 +24,7 @@ _PRODUCTS = {
 
 
 def dtype_and_device(module, query=None):
-    """The floating dtype, or None, and the device of the module's tensors; where it has none `query`'s device or torch's.
+    """The floating dtype, or None, and the device of the module's tensors, or `query`'s, or torch's default.
 
     Parameters count first, then buffers, then tensors that merely are attributes: what nn.DataParallel's replicas and
     FSDP1 have instead.

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # files may import from all of these.
 LAYERS = [
     "plot", "multihead", "tensor_parallel", "module", "table_cache", "context_parallel", "attention", "functional",
-    "ring", "attention_padding", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu",
+    "ring", "attention_key_bias", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu",
     "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [

@@ -14,8 +14,8 @@ from .replay import empty, launch
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
 BIAS_BLOCK = 1024
-# Positions, and every sum of two of them, are int32 in the kernels.
-LARGEST = 2**30 - 1
+# Positions, and every sum of four of them, are int32 in the kernels.
+LARGEST = 2**29 - 1
 # Elements between two rows, of which a tile has 128 at most: a place in a tile is 32 bits.
 LARGEST_STRIDE = 2**25 - 1
 

@@ -108,7 +108,7 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def has_nan(tile, is_row):
     """Whether a NaN is among the rows `is_row` of a tile [rows, columns]; the others may hold anything."""
-    return tl.max(tl.max(((tile != tile) & is_row[:, None]).to(tl.int32), 1), 0) > 0
+    return tl.max(((tile != tile) & is_row[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit

@@ -44,19 +44,20 @@ def forward(
     is_plain = is_on_cpu and not softcap and not dropout_p and query.shape[3] == value.shape[3]
 
     def attend(is_plain, selects):
+        is_sure = True
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             part = query[:, :, x], key[:, :, y], value[:, :, y]
             grid = Grid(*part[:2], table, _of_keys(key_bias, y), distance, signed, left, right)
             if is_plain:
-                _forward_flash(grid, *part, out[:, :, x], lse[:, :, x], scale)
+                is_sure &= _forward_flash(grid, *part, out[:, :, x], lse[:, :, x], scale)
             else:
                 dropout = seed, number, longest_query, dropout_p
                 _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout, selects)
+        return is_sure
 
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
-        attend(is_plain, selects=not is_on_cpu)
-        # the lse of flash attention is 0 also where all scores are -inf
-        if is_on_cpu and (has_nan(out) or (is_plain and not lse.all())):
+        is_sure = attend(is_plain, selects=not is_on_cpu)
+        if is_on_cpu and (not is_sure or has_nan(out)):
             attend(False, selects=True)
         # a pair that means the same: flash attention gives lse only
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
@@ -66,10 +67,12 @@ def forward(
 def _forward_flash(grid, query, key, value, out, lse, scale):
     """One sequence by torch's flash attention, whose mask is a view: with the rows reversed, bias[x, y] = band[x + y].
 
-    A view of overlapping rows, so the bias is read from the band itself and takes no memory.
+    A view of overlapping rows, so the bias is read from the band itself and takes no memory. Returns whether lse is
+    right: that of torch is 0 for a row whose scores are all -inf.
     """
+    is_sure = True
     if lse.numel() == 0:
-        return
+        return is_sure
     key, value = (_unit_stride(tensor.to(lse.dtype)) for tensor in (key, value))
     mirror = grid.band.flip(1)
     for b in grid.elements():
@@ -93,9 +96,14 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
                     q_rows, k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=factor
                 )
             )
-        o, log_sum = (torch.cat(part, 2).flip(2) for part in zip(*reversed(parts), strict=True))
-        out[b] = o[..., : out.shape[3]].reshape(out[b].shape)
-        lse[b] = log_sum.reshape(lse[b].shape).masked_fill_(grid.empty_rows(b.start), -torch.inf)
+        o, log_sum = parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*reversed(parts), strict=True))
+        out[b] = o.flip(2)[..., : out.shape[3]].reshape(out[b].shape)
+        log_sum = log_sum.flip(2).reshape(lse[b].shape)
+        if not log_sum.all():
+            log_sum.masked_fill_(grid.empty_rows(b.start), -torch.inf)
+            is_sure &= bool(log_sum.all())
+        lse[b] = log_sum
+    return is_sure
 
 
 def _with_key_bias(q, k, v, key_bias, scale):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Attention with a mask of keys: any pattern, with every option, against the loops of the definition."""
 
-import attention_oracle
 import pytest
 import torch
 from attention_oracle import Case, check, poison

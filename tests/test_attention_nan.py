@@ -76,6 +76,7 @@ def check(function, case, numbers, device, keep=None):
 
 # Each has masked pairs, seen ones, and, but for two, keys and queries that meet both.
 HOLES = mask("#..#....#.........##", "...##..........#....")
+ENDS = mask("." * 9 + "#" * 11, "#" * 9 + "." * 11)
 CASES = {
     "dense": Case(i=13, j=20),
     "causal": Case(i=20, j=20, options={"is_causal": True}),
@@ -85,7 +86,7 @@ CASES = {
     "rows that see nothing": Case(i=20, j=20, options={"is_causal": True, "offset": -7}),
     "mask": Case(batch=2, i=13, j=20, options={"key_padding_mask": HOLES}),
     "mask and causality": Case(batch=2, i=20, j=20, options={"key_padding_mask": HOLES, "is_causal": True}),
-    "mask at the ends": Case(batch=2, i=13, j=20, options={"key_padding_mask": mask("." * 9 + "#" * 11, "#" * 9 + "." * 11)}),
+    "mask at the ends": Case(batch=2, i=13, j=20, options={"key_padding_mask": ENDS}),
     "all of one hidden": Case(batch=2, i=13, j=20, options={"key_padding_mask": mask("#" * 20, "." * 20)}),
     "float mask": Case(batch=2, i=13, j=20, options={"key_padding_mask": torch.linspace(-2, 2, 40).view(2, 20)}),
     "float mask with -inf": Case(

@@ -79,7 +79,7 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
         q, k, v = _unit_stride(query[b].flip(-2).to(lse.dtype)), key[b], value[b]
         factor = scale
         if grid.key_bias is not None:
-            q, k, v = _with_key_bias(q, grid.clear_hidden(k, b), grid.clear_hidden(v, b), grid.key_bias[b], scale)
+            q, k, v = _with_key_bias(q, k, v, grid.key_bias[b], scale)
             factor = 1.0
         if grid.group > 1:
             q = q[0].unflatten(0, (-1, grid.group))
@@ -123,7 +123,7 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, s
     """One sequence in tiles of scores."""
     seed, number, longest_query, dropout_p = dropout
     for block in grid.blocks():
-        k, v = (_keys(grid, tensor, block, lse.dtype) for tensor in (key, value))
+        k, v = (_matrices(tensor, grid.key_heads(block), lse.dtype) for tensor in (key, value))
         band = grid.band_of(block)
         for rows, keys in grid.chunks(grid.rows, block[0]):
             if keys.start == keys.stop:
@@ -179,7 +179,7 @@ def _backward(
             bias_of_keys = _of_keys(key_bias, y)
             grid = Grid(query[:, :, x], key[:, :, y], table, bias_of_keys, distance, signed, left, right)
             for block in grid.blocks():
-                k, v = (_keys(grid, tensor[:, :, y], block, state.dtype) for tensor in (key, value))
+                k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), state.dtype) for tensor in (key, value))
                 # transposed, (key heads, dim, j), because these products are the faster ones
                 dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
                 band = grid.band_of(block)
@@ -310,12 +310,6 @@ def _part(tensor, block, rows):
 
 def _of_keys(key_bias, keys):
     return None if key_bias is None else key_bias[:, keys]
-
-
-def _keys(grid, tensor, block, dtype):
-    """A block's rows of key or value, as `_matrices`, with zeros for those that a mask hides among the others."""
-    b, heads = grid.key_heads(block)
-    return _matrices(grid.clear_hidden(tensor[b, heads], b), (slice(None), slice(None)), dtype)
 
 
 def _write(tensor, block, rows, part):

@@ -126,13 +126,6 @@ class Grid:
         b, h = block
         return self.band[h].repeat(min(b.stop, self.batch) - b.start, 1)
 
-    def clear_hidden(self, tensor, b):
-        """Rows of key or value of the batch elements `b`, (…, j, dim), with zeros for the keys that a mask hides.
-
-        These meet a p of 0 in a product; beyond the spans nobody reads them.
-        """
-        return tensor if self.hidden is None else tensor.masked_fill(self.hidden[b, None, :, None], 0)
-
     def chunks(self, height, b):
         """(rows, keys) slices, `height` rows each: the keys that at least one of the rows may see.
 

@@ -248,7 +248,7 @@ def poisoned(tensor, y):
 # Anything
 
 SIDES = st.none() | st.integers(0, 12) | st.sampled_from([2**31 - 1, 2**31, 2**62, 2**63 - 1])
-FAR = st.sampled_from([2**31 - 1, -(2**31), 2**32 + 5, 2**62, -(2**62), 2**63 - 1])
+FAR = st.sampled_from([2**31 - 1, -(2**31), 2**32 + 5, 2**60, -(2**60)])
 
 
 @st.composite

@@ -40,5 +40,6 @@ def key_bias_of(mask, query):
         return mask, None
     shift = mask.detach().amax(1)
     shift = torch.where(shift.isfinite(), shift, 0)
-    key_bias = (mask - shift[:, None]).clamp(min=_LOWEST)
+    key_bias = mask - shift[:, None]
+    key_bias = torch.where(key_bias < _LOWEST, _LOWEST, key_bias)  # a clamp would give NaN the gradient 0
     return key_bias.masked_fill(mask == -torch.inf, -torch.inf), shift

@@ -17,7 +17,7 @@ from .attention_checks import (
     check_softcap,
     check_window,
 )
-from .attention_padding import check_key_padding_mask, clear_unseen, pad
+from .attention_key_bias import check_key_padding_mask, key_bias_of
 from .checks import FLOATING, check_flag
 from .functional import is_in_onnx_export, is_transformed, why_not
 from .tracing import is_tracing, traced_as
@@ -54,7 +54,7 @@ def to_autocast(query, key, value):
     return query, key, value
 
 
-def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, numbers, suffix, return_lse):
+def _attend(query, key, value, table, key_bias, seqlens, longest, offset, signed, bounds, numbers, suffix, return_lse):
     """Everything is checked: (batch, heads, length, head_dim) in, (out, lse) out."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     table = table if table.dtype == dtype else table.to(dtype)
@@ -64,10 +64,14 @@ def _attend(query, key, value, table, seqlens, longest, offset, signed, bounds, 
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     options = (seqlens, seed, *longest, offset, signed, *bounds, *numbers)
     if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or table.requires_grad
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or table.requires_grad
+        or (key_bias is not None and key_bias.requires_grad)
     ):
-        return BiasAttention.apply(query, key, value, table, *options, suffix, return_lse)[:2]
-    return ops.call("attention_forward", suffix, query, key, value, table, *options)[:2]
+        return BiasAttention.apply(query, key, value, table, key_bias, *options, suffix, return_lse)[:2]
+    return ops.call("attention_forward", suffix, query, key, value, table, key_bias, *options)[:2]
 
 
 @traced_as(reference.attention)
@@ -110,10 +114,8 @@ def bias_attention(
         dropout_p: probability to drop an attention weight. The mask is a function of one seed from torch's generator
             and of (batch, head, x, y), the same on every backend; backward computes it again.
         key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it: bool, True for a key that nobody sees,
-            or floating, added to the scores of the key (at most 1e8 of it, rounded to query's dtype; differentiable).
-            Not with softcap, and for a head_dim below 256. Costs eight more columns of query and key (in Triton, whose
-            tiles are powers of two wide, 64 more for a head_dim of 64); where the lengths are known,
-            `bias_attention_varlen` saves the work instead.
+            or floating, added to the scores of the key after softcap, in float32; -inf hides the key, and the mask has
+            a gradient. Where the lengths are known, `bias_attention_varlen` saves the work of hidden keys.
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
         return_lse: also return the logarithm of the softmax's denominator, differentiable: what merging the results
             of key shards needs.
@@ -142,7 +144,7 @@ def bias_attention(
         enable_gqa, return_lse, backend,
     )  # fmt: skip
     offset = check_dense(query, key, table, table_length, offset, *bounds)
-    check_key_padding_mask(key_padding_mask, query, key, softcap)
+    check_key_padding_mask(key_padding_mask, query, key)
     is_exported = is_in_onnx_export()  # to what knows torch's operators, and none of ours
     if is_exported or is_transformed(query, key, value, table):
         return _transformed(
@@ -150,14 +152,16 @@ def bias_attention(
             offset=offset, signed=signed, window=window, softcap=softcap, dropout_p=dropout_p,
             key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse,
         )  # fmt: skip
+    key_bias = shift = None
     if key_padding_mask is not None:
-        query, key, scale, unseen = pad(query, key, key_padding_mask, numbers[0])
-        numbers = scale, *numbers[1:]
+        key_bias, shift = key_bias_of(key_padding_mask, query)
     longest = query.shape[2], key.shape[2]
-    out, lse = _attend(query, key, value, table, None, longest, offset, signed, bounds, numbers, suffix, return_lse)
-    if key_padding_mask is not None:
-        out, lse = clear_unseen(out, lse, unseen)
-    return (out, lse) if return_lse else out
+    out, lse = _attend(
+        query, key, value, table, key_bias, None, longest, offset, signed, bounds, numbers, suffix, return_lse
+    )
+    if not return_lse:
+        return out
+    return out, lse if shift is None else lse + shift[:, None, None]
 
 
 def bias_attention_varlen(
@@ -217,7 +221,7 @@ def bias_attention_varlen(
             "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
         )
     query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in (query, key, value))
-    out, lse = _attend(query, key, value, table, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse)
+    out, lse = _attend(query, key, value, table, None, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse)
     out = rearrange(out, "1 h n d -> n h d")
     return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out
 

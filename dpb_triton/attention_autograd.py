@@ -7,38 +7,41 @@ from . import attention_ops, ops
 
 
 class BiasAttention(torch.autograd.Function):
-    """apply(query, key, value, table, seqlens, seed, …the operator's options, suffix, with_lse) -> (out, lse, state).
+    """apply(query, key, value, table, key_bias, seqlens, seed, …the operator's options, suffix, with_lse).
+
+    -> (out, lse, state)
 
     Saves its inputs, out and state: O(n). `with_lse` False says that nobody differentiates lse.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, table, seqlens, seed, *options):
+    def forward(ctx, query, key, value, table, key_bias, seqlens, seed, *options):
         *ctx.options, ctx.suffix, ctx.with_lse = options
-        arguments = (query, key, value, table, seqlens, seed, *ctx.options)
+        arguments = (query, key, value, table, key_bias, seqlens, seed, *ctx.options)
         out, lse, state = ops.call("attention_forward", ctx.suffix, *arguments)
-        ctx.save_for_backward(query, key, value, table, out, state, seqlens, seed)
+        ctx.save_for_backward(query, key, value, table, key_bias, out, state, seqlens, seed)
         ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
         ctx.set_materialize_grads(False)  # zeros for lse and state would be two fills of memory that nobody reads
         return out, lse, state
 
     @staticmethod
     def backward(ctx, dout, dlse, dstate):
-        needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
-        needs = needs_dq, needs_dk or needs_dv, needs_dtable
+        needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = ctx.needs_input_grad[:5]
+        needs = needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
         saved = ctx.saved_tensors
         if dout is None:  # lse alone was used
-            dout = torch.zeros_like(saved[4])
+            dout = torch.zeros_like(saved[5])
         arguments = (dout, dlse, *saved, *ctx.options, False, *needs)
         if torch.is_grad_enabled():
-            dq, dk, dv, dtable = _Gradient.apply(ctx.suffix, *arguments)
+            dq, dk, dv, dtable, dkey_bias = _Gradient.apply(ctx.suffix, *arguments)
         else:
-            dq, dk, dv, dtable = ops.call("attention_backward", ctx.suffix, *arguments)
+            dq, dk, dv, dtable, dkey_bias = ops.call("attention_backward", ctx.suffix, *arguments)
         grads = (
             dq if needs_dq else None,
             dk if needs_dk else None,
             dv if needs_dv else None,
             dtable if needs_dtable else None,
+            dkey_bias.sum(1) if needs_dkey_bias else None,
         )
         return *grads, None, None, *[None] * (len(ctx.options) + 2)
 
@@ -59,9 +62,8 @@ class _Gradient(torch.autograd.Function):
 
 
 def _forward_kernel(suffix):
-    def kernel(keyset, query, key, value, table, *options):
-        arguments = (query, key, value, table, *options)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4]):
+    def kernel(keyset, *arguments):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
             return BiasAttention.apply(*arguments, suffix, True)
         below = keyset & torch._C._after_autograd_keyset
         return ops.OPERATORS["attention_forward" + suffix].redispatch(below, *arguments)

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: MIT
 """bias_attention in plain torch, forward and backward: for the CPU, and for any device as backend="torch".
 
-    s = cap(scale * q k^T) + bias,  p = softmax(s),  out = (p * keep / (1 - dropout_p)) v
+    s = cap(scale * q k^T) + bias + key_bias,  p = softmax(s),  out = (p * keep / (1 - dropout_p)) v
 
-          y ->        tile: a few heads, a chunk of rows x and the keys that these may see, no others
-    x   [#####.....]
-    |   [#####.....]  first chunk of a causal call: half of its keys are never touched
-    v   [##########]  last chunk
-
-The bias comes from a *band*: the table laid out over c = x - y + j - 1, with -inf at the distances that a window or
-causality forbids, so that masks cost nothing. Forward hands it to torch's own flash attention as a view of overlapping
-rows: nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms of one CPU instead of 248 (expand, then SDPA).
+`attention_cpu_grid.py` cuts the pairs into tiles and makes their bias. Forward hands it to torch's own flash attention
+as a view of overlapping rows: nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms of one CPU instead of 248
+(expand, then SDPA). Key biases then ride in one more column of query and key.
 Softcap, dropout, other devices and backward, which torch's kernels do not serve, have the scores of one tile at a time,
 matrix products and a few passes between them. A tile's bias is dpb_triton::expand of a slice of the band, what its
 product is added to; dpb_triton::reduce sums its gradient along the diagonals, so that of the table needs no scatter.
 Backward computes p again, from the scores rather than from lse, so that it sums to 1 exactly; delta is then
 rowsum(p * dp), free in softmax's own backward and unrounded also where out is bfloat16. Where the keys are a part of
 the softmax's only (`is_part`), both come from the whole's state and out, as in the kernels.
+
+A masked pair says nothing, whatever its numbers are, and a row that sees nothing is masked wholly. Masks are added as
+-inf, and p is then 0: enough for finite numbers. NaN and Inf at a masked pair make a NaN of it, which ends in a result,
+because torch's kernels pass it on. So the results are asked for a NaN, and if there is one everything is computed once
+more with `selects`: scores, p and their gradients are replaced at masked pairs, products leave them out. Devices where
+the answer would have to be waited for compute so at once.
 
 Memory: O(tile) and, for one block of heads, O(j * head_dim); O(heads * (i + j)) for the band.
 Numerics: float32 (float64 for float64) from the products to the accumulators, rounded once, at the end.
@@ -26,35 +27,38 @@ Determinism: every sum in an order that depends on the shapes and the number of 
 import math
 
 import torch
+from torch.nn import functional as F
 
-from . import ops
-
-# Scores a tile and query rows a tile, counting those of all heads that share a key head: few, large tiles, because
-# every operation on one ends in a barrier. Forward and backward of 8 heads x 2048^2 in float32, with 2^20, 2^22, 2^23
-# scores: on two threads that share about one free CPU 2.8, 1.3, 1.1 s, on one thread 0.75 and 0.80 s with the last two.
-# 2^23 are 32 MiB in float32, of which backward holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS
-# make the products slow, more than MAX_ROWS make a causal call compute too many forbidden pairs.
-TILE, MIN_ROWS, MAX_ROWS = 1 << 23, 32, 512
+from .attention_cpu_grid import Grid
+from .attention_cpu_products import add_product, has_nan, product
 
 
 def forward(
-    query, key, value, table, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale, softcap,
-    dropout_p,
+    query, key, value, table, key_bias, seqlens, seed, longest_query, longest_key, offset, signed, left, right, scale,
+    softcap, dropout_p,
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
-    options = signed, left, right
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
+    is_on_cpu = query.device.type == "cpu"
     # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
-    is_plain = query.device.type == "cpu" and not softcap and not dropout_p and query.shape[3] == value.shape[3]
-    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
+    is_plain = is_on_cpu and not softcap and not dropout_p and query.shape[3] == value.shape[3]
+
+    def attend(is_plain, selects):
+        is_sure = True
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             part = query[:, :, x], key[:, :, y], value[:, :, y]
-            grid = _Grid(*part[:2], table, distance, *options)
+            grid = Grid(*part[:2], table, _of_keys(key_bias, y), distance, signed, left, right)
             if is_plain:
-                _forward_flash(grid, *part, out[:, :, x], lse[:, :, x], scale)
+                is_sure &= _forward_flash(grid, *part, out[:, :, x], lse[:, :, x], scale)
             else:
                 dropout = seed, number, longest_query, dropout_p
-                _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout)
+                _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout, selects)
+        return is_sure
+
+    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
+        is_sure = attend(is_plain, selects=not is_on_cpu)
+        if is_on_cpu and (not is_sure or has_nan(out)):
+            attend(False, selects=True)
         # a pair that means the same: flash attention gives lse only
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
     return out, lse, state
@@ -63,20 +67,25 @@ def forward(
 def _forward_flash(grid, query, key, value, out, lse, scale):
     """One sequence by torch's flash attention, whose mask is a view: with the rows reversed, bias[x, y] = band[x + y].
 
-    A view of overlapping rows, so the bias is read from the band itself and takes no memory.
+    A view of overlapping rows, so the bias is read from the band itself and takes no memory. Returns whether lse is
+    right: that of torch is 0 for a row whose scores are all -inf.
     """
-    if grid.i == 0:
-        return
+    is_sure = True
+    if lse.numel() == 0:
+        return is_sure
     key, value = (_unit_stride(tensor.to(lse.dtype)) for tensor in (key, value))
     mirror = grid.band.flip(1)
-    # heads that share a key head are those of one batch element here, so that keys need no copies
-    for b in range(grid.batch) if grid.group > 1 else [slice(None)]:
+    for b in grid.elements():
         q, k, v = _unit_stride(query[b].flip(-2).to(lse.dtype)), key[b], value[b]
+        factor = scale
+        if grid.key_bias is not None:
+            q, k, v = _with_key_bias(q, k, v, grid.key_bias[b], scale)
+            factor = 1.0
         if grid.group > 1:
-            q = q.unflatten(0, (-1, grid.group))
-            k, v = (tensor.unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))
+            q = q[0].unflatten(0, (-1, grid.group))
+            k, v = (tensor[0].unsqueeze(1).expand(-1, grid.group, -1, -1) for tensor in (k, v))
         parts = []
-        for rows, keys in grid.chunks(grid.flash_rows()):
+        for rows, keys in grid.chunks(grid.flash_rows(), b):
             q_rows = q[:, :, grid.i - rows.stop : grid.i - rows.start]
             if keys.start == keys.stop:
                 parts.append((torch.zeros_like(q_rows), q_rows.new_zeros(q_rows.shape[:3])))
@@ -84,28 +93,46 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
             mask = grid.reversed_bias(mirror, q.shape[:2], rows, keys)
             parts.append(
                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q_rows, k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=scale
+                    q_rows, k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=factor
                 )
             )
-        o, log_sum = (torch.cat(part, 2).flip(2) for part in zip(*reversed(parts), strict=True))
-        out[b] = o.reshape(out[b].shape)
-        lse[b] = log_sum.reshape(lse[b].shape)
-    lse.masked_fill_(grid.empty_rows(), -torch.inf)
+        o, log_sum = parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*reversed(parts), strict=True))
+        out[b] = o.flip(2)[..., : out.shape[3]].reshape(out[b].shape)
+        log_sum = log_sum.flip(2).reshape(lse[b].shape)
+        if not log_sum.all():
+            log_sum.masked_fill_(grid.empty_rows(b.start), -torch.inf)
+            is_sure &= bool(log_sum.all())
+        lse[b] = log_sum
+    return is_sure
 
 
-def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
+def _with_key_bias(q, k, v, key_bias, scale):
+    """(q, k, v) whose product of rows is scale * q k^T + key_bias; all of them wider, by a multiple of 8 in the end.
+
+    The key bias comes last, and 0 after it, so that a large one swallows no more of a score than by being added to it.
+    """
+    dim = q.shape[3]
+    width = 8 - dim % 8
+    q, k, v = (F.pad(tensor, (0, width)) for tensor in (q * scale, k, v))
+    q[..., dim] = 1
+    k[..., dim] = key_bias[:, None]
+    return q, k, v
+
+
+def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, selects):
     """One sequence in tiles of scores."""
     seed, number, longest_query, dropout_p = dropout
     for block in grid.blocks():
         k, v = (_matrices(tensor, grid.key_heads(block), lse.dtype) for tensor in (key, value))
         band = grid.band_of(block)
-        for rows, keys in grid.chunks(grid.rows):
+        for rows, keys in grid.chunks(grid.rows, block[0]):
             if keys.start == keys.stop:
                 _part(out, block, rows).zero_()
                 _part(lse, block, rows).fill_(-torch.inf)
                 continue
+            mask = grid.masked(block, rows, keys) if selects else None
             q = _matrices(query, block, lse.dtype, rows).mul(scale / (softcap or 1)).contiguous()
-            s, _ = grid.scores(band, q, k, rows, keys, softcap)
+            s, _ = grid.scores(band, q, k, block, rows, keys, softcap, mask)
             largest = s.amax(2)
             p = torch._softmax(s, 2, False, out=s)
             # the largest p is 1 / sum exp(s - largest)
@@ -113,7 +140,9 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
             log_sum = p.amax(2).log_().neg_().add_(largest).masked_fill_(is_empty, -torch.inf)
             if dropout_p:
                 p.mul_(keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p))
-            o = torch.bmm(grid.share(p), v[:, keys]).view(*p.shape[:2], -1)
+            if mask is not None:
+                p.masked_fill_(mask, 0)
+            o = product(grid.share(p), v[:, keys], None if mask is None else grid.share(mask)).view(*p.shape[:2], -1)
             if dropout_p:
                 o.mul_(1 / (1 - dropout_p))
             _write(out, block, rows, o.masked_fill_(is_empty.unsqueeze(2), 0))
@@ -121,19 +150,34 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout):
 
 
 def backward(
-    dout, dlse, query, key, value, table, out, state, seqlens, seed, longest_query, longest_key, offset, signed, left,
-    right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
+    dout, dlse, query, key, value, table, key_bias, out, state, *arguments
 ):  # fmt: skip
-    """attention_backward: -> dq, dk, dv, dtable; those not needed empty. `out` is read if `is_part`."""
-    options = signed, left, right
+    """attention_backward: -> dq, dk, dv, dtable, dkey_bias; those not needed empty. `out` is read if `is_part`."""
+    inputs = dout, dlse, query, key, value, table, key_bias, out, state
+    if query.device.type != "cpu":
+        return _backward(*inputs, *arguments, selects=True)
+    gradients = _backward(*inputs, *arguments, selects=False)
+    if any(map(has_nan, gradients)):
+        gradients = _backward(*inputs, *arguments, selects=True)
+    return gradients
+
+
+def _backward(
+    dout, dlse, query, key, value, table, key_bias, out, state, seqlens, seed, longest_query, longest_key, offset,
+    signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable, needs_dkey_bias, *,
+    selects,
+):  # fmt: skip
     dq = like(query) if needs_dq else query.new_empty(0)
     dk, dv = (like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
     dtable = torch.zeros_like(table, memory_format=torch.contiguous_format) if needs_dtable else table.new_empty(0)
-    has_empty_rows = not is_part and bool(state[0].isneginf().any())
+    dkey_bias = state.new_zeros(key.shape[:3] if needs_dkey_bias else (0,))
+    is_empty = state[0].isneginf()
+    has_empty_rows = not selects and not is_part and bool(is_empty.any())
     whole = _whole_rows(dout, dlse, out, state) if is_part else ()
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
-            grid = _Grid(query[:, :, x], key[:, :, y], table, distance, *options)
+            bias_of_keys = _of_keys(key_bias, y)
+            grid = Grid(query[:, :, x], key[:, :, y], table, bias_of_keys, distance, signed, left, right)
             for block in grid.blocks():
                 k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), state.dtype) for tensor in (key, value))
                 # transposed, (key heads, dim, j), because these products are the faster ones
@@ -142,27 +186,34 @@ def backward(
                 dband = torch.zeros_like(band)
                 all_q = _matrices(query[:, :, x], block, state.dtype).mul(scale / (softcap or 1))
                 all_do = _matrices(dout[:, :, x], block, state.dtype).mul(1 / (1 - dropout_p))
+                all_dead = _matrices(is_empty[:, :, x, None], block, torch.bool)
                 all_dq = []
-                for rows, keys in grid.chunks(grid.rows):
+                for rows, keys in grid.chunks(grid.rows, block[0]):
                     if keys.start == keys.stop:
                         all_dq.append(torch.zeros_like(all_q[:, rows]))
                         continue
-                    q, do = all_q[:, rows], all_do[:, rows]
-                    s, capped = grid.scores(band, q, k, rows, keys, softcap)
+                    q, do, is_dead = all_q[:, rows], all_do[:, rows], all_dead[:, rows]
+                    mask = grid.masked(block, rows, keys, is_dead) if selects else None
+                    s, capped = grid.scores(band, q, k, block, rows, keys, softcap, mask)
                     if is_part:
                         largest, total, delta = (_matrices(z[:, :, x], block, z.dtype, rows) for z in whole)
                         p = s.sub_(largest).exp_().div_(total)
                     else:
                         p = torch._softmax(s, 2, False, out=s)
-                    if has_empty_rows:
-                        p.masked_fill_(_matrices(state[0][:, :, x, None], block, state.dtype, rows).isneginf(), 0)
+                    if selects:
+                        p.masked_fill_(mask, 0)
+                    elif has_empty_rows:
+                        p.masked_fill_(is_dead, 0)
                     kept = p
                     if dropout_p:
                         keep = keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p)
                         kept = p * keep
+                    shared = grid.share(mask) if selects else None
                     if needs_dkv:
-                        _add_product(dv_t[:, :, keys], grid.share(do).mT, grid.share(kept))
+                        _add_transposed(dv_t[:, :, keys], grid.share(do), grid.share(kept), shared)
                     dp = torch.bmm(grid.share(do), v[:, keys].mT).view(p.shape)
+                    if selects:
+                        dp.masked_fill_(mask, 0)
                     if dropout_p:
                         dp.mul_(keep)
                     if is_part:
@@ -171,14 +222,19 @@ def backward(
                         ds = torch._softmax_backward_data(dp, p, 2, p.dtype, grad_input=dp)
                     if dlse is not None and not is_part:
                         ds.addcmul_(p, _matrices(dlse[:, :, x, None], block, state.dtype, rows))
+                    if selects:
+                        ds.masked_fill_(mask, 0)
                     if needs_dtable:
                         grid.reduce(dband, ds, rows, keys)
+                    if needs_dkey_bias:
+                        part = dkey_bias[:, :, y][(*grid.key_heads(block), keys)]
+                        part.add_(grid.share(ds).sum(1).view(part.shape))
                     if capped is not None:
                         torch.ops.aten.tanh_backward(ds, capped, grad_input=ds)
                     if needs_dq:
-                        all_dq.append(torch.bmm(grid.share(ds), k[:, keys]).view(q.shape))
+                        all_dq.append(product(grid.share(ds), k[:, keys], shared).view(q.shape))
                     if needs_dkv:
-                        _add_product(dk_t[:, :, keys], grid.share(q).mT, grid.share(ds))
+                        _add_transposed(dk_t[:, :, keys], grid.share(q), grid.share(ds), shared)
                 if needs_dq and all_dq:
                     _write(dq[:, :, x], block, slice(None), torch.cat(all_dq, 1).mul_(scale))
                 if needs_dkv:
@@ -186,7 +242,7 @@ def backward(
                     _write(dv[:, :, y], grid.key_heads(block), slice(None), dv_t.mT)
                 if needs_dtable:
                     grid.add_band(dtable, dband, block)
-    return dq, dk, dv, dtable
+    return dq, dk, dv, dtable, dkey_bias
 
 
 def _whole_rows(dout, dlse, out, state):
@@ -252,6 +308,10 @@ def _part(tensor, block, rows):
     return tensor[(*block, rows)]
 
 
+def _of_keys(key_bias, keys):
+    return None if key_bias is None else key_bias[:, keys]
+
+
 def _write(tensor, block, rows, part):
     part_of = _part(tensor, block, rows)
     part_of.copy_(part.reshape(part_of.shape))
@@ -262,144 +322,14 @@ def _unit_stride(tensor):
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _add_product(total, a, b):
-    """Add a @ b to `total`: at once where torch does not cut the batch up for it, which it does for slices."""
-    if total.is_contiguous():
-        total.baddbmm_(a, b)
+def _add_transposed(total, a, b, mask):
+    """Add a^T b, (n, dim, rows) @ (n, rows, keys), to `total`; of the pairs (row, key) that are not masked."""
+    if mask is None:
+        add_product(total, a.mT, b)
     else:
-        total += torch.bmm(a, b)
+        total += product(b.mT, a, mask.mT).mT
 
 
 def _matrices(tensor, block, dtype, rows=slice(None)):
     """A block's rows as (heads of all its batch elements, rows, dim) in `dtype`, each head's ready for a product."""
     return _part(tensor, block, rows).to(dtype).flatten(0, 1)
-
-
-class _Grid:
-    """All pairs of a dense batch or of one sequence, cut into tiles, and their bias as a band.
-
-    A block, (slice of the batch, slice of the heads), is a part of one batch element's heads or all heads of several.
-    """
-
-    def __init__(self, query, key, table, offset, signed, left, right):
-        self.batch, self.heads, self.i, _ = query.shape
-        self.j, self.group = key.shape[2], self.heads // max(key.shape[1], 1)
-        self.offset, self.left, self.right = offset, left, right
-        span = self.j
-        if left is not None and right is not None:
-            span = max(1, min(span, left + right + 1))
-        # rows of one head; a band costs rows more keys than its span, so that rows should not exceed this
-        most = MAX_ROWS if span == self.j else max(MIN_ROWS, min(MAX_ROWS, span))
-        rows = max(MIN_ROWS, min(most, TILE // max(span * self.group, 1))) // self.group
-        self.rows = max(1, min(self.i, rows))
-        # query heads a block
-        size = TILE // max(self.rows * min(self.j, span + self.rows), 1)
-        self.block_heads = min(self.heads, max(1, size // self.group) * self.group)
-        self.block_batch = max(1, size // self.heads) if self.block_heads == self.heads else 1
-        # the band's column of distance d = x + offset - y is d - first
-        self.first, last = offset - self.j + 1, offset + self.i - 1
-        self.n = (self.i + self.j + 1) // 2  # as a signed table: 2 n - 1 columns, of which the last may be unused
-        low = self.first if right is None else max(self.first, -right)
-        high = last if left is None else min(last, left)
-        self.ties = list(self._tie(low, high, signed, table.shape[1])) if self.i and self.j else []
-        self.band = table.new_full((self.heads, max(2 * self.n - 1, 0)), -torch.inf)
-        for in_table, in_band, is_flipped in self.ties:
-            part = table[:, in_table]
-            self.band[:, in_band] = part.flip(1) if is_flipped else part
-
-    def _tie(self, low, high, signed, width):
-        """(columns of the table, the same distances' columns of the band, whether their order is reversed)."""
-        if signed:
-            if low <= high:
-                yield self._columns(low, high, width // 2), self._columns(low, high, -self.first), False
-            return
-        if max(low, 0) <= high:
-            yield self._columns(max(low, 0), high, 0), self._columns(max(low, 0), high, -self.first), False
-        if low <= min(high, -1):
-            yield self._columns(-min(high, -1), -low, 0), self._columns(low, min(high, -1), -self.first), True
-
-    @staticmethod
-    def _columns(low, high, shift):
-        return slice(low + shift, high + shift + 1)
-
-    def add_band(self, dtable, dband, block):
-        """Add a block's gradient of its band, (heads of all its batch elements, 2 n - 1), to that of the table."""
-        heads = dtable[block[1]]
-        dband = dband.unflatten(0, (-1, heads.shape[0])).sum(0)
-        for in_table, in_band, is_flipped in self.ties:
-            part = dband[:, in_band]
-            heads[:, in_table] += part.flip(1) if is_flipped else part
-
-    def blocks(self):
-        for b in range(0, self.batch, self.block_batch):
-            for h in range(0, self.heads, self.block_heads):
-                yield slice(b, b + self.block_batch), slice(h, min(h + self.block_heads, self.heads))
-
-    def key_heads(self, block):
-        """The key/value heads of a block of query heads."""
-        return block[0], slice(block[1].start // self.group, block[1].stop // self.group)
-
-    def band_of(self, block):
-        b, h = block
-        return self.band[h].repeat(min(b.stop, self.batch) - b.start, 1)
-
-    def chunks(self, height):
-        """(rows, keys) slices, `height` rows each: the keys that at least one of the rows may see."""
-        for x in range(0, self.i, height):
-            stop = min(x + height, self.i)
-            begin, end = 0, self.j
-            if self.left is not None:
-                begin = min(max(x + self.offset - self.left, 0), self.j)
-            if self.right is not None:
-                end = max(min(stop + self.offset + self.right, self.j), begin)
-            yield slice(x, stop), slice(begin, end)
-
-    def share(self, tile):
-        """(heads, rows, …) -> (key heads, rows of all heads of the group, …)."""
-        return tile.reshape(tile.shape[0] // self.group, self.group * tile.shape[1], tile.shape[2])
-
-    def scores(self, band, q, k, rows, keys, softcap):
-        """The scores (heads, rows, keys) and, with a softcap, tanh(t / softcap); q is scaled, by 1 / softcap too."""
-        shape = rows.stop - rows.start, keys.stop - keys.start
-        # a signed table is indexed by x - y + offset + n - 1, here within the tile
-        s = ops.call("expand", "", band, *shape, rows.start - keys.start + self.j - self.n, True, q.dtype)
-        q, k_t = self.share(q), k[:, keys].mT
-        if not softcap:
-            self.share(s).baddbmm_(q, k_t)
-            return s, None
-        capped = torch.bmm(q, k_t).tanh_().view(s.shape)
-        return s.add_(capped, alpha=softcap), capped
-
-    def flash_rows(self):
-        """Rows a call of flash attention: all, unless a bound makes chunks worth it, which then skip keys."""
-        if self.left is None and self.right is None:
-            return self.i
-        most = 1024 if self.left is None or self.right is None else max(64, self.left + self.right + 1)
-        return min(max(256, self.i // 4), most)
-
-    def reversed_bias(self, mirror, heads, rows, keys):
-        """(*heads, rows in reverse, keys) as a view of the reversed band, whose column 2 n - 2 - c is the band's c."""
-        width = mirror.stride(0)
-        first = 2 * self.n - self.j - rows.stop + keys.start
-        strides = width * heads[1] if self.group > 1 else 0, width, 1, 1
-        return mirror.as_strided((*heads, rows.stop - rows.start, keys.stop - keys.start), strides, first)
-
-    def empty_rows(self):
-        """Whether a row sees nothing, (heads, i): only -inf in the columns x to x + j - 1 of the band."""
-        finite = torch.nn.functional.pad(self.band > -torch.inf, (1, 0)).cumsum(1)
-        return finite[:, self.j : self.j + self.i] == finite[:, : self.i]
-
-    def reduce(self, dband, ds, rows, keys):
-        """Add the sums along the diagonals of a tile to the columns of the band that it meets."""
-        _, height, width = ds.shape
-        n = (height + width + 1) // 2
-        sums = ops.call("reduce", "", ds, n, width - n, True, ds.dtype)
-        first = rows.start - keys.stop + self.j
-        dband[:, first : first + height + width - 1] += sums[:, : height + width - 1]
-
-    def numbers(self, number, block, rows, longest_query):
-        """The rows' numbers for dropout, (heads of all the block's batch elements, rows)."""
-        device = self.band.device
-        b, h = (torch.arange(part.start, part.stop, device=device) for part in block)
-        heads = ((number + b[b < self.batch, None]) * self.heads + h).view(-1, 1)
-        return heads * longest_query + torch.arange(rows.start, rows.stop, device=device)

@@ -6,15 +6,16 @@
     …_torch                                     every device: torch                                  backend="torch"
     …_triton                                    every device: Triton (on the CPU its interpreter)    backend="triton"
 
-`seqlens` is None, or says where packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j,
-offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query` and `longest_key` are the largest i
-and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
-`seed`, one int64, says which scores dropout drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward
-computes probabilities from again: of each query the largest score, in units of log2, and the sum of exp2(score -
-largest). Where scores are large, their logarithm lse swallows that sum. `is_part` says that the keys are a part of
-those that `out`, `state` and `dlse` belong to, as in context parallelism: the gradients are then this part's terms of
-the whole's. Outputs lie in memory as (batch, length, heads, head_dim), which is what the projection behind an attention
-wants.
+`key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
+Its gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where
+packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j, offset) each; the batch is 1 then, and
+`offset` is not looked at. `longest_query` and `longest_key` are the largest i and j. `left` and `right` bound the keys
+of a query, x + offset - left <= y <= x + offset + right; None does not. `seed`, one int64, says which scores dropout
+drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward computes probabilities from again: of each
+query the largest score, in units of log2, and the sum of exp2(score - largest). Where scores are large, their logarithm
+lse swallows that sum. `is_part` says that the keys are a part of those that `out`, `state` and `dlse` belong to, as in
+context parallelism: the gradients are then this part's terms of the whole's. Outputs lie in memory as (batch, length,
+heads, head_dim), which is what the projection behind an attention wants.
 """
 
 import torch
@@ -25,12 +26,13 @@ _OPTIONS = (
     "Tensor? seqlens, Tensor? seed, SymInt longest_query, SymInt longest_key, SymInt offset, bool signed, "
     "SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
 )
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table, Tensor? key_bias"
 SCHEMAS = {
     "attention_forward": f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor state)",
     "attention_backward": (
         f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor state, {_OPTIONS}, bool is_part, bool needs_dq, "
-        "bool needs_dkv, bool needs_dtable) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable)"
+        "bool needs_dkv, bool needs_dtable, bool needs_dkey_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, "
+        "Tensor dkey_bias)"
     ),
 }
 SUFFIXES = {"torch": "_torch", "triton": "_triton"}
@@ -50,19 +52,20 @@ def _triton_backward(dout, *args):
         return kernels.backward(dout, *args)
 
 
-def _fake_forward(query, key, value, table, *options):
+def _fake_forward(query, key, value, table, key_bias, *options):
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=accumulator)
     return attention_cpu.like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
 
 
 def _fake_backward(dout, dlse, query, key, value, table, *args):
-    needs_dq, needs_dkv, needs_dtable = args[-3:]
+    needs_dq, needs_dkv, needs_dtable, needs_dkey_bias = args[-4:]
     return (
         attention_cpu.like(query) if needs_dq else query.new_empty((0,)),
         attention_cpu.like(key) if needs_dkv else key.new_empty((0,)),
         attention_cpu.like(value) if needs_dkv else value.new_empty((0,)),
         table.new_empty(table.shape) if needs_dtable else table.new_empty((0,)),
+        table.new_empty(key.shape[:3] if needs_dkey_bias else (0,)),
     )
 
 

@@ -6,7 +6,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn import functional as F
 
-from .attention_padding import largest_head_dim
+from .attention_checks import LARGEST_HEAD_DIM
 from .checks import check_int
 from .module import DynamicPositionBias
 
@@ -106,7 +106,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         i, j = query.shape[0], key.shape[0]
         offset = j - i if offset is None else check_int("offset", offset)
 
-        if self._is_fused(need_weights, attn_mask, key_padding_mask, is_causal, i == j):
+        if self._is_fused(need_weights, attn_mask, is_causal, i == j):
             if not is_batched:
                 query, key, value = (x.unsqueeze(1) for x in (query, key, value))
                 key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -130,13 +130,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                     state_dict[key] = torch.zeros_like(tensor) if key.startswith(last) else tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _is_fused(self, need_weights, attn_mask, key_padding_mask, is_causal, is_square):
+    def _is_fused(self, need_weights, attn_mask, is_causal, is_square):
         return (
             not need_weights
             and (attn_mask is None or (is_causal and is_square))
             and self.bias_k is None
             and not self.add_zero_attn
-            and self.head_dim <= largest_head_dim(key_padding_mask)
+            and self.head_dim <= LARGEST_HEAD_DIM
         )
 
     def _fused(self, query, key, value, key_padding_mask, is_causal, offset):

@@ -8,6 +8,8 @@ it. It needs O(heads * i * j) memory for the indices alone; `dpb_triton.expand_b
 import torch
 from einops import rearrange, repeat
 
+from .tracing import number
+
 
 def distance(i, j, offset, device=None):
     """Signed distances x + offset - y of all pairs, (i, j), int64."""
@@ -63,10 +65,37 @@ def attention(
     signed, (heads, 2n - 1) -> (batch, heads, i, value_dim), with `return_lse` also (batch, heads, i). The products of
     matrices are in the inputs' dtype, all between them in float32 (float64 for float64): what a careful author of
     eager code writes. `keep` (batch, heads, i, j) says which probabilities dropout keeps; without it torch draws.
+
+    Masks are selections: NaN and Inf of a key that no query of its batch element sees, in key and value, reach nothing.
+    But the products are plain ones, where a probability of 0 times NaN is NaN: NaN in the value of a key reaches the
+    output of queries that do not see it if another query does, and NaN in query, key, value or the output's gradient
+    reaches the gradients of rows that a mask keeps apart. bias_attention itself keeps them apart.
     """
     i, j, width = query.shape[2], key.shape[2], table.shape[1]
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = query.shape[3] ** -0.5 if scale is None else scale
+    left, right = (None, None) if window is None else window
+    right = 0 if is_causal else right
+    has_offset, offset = offset is not None, j - i if offset is None else offset
+    if isinstance(offset, int):  # further away nothing is seen either, and int64 would wrap
+        offset = max(-(2**62), min(offset, 2**62))
+    distances = distance(i, j, offset, query.device)
+    masked = None if left is None else distances > left
+    if right is not None:
+        future = -distances > right
+        masked = future if masked is None else masked | future
+    hidden = mask = None if key_padding_mask is None else rearrange(key_padding_mask, "b j -> b 1 1 j")
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(accumulator)
+        hidden = mask == -torch.inf
+
+    # keys that nobody sees hold anything; with the default offset the last query sees all that a window leaves
+    unseen = hidden
+    if masked is not None and (left is not None or has_offset):
+        outside = rearrange(masked.all(0), "j -> 1 1 1 j")
+        unseen = outside if hidden is None else outside | hidden
+    if unseen is not None:
+        key, value = (x.masked_fill(rearrange(unseen, "b 1 1 j -> b 1 j 1"), 0) for x in (key, value))
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (repeat(x, "b h j d -> b (h g) j d", g=groups) for x in (key, value))
@@ -74,20 +103,18 @@ def attention(
     s = (query @ key.transpose(-2, -1)).to(accumulator) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    distances = distance(i, j, j - i if offset is None else offset, query.device)
-    left, right = (None, None) if window is None else window
-    right = 0 if is_causal else right
-    is_cut = torch.zeros_like(distances, dtype=torch.bool)
-    if left is not None:
-        is_cut = is_cut | (distances > left)
-    if right is not None:
-        is_cut = is_cut | (-distances > right)
     index = distances + width // 2 if signed else distances.abs()
-    s = s + _pick(table.to(accumulator), index.masked_fill(is_cut, 0))  # their distance may be outside the table
-    s = s.masked_fill(is_cut, -torch.inf)
-    if key_padding_mask is not None:
-        mask = rearrange(key_padding_mask, "b j -> b 1 1 j")
-        s = s.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    if masked is not None:  # pairs that the window cuts off may be outside the table
+        index = index.masked_fill(masked, 0)
+    s = s + _pick(table.to(accumulator), index)
+    shift = 0
+    if mask is not None and mask.dtype != torch.bool and number(j) > 0:
+        # a softmax does not know what all of its scores share, and beside -6e7 float32 would lose the scores
+        shift = mask.detach().amax(-1)
+        shift = torch.where(shift.isfinite(), shift, 0)
+        s = s + (mask - shift[..., None])
+    for excluded in (masked, hidden):
+        s = s if excluded is None else s.masked_fill(excluded, -torch.inf)
     dead = (s == -torch.inf).all(-1)  # a row without a key has neither probabilities nor gradients
     s = s.masked_fill(dead[..., None], 0)
     p = s.softmax(-1).masked_fill(dead[..., None], 0)
@@ -96,7 +123,7 @@ def attention(
     elif dropout_p > 0:
         p = torch.nn.functional.dropout(p, dropout_p)
     out = p.to(value.dtype) @ value
-    return (out, s.logsumexp(-1).masked_fill(dead, -torch.inf)) if return_lse else out
+    return (out, s.logsumexp(-1).masked_fill(dead, -torch.inf) + shift) if return_lse else out
 
 
 class EagerDynamicPositionBias(torch.nn.Module):

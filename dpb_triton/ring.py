@@ -180,7 +180,7 @@ class RingAttention(torch.autograd.Function):
             if step.has_work:
                 options = ring.options(step.source, *ctx.numbers)
                 part, _, part_state = ops.call(
-                    "attention_forward", suffix, query, shard.key, shard.value, table, *options
+                    "attention_forward", suffix, query, shard.key, shard.value, table, None, *options
                 )
                 merge(out, state, part, part_state)
             if hop is not None:
@@ -229,14 +229,14 @@ def _backward(ring, numbers, suffix, needs, dout, dlse, query, key, value, table
     for step in ring.steps():
         hop = None if step.is_last else ring.hop(shard, step, KEYS)
         if step.has_work:
-            inputs = dout, dlse, query, shard.key, shard.value, table, out, state
+            inputs = dout, dlse, query, shard.key, shard.value, table, None, out, state
             options = ring.options(step.source, *numbers)
-            parts = ops.call("attention_backward", suffix, *inputs, *options, True, *needs)
+            parts = ops.call("attention_backward", suffix, *inputs, *options, True, *needs, False)
         if gradient_hop is not None:
             gradient, gradient_hop = gradient_hop.wait(), None
         if step.has_work:
             totals = dq, gradient.key, gradient.value, dtable
-            for total, part, is_needed in zip(totals, parts, (needs[0], needs[1], *needs[1:]), strict=True):
+            for total, part, is_needed in zip(totals, parts, (needs[0], needs[1], *needs[1:]), strict=False):
                 if is_needed:
                     total += part
         if needs[1] and step.distance:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")  # and dmask, of a floating mask
 
 
 # The definition
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
     """{name: (exact value, magnitude)} of the output, the lse and all gradients.
 
@@ -29,8 +30,8 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
     right = 0 if options.get("is_causal") else right
     signed, softcap, dropout_p = options.get("signed", False), options.get("softcap"), options.get("dropout_p", 0.0)
     mask = options.get("key_padding_mask")
-    hidden = np.zeros((batch, j), bool) if mask is None or mask.is_floating_point() else mask.cpu().numpy()
     added = np.zeros((batch, j)) if mask is None or mask.dtype == torch.bool else _double(mask)
+    hidden = mask.cpu().numpy() if mask is not None and mask.dtype == torch.bool else added == -np.inf
     n = (table.shape[1] + 1) // 2
     dlse = np.zeros((batch, heads, i)) if dlse is None else _double(dlse)
 
@@ -41,6 +42,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         "dk": np.zeros_like(key),
         "dv": np.zeros_like(value),
         "dtable": np.zeros_like(table),
+        "dmask": np.zeros((batch, j)),
     }
     size = {name: np.zeros_like(tensor) for name, tensor in exact.items()}
     for b, h, x in np.ndindex(batch, heads, i):
@@ -62,7 +64,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         s = t + table[h, columns] + added[b, allowed]
         if not len(s) or s.max() == -np.inf:
             continue  # a row without a key: 0, lse -inf, no gradient
-        e = np.exp(s - s.max())
+        e = np.exp(s - s.max())  # NaN for a score of +Inf
         p = e / e.sum()
         inverse = 1.0 if keep is None else keep[b, h, x, allowed] / (1 - dropout_p)
         out = (p * inverse) @ v
@@ -72,8 +74,8 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         dt = scale * slope * ds
 
         # scores rounded relative to their own size move p, those of a row against each other; 1e30 moves nothing
-        top = abs(s[p > 0]).max()
-        top = top if top < 1e6 else 0.0
+        largest = abs(s[p > 0]).max(initial=0)
+        top = largest if largest < 1e6 else 0.0
         moved = p * (1 + 2 * top * (1 - p))
         again = moved + p * min(top, 100)  # backward makes p from an lse that was rounded: not a reason to lose 1e30
         dp_size, delta_size = inverse * (abs(v) @ abs(grad)), (moved * inverse) @ (abs(v) @ abs(grad))
@@ -82,7 +84,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
 
         exact["out"][b, h, x], size["out"][b, h, x] = out, (moved * inverse) @ abs(v)
         exact["lse"][b, h, x] = s.max() + np.log(e.sum())
-        size["lse"][b, h, x] = abs(s[p > 0]).max() + abs(scale) * (abs(k[p > 0]) @ abs(q)).max()
+        size["lse"][b, h, x] = largest + abs(scale) * (abs(k[p > 0]) @ abs(q)).max(initial=0)
         exact["dq"][b, h, x], size["dq"][b, h, x] = dt @ k, dt_size @ abs(k)
         exact["dk"][b, g, allowed] += np.outer(dt, q)
         size["dk"][b, g, allowed] += np.outer(dt_size, abs(q))
@@ -90,7 +92,10 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         size["dv"][b, g, allowed] += np.outer(again * inverse, abs(grad))
         np.add.at(exact["dtable"][h], columns, ds)
         np.add.at(size["dtable"][h], columns, ds_size)
-    return {name: (torch.from_numpy(exact[name]), torch.from_numpy(size[name])) for name in NAMES}
+        exact["dmask"][b, allowed] += ds
+        size["dmask"][b, allowed] += ds_size
+    names = (*NAMES, "dmask") if mask is not None and mask.is_floating_point() else NAMES
+    return {name: (torch.from_numpy(exact[name]), torch.from_numpy(size[name])) for name in names}
 
 
 def _double(tensor):
@@ -227,13 +232,18 @@ def poison():
 def run(function, query, key, value, table, dout, dlse=None, **options):
     """{name: tensor} of `function`'s output, lse and all gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value, table)]
-    out, lse = function(*leaves, return_lse=True, **options)
+    inputs, names = list(leaves), NAMES
+    mask = options.get("key_padding_mask")
+    if mask is not None and mask.is_floating_point():
+        leaves.append(mask.detach().requires_grad_())
+        options, names = options | {"key_padding_mask": leaves[-1]}, (*NAMES, "dmask")
+    out, lse = function(*inputs, return_lse=True, **options)
     if dlse is None:
         out.backward(dout)
     else:
         torch.autograd.backward((out, lse), (dout, dlse))
     tensors = (out.detach(), lse.detach(), *(leaf.grad for leaf in leaves))
-    return dict(zip(NAMES, tensors, strict=True))
+    return dict(zip(names, tensors, strict=True))
 
 
 def assert_within_budget(actual, exact, eager, dtype):
@@ -244,10 +254,9 @@ def assert_within_budget(actual, exact, eager, dtype):
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     failures = []
-    for name in NAMES:
-        reference, size = exact[name]
+    for name, (reference, size) in exact.items():
         ours, theirs = actual[name].double().cpu(), eager[name].double().cpu()
-        expected = accumulator if name in ("lse", "dtable") else dtype
+        expected = accumulator if name in ("lse", "dtable", "dmask") else dtype
         assert actual[name].dtype == expected, f"{name} is {actual[name].dtype}"
         assert ours.shape == reference.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
         if name == "lse":

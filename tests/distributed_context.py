@@ -33,9 +33,21 @@ def own_slice(lengths, rank):
 
 
 def compare(
-    *, dtype=torch.float64, heads=4, kv_heads=4, lengths=None, is_given=False, mesh=None, backend="torch", **options
+    *,
+    dtype=torch.float64,
+    heads=4,
+    kv_heads=4,
+    lengths=None,
+    is_given=False,
+    mesh=None,
+    backend="torch",
+    nans=(),
+    **options,
 ):
-    """The slice of this rank, its gradients, and the table's summed over the ranks are those of one process."""
+    """The slice of this rank, its gradients, and the table's summed over the ranks are those of one process.
+
+    nans: (which of query, key, value, table and the gradient of out, index) each.
+    """
     if why_not(backend, "cpu") is not None:
         return
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
@@ -43,10 +55,16 @@ def compare(
     part = own_slice(lengths, mesh.get_local_rank())
     whole = inputs(dtype, heads, kv_heads, options.get("signed", False), sum(lengths))
     options |= {"enable_gqa": heads != kv_heads, "backend": backend}
+    for place, index in nans:
+        if place < 4:
+            whole[place].data[index] = torch.nan
     expected, expected_lse = bias_attention(*whole, return_lse=True, **options)
     generator = torch.Generator().manual_seed(2)
     dout, dlse = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (expected, expected_lse))
     dlse = dlse.masked_fill(expected_lse == -torch.inf, 0)
+    for place, index in nans:
+        if place == 4:
+            dout[index] = torch.nan
     torch.autograd.backward([expected, expected_lse], [dout, dlse])
 
     local = [x.detach()[:, :, part].requires_grad_() for x in whole[:3]] + [whole[3].detach().clone().requires_grad_()]
@@ -56,12 +74,12 @@ def compare(
     torch.autograd.backward([out, lse], [dout[:, :, part], dlse[:, :, part]])
     dist.all_reduce(local[3].grad, group=mesh.get_group())
 
-    close = partial(torch.testing.assert_close, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    close = partial(torch.testing.assert_close, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype], equal_nan=True)
     close(out, expected[:, :, part])
     close(lse, expected_lse[:, :, part])
     for name, ours, theirs in zip(("query", "key", "value"), local, whole, strict=False):
         close(ours.grad, theirs.grad[:, :, part], msg=lambda m, name=name: f"gradient of {name}: {m}")
-    size = whole[3].grad.abs().max()
+    size = whole[3].grad.abs().nan_to_num(0).max()
     close(local[3].grad / size, whole[3].grad / size, msg=lambda m: f"gradient of table: {m}")
 
 
@@ -169,6 +187,8 @@ def bad_input():
         grad.sum().backward()
 
 
+QUERY, KEY, VALUE = [(0, (1, 2, 20, 0))], [(1, (0, 1, 16, 3))], [(2, (0, 0, 12, 2)), (2, (1, 1, 35))]
+TABLE, DOUT = [(3, (1, 30))], [(4, (0, 3, 31, 1))]
 EVERYTHING = {"window": (9, 4), "softcap": 2.0, "scale": 0.4, "kv_heads": 2, "signed": True}
 CASES = {
     "context": compare,
@@ -186,6 +206,21 @@ CASES = {
     "context bfloat16": partial(compare, dtype=torch.bfloat16, is_causal=True),
     "context triton": partial(
         compare, dtype=torch.float32, backend="triton", lengths=[3, 5], heads=2, kv_heads=2, is_causal=True, signed=True
+    ),
+    "context nan key": partial(compare, nans=KEY, is_causal=True, kv_heads=2),
+    "context nan value": partial(compare, nans=VALUE, is_causal=True, softcap=2.0),
+    "context nan value and window": partial(compare, nans=VALUE + KEY, window=(6, 2), dtype=torch.float32),
+    "context nan query": partial(compare, nans=QUERY, is_causal=True, kv_heads=2),
+    "context nan table and dout": partial(compare, nans=TABLE + DOUT, window=(8, 3)),
+    "context nan triton": partial(
+        compare,
+        dtype=torch.float32,
+        backend="triton",
+        lengths=[5, 4],
+        heads=2,
+        kv_heads=2,
+        is_causal=True,
+        nans=[(1, (0, 1, 5, 3)), (2, (1, 0, 6)), (0, (0, 0, 3, 1)), (4, (1, 1, 7))],
     ),
     "context same bits": same_bits,
     "context needs query": partial(needs_only, "q"),

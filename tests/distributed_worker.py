@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES
-SIZES = {"context triton": (2,), "data and tensor parallel": (4,)}  # all others: (2, 4)
+SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)}  # all others: (2, 4)
 
 
 def names_for(size):

@@ -173,21 +173,39 @@ def test_torch_func(transform, place, device):
         transform(function(bias_attention), tensor)
 
 
-def arguments(device, seqlens=None, dropout_p=0.0, requires_grad=False):
-    """Of the forward operator, dense or of two packed sequences."""
+def arguments(device, seqlens=None, dropout_p=0.0, key_bias=False, requires_grad=False):
+    """Of the forward operator, dense or of two packed sequences; which of them are differentiated."""
     packed = seqlens is not None
     case = Case(batch=1 if packed else 2, heads=2, kv_heads=1, i=7, j=11, head_dim=5, value_dim=3)
     tensors = [tensor.requires_grad_(requires_grad) for tensor in case.draw(device)[:4]]
+    if key_bias:
+        numbers = torch.linspace(-1, 1, 11 * case.batch, device=device).view(case.batch, 11)
+        key_bias = numbers.masked_fill(numbers.abs() < 0.3, -torch.inf).requires_grad_(requires_grad)
     if packed:
         seqlens = torch.tensor(seqlens, dtype=torch.int32, device=device)
     seed = torch.tensor([7], device=device) if dropout_p else None
-    return (*tensors, seqlens, seed, 7, 11, 4, False, 9, 0, 0.4, 2.0, dropout_p)
+    return (
+        *tensors,
+        key_bias if torch.is_tensor(key_bias) else None,
+        seqlens,
+        seed,
+        7,
+        11,
+        4,
+        False,
+        9,
+        0,
+        0.4,
+        2.0,
+        dropout_p,
+    )
 
 
 VARIANTS = {
     "dense": {},
     "dropout": {"dropout_p": 0.3},
     "packed": {"seqlens": [[0, 3, 0, 6, 3], [3, 4, 6, 5, 1]]},
+    "key bias": {"key_bias": True},
 }
 
 
@@ -198,16 +216,19 @@ def test_opcheck_forward(variant, requires_grad, attention_backend, device):
     torch.library.opcheck(operator, arguments(device, requires_grad=requires_grad, **variant))
 
 
-NEEDED = [("dense", (1, 1, 1)), ("dense", (1, 0, 0)), ("dense", (0, 1, 0)), ("dense", (0, 0, 1))]
+NEEDED = [
+    ("dense", (1, 1, 1, 0)), ("dense", (1, 0, 0, 0)), ("dense", (0, 1, 0, 0)), ("dense", (0, 0, 1, 0)),
+    ("dropout", (1, 1, 1, 0)), ("packed", (1, 1, 1, 0)), ("key bias", (1, 1, 1, 1)), ("key bias", (0, 0, 0, 1)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("is_part", [False, True])
-@pytest.mark.parametrize(("name", "needs"), [*NEEDED, ("dropout", (1, 1, 1)), ("packed", (1, 1, 1))], ids=str)
+@pytest.mark.parametrize(("name", "needs"), NEEDED, ids=str)
 def test_opcheck_backward(name, needs, is_part, attention_backend, device):
     inputs = arguments(device, **VARIANTS[name])
     out, lse, state = ops.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
-    dlse = None if needs == (1, 0, 0) else torch.randn_like(lse)
-    backward = (torch.randn_like(out), dlse, *inputs[:4], out, state, *inputs[4:], is_part, *map(bool, needs))
+    dlse = None if needs == (1, 0, 0, 0) else torch.randn_like(lse)
+    backward = (torch.randn_like(out), dlse, *inputs[:5], out, state, *inputs[5:], is_part, *map(bool, needs))
     torch.library.opcheck(ops.OPERATORS[f"attention_backward_{attention_backend}"], backward)
 
 
@@ -217,20 +238,21 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
     query, key = torch.randn(2, 4, 9, 8, device=device), torch.randn(2, 2, 24, 8, device=device)
     value, table = torch.randn(2, 2, 24, 5, device=device), torch.randn(4, 47, device=device)
     dout, dlse = torch.randn(2, 4, 9, 5, device=device), torch.randn(2, 4, 9, device=device)
+    bias = torch.randn(2, 24, device=device).masked_fill(torch.arange(24, device=device) % 5 == 2, -torch.inf)
     forward, backward = (ops.OPERATORS[f"attention_{way}_{attention_backend}"] for way in ("forward", "backward"))
 
     def options(y):  # query 0 stands at -2, so that causality leaves two rows without a key
         return None, None, 9, y.stop - y.start, -2 - y.start, True, 7, 0, 0.4, 3.0, 0.0
 
-    out, _, state = forward(query, key, value, table, *options(slice(0, 24)))
-    inputs = dout, dlse, query, key, value, table, out, state
-    expected = backward(*inputs, *options(slice(0, 24)), False, True, True, True)
+    out, _, state = forward(query, key, value, table, bias, *options(slice(0, 24)))
+    inputs = dout, dlse, query, key, value, table, bias, out, state
+    expected = backward(*inputs, *options(slice(0, 24)), False, True, True, True, True)
     found = [torch.zeros_like(gradient) for gradient in expected]
     for y in (slice(0, 3), slice(3, 4), slice(4, 24)):
-        part = dout, dlse, query, key[:, :, y], value[:, :, y], table, out, state
-        dq, dk, dv, dtable = backward(*part, *options(y), True, True, True, True)
+        part = dout, dlse, query, key[:, :, y], value[:, :, y], table, bias[:, y], out, state
+        dq, dk, dv, dtable, dbias = backward(*part, *options(y), True, True, True, True, True)
         found[0] += dq
-        found[1][:, :, y], found[2][:, :, y] = dk, dv
+        found[1][:, :, y], found[2][:, :, y], found[4][:, :, y] = dk, dv, dbias
         found[3] += dtable
     torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-4)
 

@@ -19,7 +19,7 @@ def identity(batch, heads, j, device):
 def forward(backend, query, key, value, table, seed, dropout_p, **options):
     """The operator itself, which takes a seed."""
     i, j = query.shape[2], key.shape[2]
-    arguments = (None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
+    arguments = (None, None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
     return ops.OPERATORS[f"attention_forward_{backend}"](query, key, value, table, *arguments, 0.3, 0.0, dropout_p)[:2]
 
 

@@ -75,6 +75,48 @@ def test_dropout_hash():
             assert mine[b, h, x, y] == keeps(seed, (b * 3 + h) * (2**31 + 7) + x, y, 2**30)
 
 
+NOBODY = [[False] * 3 + [True] * 2 + [False] * 3 + [True] * 3] * 2
+UNSEEN = {  # options, and the keys that they hide from all queries
+    "mask": ({"key_padding_mask": torch.tensor(NOBODY)}, NOBODY[0]),
+    "mask of -inf": ({"key_padding_mask": torch.zeros(2, 11).masked_fill(torch.tensor(NOBODY), -torch.inf)}, NOBODY[0]),
+    "a cache's end": ({"is_causal": True, "offset": 1}, [False] * 8 + [True] * 3),
+    "a cache's end and mask": ({"is_causal": True, "offset": 1, "key_padding_mask": torch.tensor(NOBODY)}, NOBODY[0]),
+    "window": ({"window": (2, 4), "offset": 3}, [True] + [False] * 10),
+}
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("options", "is_unseen"), UNSEEN.values(), ids=UNSEEN)
+def test_keys_that_nobody_sees_hold_anything(options, is_unseen, number):
+    case = Case(batch=2, heads=4, kv_heads=2, dtype=torch.float64, i=7, j=11, head_dim=5, options=options)
+    query, key, value, *others = case.draw()
+    for tensor in (key, value):
+        tensor[:, :, torch.tensor(is_unseen)] = number
+    options = options | {"enable_gqa": True}
+    exact = attention_oracle.attention(query, key, value, *others, options=options)
+    ours = attention_oracle.run(reference.attention, query, key, value, *others, **options)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.double(), exact[name][0], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_nan_in_a_future_key_and_in_a_seen_one():
+    query, key, value, table, *_ = Case(i=8, j=8).draw()
+    key[:, :, 5] = torch.nan
+    out, lse = reference.attention(query, key, value, table, is_causal=True, return_lse=True)
+    assert out[:, :, :5].isfinite().all() and lse[:, :, :5].isfinite().all()
+    assert out[:, :, 5:].isnan().all() and lse[:, :, 5:].isnan().all()
+
+
+def test_a_large_number_on_all_keys_moves_lse_only():
+    query, key, value, table, *_ = Case(batch=2, i=5, j=9).draw()
+    mask = torch.arange(18.0).view(2, 9) * 8  # float32 holds these beside -6e7
+    out, lse = reference.attention(query, key, value, table, return_lse=True, key_padding_mask=mask)
+    for number in (-6e7, 1e6):
+        ours, moved = reference.attention(query, key, value, table, return_lse=True, key_padding_mask=mask + number)
+        torch.testing.assert_close(ours, out, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(moved, lse + number)
+
+
 TRANSFORMS = {
     "grad": lambda f, t: torch.func.grad(lambda t: f(t).sin().sum())(t),
     "vmap": lambda f, t: torch.func.vmap(f)(torch.stack([t, 2 * t])),

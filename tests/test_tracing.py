@@ -74,6 +74,9 @@ CASES = {
     "attention, lse": lambda: Bias(
         lambda bias, x, y: bias.attention(heads_of(x), heads_of(y), heads_of(y), is_causal=True, return_lse=True)
     ),
+    "attention, a floating mask": lambda: Bias(
+        lambda bias, x, y: bias.attention(heads_of(x), heads_of(y), heads_of(y), key_padding_mask=y[..., 0])
+    ),
     "expand_bias": lambda: Bias(lambda bias, x, y: expand_bias(y[0].T, x.shape[1], y.shape[1], dtype=torch.float64)),
     "bias_attention": Attention,
     "bias_attention, options": lambda: Attention(signed=True, is_causal=True, window=(3, None), softcap=2.0, scale=0.3),

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..attention import bias_attention
-from ..attention_padding import largest_head_dim
+from ..attention_checks import LARGEST_HEAD_DIM
 from ..checks import constant_under_compile
 from ..functional import expand_bias
 from ..module import DynamicPositionBias
@@ -62,7 +62,7 @@ def attend(
         diagonals = diagonals if diagonals.shape[1] else None
     offset = _offset(attention_mask, own, i, j)
     dropout_p = dropout if module.training else 0
-    reason = _why_not(module, query, key, attention_mask, scaling, softcap, position_bias, options)
+    reason = _why_not(module, query, key, attention_mask, scaling, position_bias, options)
     if reason is not None:
         if not torch.compiler.is_compiling():
             logger.warning_once(f"{type(module).__name__} attends eagerly, in O(n²) memory: {reason}")
@@ -95,7 +95,7 @@ def _offset(mask, position_bias, i, j):
     return 0
 
 
-def _why_not(module, query, key, mask, scaling, softcap, position_bias, options):
+def _why_not(module, query, key, mask, scaling, position_bias, options):
     """None if `bias_attention` computes what this layer asks for, else the reason, for people."""
     if options.get("output_attentions"):
         return "output_attentions=True"
@@ -109,12 +109,8 @@ def _why_not(module, query, key, mask, scaling, softcap, position_bias, options)
         return "that is more than softmax(scale q k^T + bias) v"
     if scaling is not None and not isinstance(scaling, numbers.Real):
         return f"its scaling is no number, but of type {type(scaling).__name__}"
-    padding = None if mask is None else mask.key_padding_mask
-    if padding is not None and softcap is not None:
-        return "padding and softcap together"
-    largest = largest_head_dim(padding)
-    if query.shape[-1] > largest:
-        return f"its head_dim is {query.shape[-1]}, more than {largest}"
+    if query.shape[-1] > LARGEST_HEAD_DIM:
+        return f"its head_dim is {query.shape[-1]}, more than {LARGEST_HEAD_DIM}"
     if query.shape[0] != key.shape[0]:
         return f"query has batch {query.shape[0]}, key {key.shape[0]}"
     return None

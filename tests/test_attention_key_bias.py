@@ -7,7 +7,7 @@ from attention_oracle import Case, check, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpb_triton import bias_attention
+from dpb_triton import attention_cpu_grid, bias_attention
 
 
 def mask(*rows):
@@ -29,6 +29,7 @@ MASKS = {
     "everything": mask("#" * 23, "#" * 23),
     "float": torch.linspace(-3, 3, 46).reshape(2, 23),
     "float with -inf": torch.zeros(2, 23).masked_fill(RIGHT, -torch.inf),
+    "float and -inf on both sides": torch.linspace(-3, 3, 46).reshape(2, 23).masked_fill(RIGHT | LEFT, -torch.inf),
     "float with its smallest number": torch.zeros(2, 23).masked_fill(LEFT, torch.finfo(torch.float32).min),
 }
 OPTIONS = {
@@ -40,7 +41,11 @@ OPTIONS = {
     "negative scale": Case(batch=2, i=13, j=23, options={"scale": -0.7}),
     "scale 0": Case(batch=2, i=13, j=23, options={"scale": 0.0}),
     "grouped heads": Case(batch=2, heads=4, kv_heads=2, i=13, j=23),
-    "head_dim 253": Case(batch=2, heads=1, i=5, j=23, head_dim=253, value_dim=8),
+    "softcap": Case(batch=2, i=13, j=23, options={"softcap": 1.5}),
+    "head_dim 256": Case(batch=2, heads=1, i=5, j=23, head_dim=256, value_dim=8),
+    "grouped heads and windows": Case(batch=2, heads=4, kv_heads=2, i=13, j=23, options={"window": (4, 0)}),
+    "value_dim": Case(batch=2, i=13, j=23, head_dim=8, value_dim=5),
+    "one query": Case(batch=2, i=1, j=23),
     "extreme table": Case(batch=2, i=13, j=23, table="masked"),
     "float64": Case(batch=2, i=13, j=23, dtype=torch.float64),
     "bfloat16": Case(batch=2, i=13, j=23, dtype=torch.bfloat16),
@@ -69,7 +74,7 @@ def test_masks(keys, attention_backend, device):
 @pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
 def test_options(case, attention_backend, device):
     skip_what_triton_lacks(case, attention_backend)
-    for keys in (LEFT, HOLES):
+    for keys in (LEFT, HOLES, MASKS["float and -inf on both sides"].to(torch.promote_types(case.dtype, torch.float32))):
         check(attend(attention_backend), with_mask(case, keys, device), device)
 
 
@@ -93,20 +98,56 @@ def test_unseen_keys_may_hold_anything_finite(attention_backend, device):
     )
 
 
-def test_a_float_mask_is_trained(attention_backend, device):
-    query, key, value, table, *_ = (x.double() if x is not None else x for x in Case(batch=2, i=7, j=9).draw(device))
-    weights = torch.randn(2, 9, device=device, dtype=torch.float64, requires_grad=True)
-    if attention_backend == "triton":
-        query, key, value = query.float(), key.float(), value.float()
-    out = bias_attention(query, key, value, table, key_padding_mask=weights, backend=attention_backend)
-    (ours,) = torch.autograd.grad(out.square().sum(), weights)
-    query, key, value = query.double(), key.double(), value.double()
-    x, y = torch.arange(7, device=device)[:, None] + 2, torch.arange(9, device=device)
-    bias = table[:, (x - y).abs()] + weights[:, None, None]
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias)
-    (theirs,) = torch.autograd.grad(out.square().sum(), weights)
-    tolerance = 1e-12 if attention_backend == "torch" else 1e-5
-    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("number", [-6e7, -1e30, torch.finfo(torch.float32).min, 1e6, -torch.inf])
+def test_the_same_number_on_all_keys_moves_lse_only(number, attention_backend, device):
+    """However large: a softmax does not know it."""
+    query, key, value, table, *_ = Case(batch=2, i=13, j=23).draw(device)
+    attend = attention_of(attention_backend, query, key, value, table)
+    out, lse = attend()
+    masked, moved = attend(key_padding_mask=torch.full((2, 23), number, device=device))
+    if number == -torch.inf:
+        out, lse = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    torch.testing.assert_close(masked, out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moved, lse + max(number, torch.finfo(torch.float32).min), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_see_hidden_keys_only(attention_backend, device):
+    """A window of two keys, both of them hidden for some rows, among others that are not."""
+    keys = mask(".....##....##..........", "##..............##.....")
+    case = Case(batch=2, i=23, j=23, options={"window": (1, 0), "key_padding_mask": keys.to(device)})
+    check(attend(attention_backend), case, device)
+    _, lse = attention_of(attention_backend, *case.draw(device)[:4])(**case.options)
+    dead = [[6, 12], [0, 1, 17]]
+    assert [row.isneginf().nonzero().squeeze(1).tolist() for row in lse[:, 0]] == dead
+
+
+def test_a_row_of_large_negative_numbers_only(attention_backend, device):
+    """What transformers' masks do to left padding under causality: the first rows see masked keys, and these alone."""
+    keys = torch.zeros(2, 23, device=device).masked_fill(LEFT.to(device), -1e4)
+    case = Case(batch=2, i=23, j=23, options={"is_causal": True})
+    check(attend(attention_backend), with_mask(case, keys, device), device)
+
+
+def test_the_layout_of_out_is_the_same_with_a_mask(attention_backend, device):
+    query, key, value, table, *_ = Case(batch=2, i=13, j=23).draw(device)
+    for keys in MASKS.values():
+        out, _ = attention_of(attention_backend, query, key, value, table)(key_padding_mask=keys.to(device))
+        assert out.transpose(1, 2).is_contiguous()
+
+
+def attention_of(backend, *tensors):
+    return lambda **options: bias_attention(*tensors, backend=backend, return_lse=True, **options)
+
+
+@pytest.mark.parametrize("tile", [1, 700, 2000])
+@pytest.mark.parametrize("keys", [RIGHT, HOLES, MASKS["everything of one"], MASKS["float with -inf"]])
+def test_cut_into_tiles(keys, tile, monkeypatch, device):
+    """In plain torch: several blocks of heads, of batch elements, of rows."""
+    monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
+    monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
+    for options in ({"softcap": 3.0}, {"is_causal": True}):
+        case = with_mask(Case(batch=2, heads=4, kv_heads=2, i=23, j=23, options=options), keys, device)
+        check(attend("torch"), case, device)
 
 
 def test_one_graph_for_all_lengths(device):

@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # Each file may import from those after it, never from those before. Nothing below imports from integrations/, whose own
 # files may import from all of these.
 LAYERS = [
-    "plot", "multihead", "tensor_parallel", "module", "table_cache", "context_parallel", "attention", "functional",
-    "ring", "attention_padding", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu",
-    "ops", "kernels", "cpu", "checks", "reference",
+    "plot", "multihead", "multihead_masks", "tensor_parallel", "module", "table_cache", "context_parallel",
+    "attention", "functional", "ring", "attention_padding", "attention_checks", "attention_autograd", "autograd",
+    "attention_ops", "attention_cpu", "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward", "attention_dtable", "attention_forward", "attention_prologue", "attention_launch",

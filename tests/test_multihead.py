@@ -251,11 +251,13 @@ class TestTheCausalHint:
         assert len(fused) == 1
 
     @pytest.mark.parametrize("hint", [None, 0, 1])
-    def test_as_true_as_torch_takes_it(self, hint):
+    def test_what_is_as_good_as_a_flag(self, hint):
+        """torch's module takes it with need_weights."""
         ours, theirs = pair({}, is_zero=True)
         x, mask = draw(ours, 2, 5, 5)[0], torch.ones(5, 5, dtype=torch.bool).triu(1)
+        reference = theirs(x, x, x, attn_mask=mask, is_causal=hint)[0]
         for need_weights in (True, False):
-            mine, reference = (m(x, x, x, None, need_weights, mask, True, hint)[0] for m in (ours, theirs))
+            mine = ours(x, x, x, attn_mask=mask, is_causal=hint, need_weights=need_weights)[0]
             torch.testing.assert_close(mine, reference)
 
     def test_in_inference_mode(self, fused):

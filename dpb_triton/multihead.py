@@ -4,24 +4,34 @@
 import torch
 from einops import rearrange, repeat
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .attention_checks import LARGEST_HEAD_DIM
 from .checks import check_int
+from .functional import is_transformed
 from .module import DynamicPositionBias
+from .multihead_masks import CausalHint, biased_mask, check_call, check_mask_dtype
+
+_causal_hint = CausalHint()  # one for all layers, which are given one mask
 
 
 class MultiheadAttention(nn.MultiheadAttention):
     """softmax(q k^T / sqrt(head_dim) + pos_bias) v, with the interface of `torch.nn.MultiheadAttention`.
 
     Same constructor, forward arguments, parameters and results, with the bias of `pos_bias` added to the scores. Goes
-    where torch's module goes: `layer.self_attn = MultiheadAttention(…)` in a `torch.nn.TransformerEncoderLayer` (whose
-    own fast path, which would skip the bias, it switches off). A state_dict of torch's module loads, strictly too: it
-    has no position bias, so the last layer of `pos_bias` is set to zero and the numbers are torch's.
+    where torch's module goes: `layer.self_attn = MultiheadAttention(…)` in a `torch.nn.TransformerEncoderLayer`, also
+    of an encoder that exists. A forward pre-hook that does nothing keeps the layer from its own fast path, which would
+    skip the bias. A state_dict of torch's module loads, strictly too: it has no position bias, so the last layer of
+    `pos_bias` is set to zero and the numbers are torch's.
 
-    Never materialises the bias when need_weights is False, there is no attn_mask but one that is_causal stands for
-    (of as many queries as keys), and neither add_bias_kv nor add_zero_attn was asked for; any key_padding_mask is fine.
-    All else goes to torch with the bias in its attn_mask, (batch * heads, i, j): the same numbers.
+    Never materialises the bias when need_weights is False, there is no attn_mask but one that is_causal stands for,
+    and neither add_bias_kv nor add_zero_attn was asked for; any key_padding_mask is fine. All else has its scores in
+    memory, (batch, heads, i, j): the same numbers. So have torch.func's transforms and forward-mode derivatives.
+
+    Unlike torch's: a query that sees no key gets weights of 0 and `out_proj` of 0, where torch's module gives NaN or
+    that, by need_weights. A key that no query sees may hold NaN. It is not for torch.jit.script (torch.jit.trace,
+    torch.compile and torch.export take it).
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -60,8 +70,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if pos_bias.heads != num_heads:
             raise ValueError(f"pos_bias must have num_heads = {num_heads} heads, got {pos_bias.heads}")
         self.pos_bias = pos_bias
-        # what torch's encoder layers ask before they compute attention by themselves, from our weights without our bias
-        self._qkv_same_embed_dim = False
+        self.register_forward_pre_hook(_no_fast_path)
 
     def forward(
         self,
@@ -79,46 +88,69 @@ class MultiheadAttention(nn.MultiheadAttention):
         """(out, weights): as torch's module, which documents all arguments but the last.
 
         Args:
-            query: (i, batch, embed_dim), with batch_first (batch, i, embed_dim), or (i, embed_dim).
+            query: (i, batch, embed_dim), with batch_first (batch, i, embed_dim), or (i, embed_dim). For self-attention
+                with batch_first also a nested tensor (torch.strided), as torch's encoder makes of padded sequences.
             key, value: likewise with j, and of kdim and vdim.
             key_padding_mask: (batch, j), or (j,) without a batch; bool, True for a key to ignore, or added.
             need_weights: also return the weights, (batch, i, j) or, with average_attn_weights False,
                 (batch, num_heads, i, j). True, torch's default, materialises the bias: ask for False to train.
-            attn_mask: (i, j) or (batch * num_heads, i, j); bool, True where a query must not look, or added.
-            is_causal: attn_mask is the causal one. Without attn_mask, which torch insists on: query x sees the keys
-                y <= x + offset.
+            attn_mask: (i, j) or (batch * num_heads, i, j); bool, True where a query must not look, or added. Floating
+                masks have query's dtype, or are float32 where need_weights is False.
+            is_causal: attn_mask is the causal one, y <= x + offset. The mask is looked at (once, for all layers that
+                it is given to), and counts if that is not so. Nobody can look inside torch.compile, a trace or a CUDA
+                graph: there it is believed if i == j and offset is 0, as torch's module always does.
+                Without attn_mask, which torch insists on: query x sees the keys y <= x + offset.
             offset: position of the first query relative to the first key, for the bias; j - i unless given, so the
                 last query stands at the last key, whichever side is longer.
 
         Raises:
-            TypeError: nested tensors, an offset that is no int.
-            ValueError: tensors of other ranks or sizes.
-            RuntimeError, AssertionError: what torch raises for masks of a wrong shape or dtype.
+            TypeError: what is no tensor, an offset that is no int.
+            AssertionError, RuntimeError: what torch raises for tensors and masks of a wrong shape or dtype.
         """
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.is_nested:
-                raise TypeError(f"{name} must not be a nested tensor: give a key_padding_mask")
-            if x.dim() != query.dim() or x.dim() not in (2, 3):
-                raise ValueError(f"{name} must have 2 or 3 dimensions, as query, got shape {tuple(x.shape)}")
-        is_batched = query.dim() == 3
-        if self.batch_first and is_batched:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        i, j = query.shape[0], key.shape[0]
+        if any(isinstance(x, torch.Tensor) and x.is_nested for x in (query, key, value)):
+            return self._nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, offset
+            )
+        is_batched = check_call(self, query, key, value, key_padding_mask, attn_mask)
+        tokens = "b n" if self.batch_first or not is_batched else "n b"
+        q, k, v = self._project(query, key, value)
+        if not is_batched:
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        q, k, v = (rearrange(x, f"{tokens} (h d) -> b h n d", h=self.num_heads) for x in (q, k, v))
+        i, j = q.shape[2], k.shape[2]
         offset = j - i if offset is None else check_int("offset", offset)
 
-        if self._is_fused(need_weights, attn_mask, is_causal, i == j):
-            if not is_batched:
-                query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-                key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            out, weights = self._fused(query, key, value, key_padding_mask, is_causal, offset), None
-            out = out if is_batched else out.squeeze(1)
+        has_mask = attn_mask is not None
+        is_causal = bool(is_causal) and (not has_mask or _causal_hint.is_true_of(attn_mask, offset))
+        is_dropped = is_causal and not need_weights and key_padding_mask is None  # torch's does not look at it then
+        check_mask_dtype(q, (None if is_dropped else attn_mask, key_padding_mask), is_exact=need_weights)
+        attn_mask = None if is_causal else attn_mask
+        if self._is_fused(q, k, v, need_weights, attn_mask):
+            out, weights = self._fused(q, k, v, key_padding_mask, is_causal, offset), None
         else:
-            batch = query.shape[1] if is_batched else 1
-            attn_mask = self._biased_mask(query, i, j, batch, attn_mask, is_causal, offset)
-            out, weights = self._materialised(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights
-            )
-        return (out.transpose(0, 1) if self.batch_first and is_batched else out), weights
+            out, weights = self._materialised(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, offset)
+        out = self.out_proj(rearrange(out, f"b h n d -> {tokens} (h d)"))
+        if not need_weights:
+            return (out if is_batched else out.squeeze(0)), None
+        weights = weights.to(q.dtype)
+        weights = weights.mean(1) if average_attn_weights else weights
+        return (out, weights) if is_batched else (out.squeeze(0), weights.squeeze(0))
+
+    def merge_masks(self, attn_mask, key_padding_mask, query):
+        """Refused: torch calls it to compute attention from the weights alone, without the bias."""
+        raise RuntimeError(
+            "torch's fast path would skip the position bias. MultiheadAttention's forward pre-hook keeps it off: put "
+            "that back, or call torch.backends.mha.set_fastpath_enabled(False)"
+        )
+
+    def _reset_parameters(self):
+        super()._reset_parameters()
+        if "pos_bias" in self._modules:  # not from torch's constructor
+            nn.init.kaiming_uniform_(self.out_proj.weight, a=5**0.5)  # as nn.Linear; torch's module leaves it as it is
+            for layer in self.pos_bias.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state_dict of torch's module means a bias of zero: pos_bias's last layer becomes that, the others stay."""
@@ -130,58 +162,109 @@ class MultiheadAttention(nn.MultiheadAttention):
                     state_dict[key] = torch.zeros_like(tensor) if key.startswith(last) else tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _is_fused(self, need_weights, attn_mask, is_causal, is_square):
-        return (
-            not need_weights
-            and (attn_mask is None or (is_causal and is_square))
-            and self.bias_k is None
-            and not self.add_zero_attn
-            and self.head_dim <= LARGEST_HEAD_DIM
+    def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, *options):
+        """The call with its sequences padded; out is nested as query is."""
+        is_self = query is key and key is value and query.layout == torch.strided and query.dim() == 3
+        if not (is_self and self.batch_first and key_padding_mask is None and attn_mask is None):
+            raise AssertionError(
+                "MultiheadAttention supports a NestedTensor (layout torch.strided, 3 dimensions) for self-attention "
+                "only (query, key and value are one tensor), with batch_first and without masks, got "
+                f"query {_describe(query)}, key {_describe(key)}, value {_describe(value)}, "
+                f"batch_first {self.batch_first}, key_padding_mask {_describe(key_padding_mask)}, attn_mask "
+                f"{_describe(attn_mask)}"
+            )
+        padded = query.to_padded_tensor(0.0)
+        lengths = query._nested_tensor_size()[:, :1].to(padded.device)
+        padding = torch.arange(padded.shape[1], device=padded.device) >= lengths
+        average_attn_weights, is_causal, offset = options
+        out, weights = self.forward(
+            padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal, offset=offset
         )
-
-    def _fused(self, query, key, value, key_padding_mask, is_causal, offset):
-        q, k, v = (rearrange(x, "n b (h d) -> b h n d", d=self.head_dim) for x in self._project(query, key, value))
-        dropout_p = self.dropout if self.training else 0.0
-        out = self.pos_bias.attention(
-            q, k, v, is_causal=is_causal, offset=offset, key_padding_mask=key_padding_mask, dropout_p=dropout_p
-        )
-        return self.out_proj(rearrange(out, "b h n d -> n b (h d)"))
+        if need_weights:  # padded, as torch's
+            rows = rearrange(padding, "b i -> b i 1" if average_attn_weights else "b i -> b 1 i 1")
+            weights = weights.masked_fill(rows, 0)
+        return torch._nested_tensor_from_mask(out, ~padding, mask_check=False), weights
 
     def _project(self, query, key, value):
-        """(length, batch, embed_dim) each; one product for self-attention."""
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        """embed_dim features each. What is one tensor goes through one product."""
+        embed_dim, bias = self.embed_dim, self.in_proj_bias
         if self.in_proj_weight is None:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+        elif key is value:
+            parts = [embed_dim, 2 * embed_dim]
+            weight_q, weight_kv = self.in_proj_weight.split(parts)
+            bias_q, bias_kv = (None, None) if bias is None else bias.split(parts)
+            return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, -1)
         else:
             weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
         return [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
 
-    def _biased_mask(self, query, i, j, batch, attn_mask, is_causal, offset):
-        """What torch adds to the scores: the bias and the mask, (batch * num_heads, i, j)."""
-        mask = self.pos_bias(i, j, offset=offset, dtype=query.dtype)
-        if attn_mask is None and is_causal:
-            attn_mask = torch.ones(i, j, dtype=torch.bool, device=query.device).triu(offset + 1)
-        if attn_mask is None or attn_mask.dim() == 2:
-            mask = mask if attn_mask is None else _add(mask, attn_mask)
-            return repeat(mask, "h i j -> (b h) i j", b=batch)
-        return rearrange(
-            _add(mask, rearrange(attn_mask, "(b h) i j -> b h i j", h=mask.shape[0])), "b h i j -> (b h) i j"
+    def _is_fused(self, q, k, v, need_weights, attn_mask):
+        return (
+            not need_weights
+            and attn_mask is None
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and self.head_dim <= LARGEST_HEAD_DIM
+            and not (self.training and self.dropout >= 1)
+            and not self._is_transformed(q, k, v)
         )
 
-    def _materialised(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights):
-        if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:  # of attn_mask's type, torch insists
-            key_padding_mask = _add(query.new_zeros(key_padding_mask.shape), key_padding_mask)
-        return F.multi_head_attention_forward(
-            query, key, value, self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.bias_k,
-            self.bias_v, self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias,
-            training=self.training, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
-            use_separate_proj_weight=self.in_proj_weight is None, q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight, v_proj_weight=self.v_proj_weight,
-            average_attn_weights=average_attn_weights,
-        )  # fmt: skip
+    def _is_transformed(self, *tensors):
+        is_forward_ad = forward_ad._current_level >= 0  # only then may a parameter have a tangent
+        return is_transformed(*tensors, *(self.pos_bias.parameters() if is_forward_ad else ()))
+
+    def _fused(self, q, k, v, key_padding_mask, is_causal, offset):
+        dropout_p = self.dropout if self.training else 0.0
+        return self.pos_bias.attention(
+            q, k, v, is_causal=is_causal, offset=offset, key_padding_mask=key_padding_mask, dropout_p=dropout_p
+        )
+
+    def _materialised(self, q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, offset):
+        """(out, weights) from torch's own operations, which every transform knows."""
+        backend = "torch" if self._is_transformed(q, k, v) else None
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        bias = self.pos_bias(q.shape[2], k.shape[2], offset=offset, dtype=dtype, backend=backend)
+        mask = biased_mask(bias, attn_mask, key_padding_mask, is_causal, offset)
+        if self.bias_k is not None:
+            k, v = _append(k, self.bias_k), _append(v, self.bias_v)
+        if self.add_zero_attn:
+            zeros = k.new_zeros(1, 1, self.embed_dim)
+            k, v = _append(k, zeros), _append(v, zeros)
+        if k.shape[2] > mask.shape[3]:
+            mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))
+        has_mask = is_causal or attn_mask is not None or key_padding_mask is not None
+        if has_mask:
+            hidden = mask == -torch.inf
+            dead, unseen = hidden.all(3, keepdim=True), rearrange(hidden.all(2), "b h j -> b h j 1")
+            mask = mask.masked_fill(dead, 0)  # the softmax of nothing is NaN, forward and backward
+            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+
+        dropout_p = self.dropout if self.training else 0.0
+        if not need_weights and dtype == q.dtype and backend is None:
+            weights, out = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+        else:  # it would round the bias to q's dtype, and has neither forward-mode derivatives nor a batching rule
+            weights = (((q * self.head_dim**-0.5) @ k.mT).to(dtype) + mask).softmax(-1)
+            weights = F.dropout(weights, dropout_p)
+            out = weights.to(v.dtype) @ v
+            weights = weights.masked_fill(dead, 0) if has_mask and need_weights else weights
+        return (out.masked_fill(dead, 0) if has_mask else out), weights
 
 
-def _add(bias, mask):
-    return bias.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else bias + mask.to(bias.dtype)
+def _no_fast_path(module, arguments):
+    """A forward pre-hook: with one, torch.nn.TransformerEncoderLayer calls its self_attn, and so the bias, always."""
+
+
+def _append(x, row):
+    """One more key, row (1, 1, heads * head_dim), after x (batch, heads, j, head_dim)."""
+    row = repeat(row.to(x.dtype), "1 1 (h d) -> b h 1 d", b=x.shape[0], h=x.shape[1])
+    return torch.cat([x, row], 2)
+
+
+def _describe(x):
+    if not isinstance(x, torch.Tensor):
+        return str(x)
+    return f"of {x.dim()} dimensions, {'nested, ' if x.is_nested else ''}{x.layout}"

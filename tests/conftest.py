@@ -53,6 +53,24 @@ def attention_backend(request, device):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def on_the_device(device):
+    """Modules and tensors lie where the suite runs."""
+    with torch.device(device):
+        yield
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The list of calls of `DynamicPositionBias.attention`: what MultiheadAttention did not materialise."""
+    from dpb_triton import DynamicPositionBias
+
+    calls = []
+    attention = DynamicPositionBias.attention
+    monkeypatch.setattr(DynamicPositionBias, "attention", lambda *a, **o: calls.append(o) or attention(*a, **o))
+    return calls
+
+
 @pytest.fixture
 def poisoned():
     """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # Each file may import from those after it, never from those before. Nothing below imports from integrations/, whose own
 # files may import from all of these.
 LAYERS = [
-    "plot", "multihead", "tensor_parallel", "module", "table_cache", "mlp", "plain_layers", "context_parallel",
+    "plot", "multihead", "multihead_masks", "tensor_parallel", "module", "table_cache", "mlp", "plain_layers",
+    "context_parallel",
     "attention", "functional", "ring", "attention_key_bias", "attention_checks", "attention_autograd", "autograd",
     "attention_ops", "attention_cpu", "attention_cpu_grid", "attention_cpu_products", "ops", "kernels", "cpu", "checks",
     "reference", "tracing",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """transformers' models on bias_attention against their own eager attention: logits, every gradient, generation."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -9,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from hf_models import assert_same, decoder, generated, padding, run, t5, tokens
+from hf_models import VOCAB, assert_same, decoder, generated, padding, run, t5, tokens
 
 from dpb_triton.integrations import transformers_attention
-from dpb_triton.integrations.transformers import NAME
+from dpb_triton.integrations.transformers import NAME, use_bias_attention
 
 DECODERS = {
     "Llama": {},
@@ -48,7 +50,19 @@ def test_decoder_without_a_mask_is_eager(fused_only):
 def test_softcap_is_eager(fused_only):
     model = decoder("Gemma2", sliding_window=5, query_pre_attn_scalar=8, attn_logit_softcapping=1.5)
     assert_same(model, input_ids=tokens(2, 12))
-    assert_same(model, input_ids=tokens(2, 12), attention_mask=padding(2, 12, None))
+    for side in SIDES:
+        mask = padding(2, 12, side)
+        assert_same(model, mask, input_ids=tokens(2, 12), attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["JetMoe", "Afmoe"])
+def test_a_layer_may_view_what_attention_returns(fused_only, name):
+    if name == "JetMoe":
+        options = {"num_local_experts": 2, "kv_channels": 6, "num_key_value_heads": 4}
+    else:
+        options = {"sliding_window": 4, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    mask = padding(3, 11, "left")
+    assert_same(decoder(name, **options), mask, input_ids=tokens(3, 11), attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,59 @@ def test_t5_family_is_eager(fused_only, family):
     mask = padding(2, 8, "right")
     inputs = {"input_ids": tokens(2, 8), "attention_mask": mask, "decoder_input_ids": tokens(2, 5, seed=1)}
     assert_same(t5(family, dtype=torch.float64), tolerance=1e-6, **inputs)
+
+
+INITIALISATIONS = {
+    "init_weights": lambda model: model.init_weights(),
+    "initialize_weights": lambda model: model.initialize_weights(),
+    "apply": lambda model: model.apply(model._init_weights),
+    "resize": lambda model: model.resize_token_embeddings(VOCAB + 5),
+    "meta": lambda model: model.to("meta").to_empty(device="cpu").init_weights(),
+}
+
+
+@pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "SwitchTransformers", "LongT5", "Pop2Piano"])
+@pytest.mark.parametrize("how", INITIALISATIONS)
+def test_t5_is_initialised_as_without(family, how):
+    """After `use_bias_attention` a model has the weights, and says that it has those, that it has without."""
+    ours = t5(family, num_layers=1)
+    plain = type(ours)(ours.config)
+    for model in (ours, plain):
+        for x in (*model.modules(), *model.parameters()):  # else transformers keeps the weights that there are
+            x.__dict__.pop("_is_hf_initialized", None)
+        torch.manual_seed(1)
+        INITIALISATIONS[how](model)
+    flags = [[getattr(m, "has_relative_attention_bias", None) for m in model.modules()] for model in (ours, plain)]
+    assert flags[0] == flags[1]
+    state, expected = ours.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    for key, x in state.items() if how != "resize" else ():  # which draws the new rows like the old ones
+        assert torch.equal(x, expected[key]), key
+
+
+@pytest.mark.parametrize("family", ["T5", "UMT5"])
+def test_t5_is_copied_pickled_saved_and_loaded(fused_only, tmp_path, family):
+    model = t5(family)
+    inputs = {"input_ids": tokens(2, 8), "decoder_input_ids": tokens(2, 5, seed=1)}
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), use_bias_attention(loaded)):
+        assert torch.equal(other(**inputs).logits, expected)
+        assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
+    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data += torch.randn(32, 3)
+    # a replica, as of DataParallel, has the weights that it was given, not those of the module that it was made of
+    replica = copy.deepcopy(model)._replicate_for_data_parallel()
+    attention = replica.encoder.block[0].layer[0].SelfAttention._replicate_for_data_parallel()
+    attention.relative_attention_bias = copy.deepcopy(attention.relative_attention_bias).double()
+    assert attention.compute_bias(3, 4).dtype == torch.float64
+
+
+def test_a_forward_that_fails_leaves_t5_as_it_was():
+    attention = t5().decoder.block[0].layer[1].EncDecAttention
+    with pytest.raises(RuntimeError):
+        attention(torch.zeros(1, 2, 7), key_value_states=torch.zeros(1, 3, 20))
+    assert attention.has_relative_attention_bias is False
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -212,19 +279,3 @@ def test_bfloat16_is_within_eagers_error(name):
     eager, ours = run(model, "eager", mask, **inputs), run(model, NAME, mask, **inputs)
     for flat in (lambda r: r[0].float().flatten(), lambda r: torch.cat([g.float().flatten() for g in r[1].values()])):
         assert (flat(ours) - flat(exact)).norm() <= 1.5 * (flat(eager) - flat(exact)).norm()
-
-
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "T5"])
-def test_compiles_to_one_graph(name):
-    from torch._dynamo.testing import CompileCounter
-
-    options = {"sliding_window": 4} if name == "Mistral" else {}
-    model = t5(num_layers=1) if name == "T5" else decoder(name, num_hidden_layers=1, **options)
-    model.set_attn_implementation(NAME)
-    inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
-    inputs |= {"decoder_input_ids": tokens(2, 5)} if name == "T5" else {"use_cache": False}
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
-    assert counter.frame_count == 1

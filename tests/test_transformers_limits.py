@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What bias_attention does not compute for a transformers model: eager's numbers or an exception."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from hf_models import VOCAB, assert_same, decoder, padding, run, t5, tokens
 from transformers import masking_utils
 
 from dpb_triton import DynamicPositionBias, bias_attention
-from dpb_triton.integrations import transformers_attention
+from dpb_triton.integrations import transformers_attention, transformers_mask
 from dpb_triton.integrations.transformers import NAME, add_position_bias, use_bias_attention
 from dpb_triton.integrations.transformers_mask import read_window
 from dpb_triton.integrations.transformers_table import place
@@ -87,19 +89,17 @@ def test_chunks_fall_back(reasons):
     assert any(reason is not None and "neither causal" in reason for reason in reasons) and None in reasons
 
 
-def test_padding_with_softcap_falls_back(reasons):
-    mask = padding(2, 9, "right")
-    model = decoder("Gemma2", sliding_window=5, query_pre_attn_scalar=8)
-    assert_same(model, mask, input_ids=tokens(2, 9), attention_mask=mask)
-    assert reasons[-1] == "padding and softcap together"
+def test_a_large_head_dim_falls_back(reasons):
+    model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=258, initializer_range=0.1)
+    assert_same(model, input_ids=tokens(2, 6))
+    assert "head_dim is 258" in reasons[-1]
 
 
-@pytest.mark.parametrize(("head_dim", "side"), [(258, None), (256, "left")])
-def test_a_large_head_dim_falls_back(reasons, head_dim, side):
-    mask = padding(2, 6, side)
-    model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=head_dim, initializer_range=0.1)
+def test_the_largest_head_dim_is_fused(reasons):
+    mask = padding(2, 6, "left")
+    model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=256, initializer_range=0.1)
     assert_same(model, mask, input_ids=tokens(2, 6), attention_mask=mask)
-    assert f"head_dim is {head_dim}" in reasons[-1]
+    assert set(reasons) == {None}
 
 
 def test_t5_whose_bias_is_not_replaced_falls_back(reasons):
@@ -124,6 +124,115 @@ def test_encoders_and_cross_attention_are_eager(reasons):
     llama.config.is_causal = False  # transformers' way to make a decoder see both ways
     assert_same(llama, mask, input_ids=tokens(2, 9), attention_mask=mask)
     assert set(reasons) == {None}
+
+
+def test_a_model_that_computes_with_the_mask_falls_back(reasons):
+    mask = padding(2, 9, "left")
+    model = decoder("Doge", num_attention_heads=4, keep_window_size=4)
+    assert_same(model, mask, input_ids=tokens(2, 9), attention_mask=mask)
+    assert_same(model, input_ids=tokens(2, 9))
+    assert "(2, 4, 9, 9)" in reasons[-1]
+
+
+SPARSE = {  # three of DeepSeek's family: which keys a query sees is left to an attention that they do not know
+    "HYV4": {"head_dim": 16, "num_key_value_heads": 4, "o_groups": 2, "o_lora_rank": 8},
+    "DeepseekV32": {"head_dim": 8, "num_key_value_heads": 4},
+    "GlmMoeDsa": {"head_dim": 8, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["padding", "bool", "bias"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_chosen_keys_fall_back(reasons, name, kind):
+    options = {
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 16, "index_topk": 3, "n_routed_experts": 2, "num_experts_per_tok": 1,
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 8, "first_k_dense_replace": 1,
+        "num_local_experts": 2, "num_experts": 2,
+    }  # fmt: skip
+    known = getattr(transformers, f"{name}Config")()
+    model = decoder(name, **{k: v for k, v in options.items() if hasattr(known, k)}, **SPARSE[name])
+    mask = padding(2, 9, "left")
+    inputs = {"input_ids": tokens(2, 9), "attention_mask": mask}
+    if kind == "bool":
+        inputs["attention_mask"] = (mask[:, None, None] == 1) & torch.ones(9, 9, dtype=torch.bool).tril()
+    expected, _ = run(model, "eager", mask, **inputs | {"attention_mask": mask})
+    if kind == "bias":  # of zeros
+        bias = DynamicPositionBias(8, 4)
+        torch.nn.init.zeros_(bias.mlp[-1].weight)
+        torch.nn.init.zeros_(bias.mlp[-1].bias)
+        add_position_bias(model, bias)
+    logits, _ = run(model, NAME, mask, **inputs)
+    torch.testing.assert_close(logits, expected)
+    assert "its indices name" in reasons[-1]
+
+
+def test_chosen_blocks_raise():
+    layer = decoder("Llama").model.layers[0].self_attn
+    x = torch.zeros(1, 4, 5, 6)
+    with pytest.raises(ValueError, match="block_indices.*use set_attn_implementation.'eager'"):
+        transformers_attention.attend(layer, x, x, x, None, block_indices=torch.zeros(1, 4, 5, 1, dtype=torch.int64))
+
+
+LOOKS = {
+    "rows": lambda mask: mask[:, 0, 2:],
+    "keys": lambda mask: mask[..., :3],
+    "is_seen": lambda mask: mask == 0,
+    "is_hidden": lambda mask: mask != 0,
+    "less": lambda mask: mask < 0,
+    "not": lambda mask: ~(mask == 0),
+    "sum": lambda mask: torch.ones(2, 4, 5, 5) + mask + 1.0,
+    "difference": lambda mask: 1.0 - mask,
+    "factor": lambda mask: 2 * mask * torch.ones(5),
+    "minus": lambda mask: -mask,
+    "a method": lambda mask: mask.masked_fill(torch.eye(5, dtype=torch.bool), 7.0),
+    "another dtype": lambda mask: mask.to(torch.float64),
+    "device and dtype": lambda mask: mask.to("cpu", torch.float16),
+    "bool": lambda mask: mask.bool(),
+    "expanded": lambda mask: mask.expand(-1, 4, -1, -1),
+    "where": lambda mask: torch.where(mask.bool(), 1, 2),
+    "padded": lambda mask: torch.nn.functional.pad(mask, (0, 2)),
+    "concatenated": lambda mask: torch.cat([mask, torch.zeros(2, 1, 5, 1)], -1),
+    "its like": lambda mask: torch.ones_like(mask),
+    "tensor first": lambda mask: torch.add(torch.ones(5), mask),
+}
+
+
+def make_mask(i, j, offset, tokens, function=masking_utils.causal_mask_function):
+    return transformers_mask.make_mask(2, i, j, offset, mask_function=function, attention_mask=tokens)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_mask_is_a_tensor_to_who_looks_into_it(look):
+    seen = padding(2, 5, "left").bool()
+    mask = make_mask(5, 5, 0, seen)
+    expected = LOOKS[look](masking_utils.eager_mask(2, 5, 5, attention_mask=seen))
+    found = LOOKS[look](mask)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_a_mask_that_is_asked_for_its_sizes_stays_one():
+    mask = make_mask(5, 5, 0, padding(2, 5, "left").bool())
+    assert mask.shape == mask.size() == (2, 1, 5, 5)
+    assert mask.size(-1) == 5 and mask.dim() == mask.ndim == 4
+    assert mask.dtype == torch.float32 and mask.device == torch.device("cpu")
+    assert mask.to("cpu") is mask and mask.contiguous() is mask and mask.to(device="cpu") is mask
+    assert not hasattr(mask, "nonsense") and len({mask, mask}) == 1
+    assert mask._dense is None
+    assert torch.equal(copy.deepcopy(mask).dense(), mask.dense())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_dense_mask_is_transformers_own(window):
+    function = masking_utils.causal_mask_function
+    if window is not None:
+        function = masking_utils.sliding_window_causal_mask_function(window)
+    seen = padding(2, 9, "left").bool()
+    request = {"batch_size": 2, "q_length": 2, "kv_length": 5, "kv_offset": 3, "mask_function": function}
+    expected = masking_utils.eager_mask(**request, q_offset=6, attention_mask=seen)
+    for offset in (6, torch.tensor(6)):
+        mask = transformers_mask.make_mask(**request, q_offset=offset, attention_mask=seen)
+        assert torch.equal(mask.dense(), expected)
 
 
 WINDOWS = {
@@ -218,5 +327,5 @@ def test_unknown_positions_raise():
 def test_a_mask_for_other_lengths_raises():
     model = decoder("Llama")
     model.set_attn_implementation(NAME)
-    with pytest.raises(ValueError, match="made for 5 queries and 5 keys, as LlamaAttention has, got one for 5 and 7"):
+    with pytest.raises(ValueError, match="5 queries and 5 keys, as LlamaAttention has, got one for 5 and 7.*'eager'"):
         model(input_ids=tokens(1, 5), attention_mask=padding(1, 7, None), use_cache=False)

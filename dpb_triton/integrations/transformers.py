@@ -18,10 +18,11 @@ Importing this registers the attention under the name "dpb_triton":
 
 Causal and bidirectional attention, sliding windows, softcap, dropout, grouped heads, padding on either side, dynamic
 and static caches have their O(n) path. Everything else a model may ask for (`output_attentions=True`, a mask (i, j) of
-the caller's, packed sequences, chunks, attention sinks, a bias that is no table of the distance, padding together with
-softcap, …) goes through the model's own eager attention, whose numbers and whose memory it then has; a warning says so
-once. What even that cannot do raises. Under torch.compile give decoders an attention_mask: without one transformers
-makes a mask (i, j) that looks for packed sequences.
+the caller's or one that the model computes, packed sequences, chunks, keys that it chooses, attention sinks, a bias
+that is no table of the distance, …) goes through the model's own eager attention, whose numbers and whose memory it
+then has; a warning says so once. What even that cannot do raises. Under torch.compile give decoders an attention_mask:
+without one transformers makes a mask (i, j) that looks for packed sequences. With a static cache `generate` compiles as
+often as with eager attention: once, but for sliding windows.
 """
 
 try:

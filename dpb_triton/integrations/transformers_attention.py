@@ -17,7 +17,7 @@ from ..checks import constant_under_compile
 from ..functional import expand_bias
 from ..module import DynamicPositionBias
 from .transformers_mask import Mask
-from .transformers_table import place
+from .transformers_table import NAME, place
 
 logger = logging.get_logger(__name__)
 
@@ -43,16 +43,23 @@ def attend(
         options: what else the model hands to its attention.
 
     Returns:
-        out (batch, i, heads, head_dim), and the weights, or None.
+        out (batch, i, heads, head_dim), contiguous, and the weights, or None.
 
     Raises:
-        ValueError: lengths that the mask was not made for, a position bias whose queries' positions are not known.
+        ValueError: lengths that the mask was not made for, blocks of keys that the layer chooses, a position bias whose
+            queries' positions are not known.
     """
     i, j = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Mask) and attention_mask.shape[2:] != (i, j):
         raise ValueError(
             f"attention_mask must be made for {i} queries and {j} keys, as {type(module).__name__} has, got one for "
-            f"{attention_mask.shape[2]} and {attention_mask.shape[3]}"
+            f"{attention_mask.shape[2]} and {attention_mask.shape[3]}. If the model adds keys of its own, use "
+            "set_attn_implementation('eager')"
+        )
+    if options.get("block_indices") is not None:
+        raise ValueError(
+            f"{type(module).__name__} sees the blocks of keys that its block_indices name, which {NAME!r} does not "
+            "compute: use set_attn_implementation('eager')"
         )
     own = getattr(module, "pos_bias", None)
     own = own if isinstance(own, DynamicPositionBias) else None
@@ -80,7 +87,8 @@ def attend(
         query, key, value, table.to(query.device), scale=scaling, softcap=softcap, dropout_p=dropout_p,
         key_padding_mask=None if padding is None else padding.to(query.device), enable_gqa=True, **placed,
     )  # fmt: skip
-    return out.transpose(1, 2), None
+    # contiguous already, and as models need it that view it
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _offset(mask, position_bias, i, j):
@@ -99,6 +107,8 @@ def _why_not(module, query, key, mask, scaling, position_bias, options):
     """None if `bias_attention` computes what this layer asks for, else the reason, for people."""
     if options.get("output_attentions"):
         return "output_attentions=True"
+    if options.get("indices") is not None:
+        return "it sees the keys that its indices name"
     if isinstance(mask, torch.Tensor):
         return f"it was given a mask of shape {tuple(mask.shape)}"
     if mask is not None and mask.window is None:
@@ -131,6 +141,8 @@ def _attend_eagerly(module, query, key, value, mask, position_bias, reason, *, o
     if eager is None:
         raise ValueError(f"{type(module).__name__} has no eager attention function to fall back to: {reason}")
     mask = mask.dense() if isinstance(mask, Mask) else mask
+    if options.get("indices") is not None:
+        mask = _hide_others(options["indices"], mask, query, key)
     if mask is not None and mask.dtype == torch.bool:  # as scaled_dot_product_attention takes it: True for a seen key
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     if position_bias is not None:
@@ -138,6 +150,21 @@ def _attend_eagerly(module, query, key, value, mask, position_bias, reason, *, o
     # not every eager function has a softcap
     numbers = {name: value for name, value in numbers.items() if name != "softcap" or value is not None}
     return eager(module, query, key, value, mask, **numbers, **options)
+
+
+def _hide_others(indices, mask, query, key):
+    """The mask with the keys hidden that `indices` (batch, i, any number) do not name.
+
+    DeepSeek's sparse attention (HYV4, GLM, …) does so itself for an attention that it knows, eager and sdpa, and leaves
+    it to any other.
+    """
+    hidden = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
+    if mask is None:
+        mask = query.new_zeros(hidden.shape)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def find_eager_attention(layer_type):

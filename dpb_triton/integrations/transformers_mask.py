@@ -7,6 +7,7 @@ needed.
 """
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
 
@@ -114,30 +115,92 @@ def read_window(mask_function):
 class Mask:
     """One forward pass's mask, shared by its layers.
 
+    To a model that looks into it, it is the mask of transformers' own eager attention: what it takes or computes from
+    it is a tensor, and the attention that gets the tensor is eager.
+
     Attributes:
         window: (left, right) as `bias_attention` takes it; None if only `dense` can say what is masked.
-        offset: position of the first query relative to the first key, an int, or an int64 tensor () where a static
-            cache keeps it on the device.
+        offset: position of the first query relative to the first key, an int or an int64 tensor ().
         key_padding_mask: bool (batch, j), True for a key that nobody sees, or None.
-        shape: (batch, 1, i, j), that of the mask this stands for.
+        shape, dtype, device: those of the mask this stands for, (batch, 1, i, j).
+
+    A mask that `generate` makes ahead is an input of the compiled model. Two tokens share a graph if `offset` is a
+    tensor for both, and if both have a `key_padding_mask` or none. An eager call is quicker with a number, and without
+    padding that hides nothing. So both are kept.
+
+    Args:
+        eager: (offset, key_padding_mask) for an eager call.
+        compiled: those for a graph.
+        request: the arguments of transformers' own mask.
     """
 
     ndim = 4  # transformers hands a mask of four dimensions on as it is
 
-    def __init__(self, window, offset, key_padding_mask, request):
-        self.window, self.offset, self.key_padding_mask = window, offset, key_padding_mask
-        self.shape = request["batch_size"], 1, request["q_length"], request["kv_length"]
+    def __init__(self, window, eager, compiled, request):
+        self.window, self._eager, self._compiled = window, eager, compiled
+        self.shape = torch.Size((request["batch_size"], 1, request["q_length"], request["kv_length"]))
+        self.dtype, self.device = request.get("dtype", torch.float32), torch.device(request.get("device", "cpu"))
         self._request, self._dense = request, None
+
+    @property
+    def offset(self):
+        return (self._compiled if torch.compiler.is_compiling() else self._eager)[0]
+
+    @property
+    def key_padding_mask(self):
+        return (self._compiled if torch.compiler.is_compiling() else self._eager)[1]
+
+    def dim(self):
+        return self.ndim
+
+    def size(self, dim=None):
+        return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self):
         """Itself: what `generate` asks of a mask that it makes ahead, up to transformers 5.22."""
         return self
 
+    def to(self, *args, **kwargs):
+        """Itself on another device, for a model in pieces: the attention moves what it needs. A tensor of a dtype."""
+        if any(isinstance(x, (torch.dtype, torch.Tensor)) for x in (*args, *kwargs.values())):
+            return self.dense().to(*args, **kwargs)
+        return self
+
     def dense(self):
         """The mask of transformers' own eager attention: (batch, 1, i, j), floating, to be added."""
         if self._dense is None:
-            self._dense = masking_utils.eager_mask(**self._request)
+            request = self._request
+            if self.window is not None:  # only distances count: of what two tokens' graphs have as inputs
+                seen = None if self.key_padding_mask is None else ~self.key_padding_mask
+                request = request | {"q_offset": self.offset, "kv_offset": 0, "attention_mask": seen}
+            self._dense = masking_utils.eager_mask(**request)
         return self._dense
+
+    def __getattr__(self, name):
+        # what begins with _ belongs to Python's protocols (copies, pickles), which are not meant for a tensor
+        if name.startswith("_") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, Mask) else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _of_dense(name):
+    def operator(self, *args):
+        return getattr(self.dense(), name)(*args)
+
+    return operator
+
+
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "and", "rand", "or", "ror", "xor", "invert", "neg",
+    "eq", "ne", "lt", "le", "gt", "ge", "getitem",
+):  # fmt: skip
+    setattr(Mask, f"__{_name}__", _of_dense(f"__{_name}__"))
+Mask.__hash__ = object.__hash__
 
 
 def make_mask(
@@ -173,15 +236,22 @@ def make_mask(
         "attention_mask": attention_mask,
         **options,
     }
-    padding = None
+    if isinstance(q_offset, torch.Tensor):
+        request["q_offset"] = q_offset = q_offset.clone()  # a static cache adds to it in place
+    offset, padding = q_offset - kv_offset, None
     if attention_mask is not None:
         tokens = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = ~tokens[:, kv_offset : kv_offset + kv_length].bool()
+    eager = compiled = offset, padding
+    if not torch.compiler.is_compiling():
+        is_tensor = isinstance(offset, torch.Tensor)
+        number = int(offset) if is_tensor and offset.device.type == "cpu" else offset  # a GPU would be waited for
         # no padding costs nothing, at the price of one look a forward pass, as transformers' own masks
-        if not torch.compiler.is_compiling() and not padding.any():
-            padding = None
-    if isinstance(q_offset, torch.Tensor):
-        # a copy, because a static cache adds to it in place; nobody waits for the number on a CPU
-        is_free = q_offset.device.type == "cpu" and not torch.compiler.is_compiling()
-        request["q_offset"] = q_offset = int(q_offset) if is_free else q_offset.clone()
-    return Mask(read_window(mask_function), q_offset - kv_offset, padding, request)
+        eager = number, padding if padding is not None and padding.any() else None
+        if not is_tensor:
+            # without tokens before these, in training for one, the next pass has the same numbers
+            compiled = eager if offset == 0 else (torch.full((), offset, device=options.get("device")), padding)
+    mask = Mask(read_window(mask_function), eager, compiled, request)
+    if mask.window is None:
+        mask.dense()  # now: a graph that is given the mask would make it of numbers that are others for each token
+    return mask

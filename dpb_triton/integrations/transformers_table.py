@@ -9,6 +9,7 @@ of which T5 would make a (1, heads, i, j) tensor. They are a plain tensor, so th
 gradient checkpointing, where T5's own bias went. No columns at all say that there is no bias.
 """
 
+import functools
 import inspect
 
 import torch
@@ -17,38 +18,50 @@ from torch.nn import functional as F
 NAME = "dpb_triton"
 
 
-class Diagonals:
-    """T5's `compute_bias` for one attention module: the diagonals while the model runs on NAME, else T5's own.
+class _OnDiagonals:
+    """What `replace_t5_bias` lays over an attention class of T5's kind: diagonals while the model runs on NAME."""
 
-    Args:
-        attention: a module that `has_t5_bias`.
-
-    An object rather than a function, so that the module can be copied and pickled.
-    """
-
-    def __init__(self, attention):
-        self.attention, self.has_bias = attention, attention.has_relative_attention_bias
-
-    def __call__(self, query_length, key_length, device=None, past_seen_tokens=0):
-        attention = self.attention
-        compute_bias = type(attention).compute_bias
-        weight = attention.relative_attention_bias.weight if self.has_bias else attention.q.weight
-        device = weight.device if device is None else device
-        if attention.config._attn_implementation != NAME:
-            if self.has_bias:
-                return compute_bias(attention, query_length, key_length, device, past_seen_tokens)
-            return weight.new_zeros(1, attention.n_heads, query_length, key_length, device=device)
-        if not self.has_bias:
-            return weight.new_zeros(attention.n_heads, 0, device=device)
+    def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
+        compute_bias = super().compute_bias
+        if self.config._attn_implementation != NAME:
+            return compute_bias(query_length, key_length, device, past_seen_tokens)
+        if not hasattr(self, "relative_attention_bias"):
+            return torch.zeros(self.n_heads, 0, device=device)
         # one query behind i + j - 1 keys sees every distance of the grid once, the farthest in the past first
-        row = compute_bias(
-            attention, 1, query_length + key_length - 1, device, past_seen_tokens + query_length - 1
-        )  # fmt: skip
+        row = compute_bias(1, query_length + key_length - 1, device, past_seen_tokens + query_length - 1)
         return row[0, :, 0].flip(1)
+
+    def __reduce_ex__(self, _):
+        return _new, (type(self)._base,), self.__dict__  # pickle would look for the class in T5's file
+
+
+@functools.cache
+def _on_diagonals(base):
+    """The subclass of an attention class that makes diagonals."""
+
+    @functools.wraps(base.forward)
+    def forward(self, *args, **kwargs):
+        if self.has_relative_attention_bias or self.config._attn_implementation != NAME:
+            return base.forward(self, *args, **kwargs)
+        # The one way past the zeros (i, j) that it would make here. Only for as long as it runs: whoever else asks,
+        # T5's initialisation for one, would go on to weights that are not there.
+        self.has_relative_attention_bias = True
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            self.has_relative_attention_bias = False
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_base": base, "forward": forward}
+    return type(base.__name__, (_OnDiagonals, base), names)
+
+
+def _new(base):
+    cls = _on_diagonals(base)
+    return cls.__new__(cls)
 
 
 def has_t5_bias(module):
-    """Whether `module` makes its bias as T5's attention does, which `Diagonals` can then make instead."""
+    """Whether `module` makes its bias as T5's attention does, so that it can make diagonals instead."""
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or not hasattr(module, "has_relative_attention_bias"):
         return False
@@ -57,10 +70,12 @@ def has_t5_bias(module):
 
 
 def replace_t5_bias(module):
-    """Have `module` make diagonals. The decoder's attention over the encoder too, which T5 would give zeros (i, j)."""
-    if not isinstance(module.__dict__.get("compute_bias"), Diagonals):
-        module.compute_bias = Diagonals(module)
-        module.has_relative_attention_bias = True
+    """Have `module` make diagonals. The decoder's attention over the encoder too, which T5 would give zeros (i, j).
+
+    Its class becomes a subclass of what it was. Its weights and attributes stay as they are.
+    """
+    if not isinstance(module, _OnDiagonals):
+        module.__class__ = _on_diagonals(type(module))
 
 
 def place(diagonals, position_bias, query, key, offset, window):
@@ -105,4 +120,6 @@ def _look_up(position_bias, distance, heads, n):
     if position_bias is None:
         return distance.new_zeros(heads, len(distance), dtype=torch.float32)
     index = distance.clamp(1 - n, n - 1)
-    return position_bias.table(n)[:, index + n - 1 if position_bias.signed else index.abs()]
+    # a shared bias stands on one device, the layers of a model in pieces on several
+    table = position_bias.table(n).to(distance.device)
+    return table[:, index + n - 1 if position_bias.signed else index.abs()]

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # files may import from all of these.
 LAYERS = [
     "plot", "multihead", "tensor_parallel", "module", "table_cache", "context_parallel", "attention", "functional",
-    "ring", "attention_key_bias", "attention_checks", "attention_autograd", "autograd", "attention_ops", "attention_cpu",
-    "ops", "kernels", "cpu", "checks", "reference",
+    "ring", "attention_key_bias", "attention_checks", "attention_autograd", "autograd", "flops", "attention_ops",
+    "attention_cpu", "ops", "kernels", "cpu", "checks", "reference",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward", "attention_dtable", "attention_forward", "attention_prologue", "attention_launch",

@@ -9,6 +9,8 @@ import numbers
 import torch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# No tensor is larger, and sums of a few such numbers are still int64. csrc/ has the same limit.
+LARGEST_INT = 1 << 60
 
 
 def constant_under_compile(function):
@@ -20,15 +22,29 @@ def constant_under_compile(function):
     return function
 
 
-def check_int(name, value, minimum=None):
-    """`value` as an int (a SymInt stays one), at least `minimum`. bool is not an int here, numpy's integers are."""
+def check_int(name, value, least=None, is_bounded=True):
+    """`value` as an int (a SymInt stays one), at least `least`. bool is not an int here, numpy's integers are.
+
+    Bounded, no sum of a few such numbers overflows.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
         value = int(value)
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    # not in a trace: as a guard it would bound a symbolic size, which torch.export asks its caller to confirm
+    if is_bounded and not torch.compiler.is_compiling() and not -LARGEST_INT <= value <= LARGEST_INT:
+        raise ValueError(f"{name} must be between {'-2^60' if least is None else least} and 2^60, got {value}")
     return value
+
+
+def check_limit(name, value):
+    """`value` as an int of 0 or more, or None: there is no limit, or one that nothing reaches."""
+    if value is None:
+        return None
+    value = check_int(name, value, 0, is_bounded=False)
+    return None if value > 2 * LARGEST_INT else value  # the largest offset and the largest size together
 
 
 def check_flag(name, value):
@@ -51,8 +67,8 @@ def check_tensor(name, value, shape):
     """`value`, a dense floating tensor with as many dimensions as `shape` has names."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor ({', '.join(shape)}), got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided (dense) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {show_layout(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.dim() != len(shape):
@@ -63,14 +79,19 @@ def check_tensor(name, value, shape):
 def check_grid(i, j, offset):
     """i, j and the offset of the first query, j - i unless given."""
     i, j = check_int("i", i, 0), check_int("j", j, 0)
+    return i, j, check_offset(i, j, offset)
+
+
+def check_offset(i, j, offset):
+    """The offset of the first query of i queries and j keys, j - i unless given."""
     if offset is not None:
-        return i, j, check_int("offset", offset)
+        return check_int("offset", offset)
     if j < i:
         raise ValueError(
             f"j must be at least i, because the i queries are the last of the j positions; got i = {i}, j = {j} "
             "(give an offset to place the queries elsewhere)"
         )
-    return i, j, j - i
+    return j - i
 
 
 def check_table(table, signed):
@@ -91,9 +112,14 @@ def check_distances(table, n, i, j, offset):
     if i > 0 and j > 0 and (i + offset > n or j - offset > n):
         needed = max(i + offset, j - offset)
         raise ValueError(
-            f"table is too short: i = {i}, j = {j}, offset = {offset} need the distances 0 to {needed - 1}, "
-            f"a table of shape {_show(table)} holds 0 to {n - 1}"
+            f"table is too short: i = {i}, j = {j}, offset = {offset} need distances of up to {needed - 1}, "
+            f"a table of shape {_show(table)} holds {f'0 to {n - 1}' if n else 'none'}"
         )
+
+
+def show_layout(tensor):
+    """What lies there instead of a strided tensor, in words."""
+    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def _show(tensor):

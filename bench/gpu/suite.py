@@ -11,6 +11,7 @@ import os
 CHOSEN = (
     "test_expand.py",
     "test_reduce.py",
+    "test_expand_properties.py",
     "test_kernels.py",
     "test_module.py",
     "test_autograd.py",

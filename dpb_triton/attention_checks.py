@@ -203,7 +203,7 @@ def _check_longest(name, longest, total):
     """The longest sequence, as it is given; no sequence has more than all rows, so a larger number says as much."""
     if longest is None:
         return None
-    longest = check_int(name, longest, 0, is_bounded=False)
+    longest = check_int(name, longest, 0, None)
     return longest if torch.compiler.is_compiling() else min(longest, total)  # compiled, it would be a guard
 
 

@@ -9,8 +9,8 @@ import numbers
 import torch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# No tensor is larger, and sums of a few such numbers are still int64. csrc/ has the same limit.
-LARGEST_INT = 1 << 60
+# No tensor has more elements, as csrc/ says too; a size and an offset together are still int64.
+LARGEST_SIZE, LARGEST_OFFSET = 1 << 60, 1 << 62
 
 
 def constant_under_compile(function):
@@ -22,10 +22,10 @@ def constant_under_compile(function):
     return function
 
 
-def check_int(name, value, least=None, is_bounded=True):
-    """`value` as an int (a SymInt stays one), at least `least`. bool is not an int here, numpy's integers are.
+def check_int(name, value, least=None, most=LARGEST_SIZE):
+    """`value` as an int (a SymInt stays one) from `least` or -`most` to `most`, None for no limit.
 
-    Bounded, no sum of a few such numbers overflows.
+    bool is not an int here, numpy's integers are.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -34,8 +34,9 @@ def check_int(name, value, least=None, is_bounded=True):
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     # not in a trace: as a guard it would bound a symbolic size, which torch.export asks its caller to confirm
-    if is_bounded and not torch.compiler.is_compiling() and not -LARGEST_INT <= value <= LARGEST_INT:
-        raise ValueError(f"{name} must be between {'-2^60' if least is None else least} and 2^60, got {value}")
+    if most is not None and not torch.compiler.is_compiling() and not -most <= value <= most:
+        power = f"2^{most.bit_length() - 1}"
+        raise ValueError(f"{name} must be between {f'-{power}' if least is None else least} and {power}, got {value}")
     return value
 
 
@@ -43,8 +44,8 @@ def check_limit(name, value):
     """`value` as an int of 0 or more, or None: there is no limit, or one that nothing reaches."""
     if value is None:
         return None
-    value = check_int(name, value, 0, is_bounded=False)
-    return None if value > 2 * LARGEST_INT else value  # the largest offset and the largest size together
+    value = check_int(name, value, 0, None)
+    return None if value > LARGEST_OFFSET + LARGEST_SIZE else value
 
 
 def check_flag(name, value):
@@ -85,7 +86,7 @@ def check_grid(i, j, offset):
 def check_offset(i, j, offset):
     """The offset of the first query of i queries and j keys, j - i unless given."""
     if offset is not None:
-        return check_int("offset", offset)
+        return check_int("offset", offset, None, LARGEST_OFFSET)
     if j < i:
         raise ValueError(
             f"j must be at least i, because the i queries are the last of the j positions; got i = {i}, j = {j} "

@@ -108,7 +108,7 @@ CASES = {
     "table short for the window": (dense(table=randn(4, 6), window=(6, 0)), ValueError, ["table is too short", "(4, 6)"]),
     "table empty": (dense(table=randn(4, 0)), ValueError, ["table is too short", "(4, 0)"]),
     "table huge offset": (dense(offset=2**60), ValueError, ["table is too short", str(2**60)]),
-    "offset beyond int64": (dense(offset=2**63), ValueError, ["offset must be between -2^60 and 2^60", str(2**63)]),
+    "offset beyond int64": (dense(offset=2**63), ValueError, ["offset must be between -2^62 and 2^62", str(2**63)]),
     "offset below int64": (dense(offset=-(2**63) - 1, is_causal=True), ValueError, ["offset must be between", str(-(2**63) - 1)]),
     "signed even": (dense(signed=True, table=randn(4, 18)), ValueError, ["table", "odd", "(4, 18)"]),
     "signed short": (dense(signed=True, table=randn(4, 15)), ValueError, ["table is too short", "(4, 15)"]),

@@ -39,7 +39,7 @@ CASES = {
     "offset far back": (lambda: expand_bias(table(), 3, 4, offset=-9), ValueError, ["table is too short", "offset = -9"]),
     "j beyond": (lambda: expand_bias(table(), 3, 11), ValueError, ["table is too short", "j = 11", "(2, 10)"]),
     "offset huge": (lambda: expand_bias(table(), 3, 4, offset=2**60), ValueError, ["table is too short"]),
-    "offset beyond int64": (lambda: expand_bias(table(), 3, 4, offset=2**63), ValueError, ["offset must be between -2^60 and 2^60", str(2**63)]),
+    "offset beyond int64": (lambda: expand_bias(table(), 3, 4, offset=2**63), ValueError, ["offset must be between -2^62 and 2^62", str(2**63)]),
     "offset beyond, nothing to fill": (lambda: expand_bias(table(), 0, 4, offset=-(2**63) - 1), ValueError, ["offset", str(-(2**63) - 1)]),
     "i beyond int64": (lambda: expand_bias(table(), 2**63, 0, offset=0), ValueError, ["i must be between 0 and 2^60", str(2**63)]),
     "j beyond int64": (lambda: expand_bias(table(), 0, 10**30), ValueError, ["j must be between 0 and 2^60", str(10**30)]),

@@ -48,19 +48,6 @@ VECTOR_BYTES = 16
 LARGEST = 2**30 - 1
 
 
-# Of what is added up in int32: positions, columns of the table twice (the fold goes from one end to the other), blocks.
-LARGEST_SUM = 2**31 - 2**14
-
-
-def check_int32(n, i, j):
-    """The kernels count positions and distances in int32; elements in int64."""
-    if 2 * n + i + j > LARGEST_SUM:
-        raise ValueError(
-            "Triton's kernels count distances in int32: twice the table's n, i and j must be less than 2^31 - 2^14 "
-            f"together, got n = {n}, i = {i}, j = {j} (backend='torch' counts in int64)"
-        )
-
-
 def rows_per_program(heads: int, i: int, j: int) -> int:
     """Rows of a row chunk: the power of two that makes about PROGRAMS programs, from the shape alone."""
     ideal = heads * i * j / (BLOCK_N * PROGRAMS)
@@ -261,8 +248,6 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None,
     out = empty((heads, i, j), dtype, table.device)
     if out.numel() == 0:
         return out
-    n = (width + 1) // 2 if signed else width
-    check_int32(n, i, j)
     vec = VECTOR_BYTES // out.element_size()
     n = (width + 1) // 2 if signed else width
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, n, dtype, block_n, rows)
@@ -285,7 +270,6 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
     width = max(2 * n - 1, 0) if signed else n
     if dbias.numel() == 0 or width == 0:
         return torch.zeros((heads, width), dtype=dtype, device=dbias.device)
-    check_int32(n, i, j)
     if dbias.stride(1) == 1 and dbias.stride(2) != 1 and i > 1 < j:  # its transpose is the one with 16-byte rows
         dtable = reduce(dbias.mT, n, -offset, signed, dtype, block_m=block_m, block_n=block_n, rows=rows)
         return dtable.flip(1) if signed else dtable

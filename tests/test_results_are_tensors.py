@@ -107,6 +107,8 @@ ATTENTION = {
     "value_dim": (Case(value_dim=5), {}),
     "bounds": (Case(i=30, j=40, options={"window": (6, 3)}), {"window": (6, 3)}),
     "dropout and softcap": (Case(layout="transposed"), {"dropout_p": 0.3, "softcap": 2.0}),
+    "hidden keys": (Case(), {"key_padding_mask": torch.arange(37)[None] > 30}),
+    "biased keys": (Case(dtype=torch.bfloat16), {"key_padding_mask": torch.linspace(-2, 2, 37)[None]}),
     "bfloat16": (Case(dtype=torch.bfloat16, layout="transposed"), {"is_causal": True}),
     "float64": (Case(dtype=torch.float64), {}),
 }
@@ -118,6 +120,7 @@ def attend(request, attention_backend, device):
     case, options = request.param
     if case.dtype == torch.float64 and attention_backend == "triton":
         pytest.skip("no float64 attention by Triton")
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     tensors = case.draw(device)[:4]
     return tensors, lambda *inputs: bias_attention(*inputs, return_lse=True, backend=attention_backend, **options)
 
@@ -144,7 +147,7 @@ def test_layout_of_attention(attend):
     assert lse.is_contiguous() and plain_lse.is_contiguous()
     assert all(lies_as_heads_last(grad) for grad in grads[:3])
     assert grads[3].is_contiguous()
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_grads, *fake = gradients(function, [mode.from_tensor(tensor) for tensor in tensors])
     for real, other in zip((*grads, out, lse), (*fake_grads, *fake), strict=True):
         assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype)

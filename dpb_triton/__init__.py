@@ -15,6 +15,7 @@ from . import reference
 from .attention import bias_attention, bias_attention_varlen
 from .autograd import ExpandBias, ReduceBias
 from .context_parallel import context_parallel_attention
+from .flops import register_with_counter
 from .functional import expand_bias
 from .module import DynamicPositionBias
 from .multihead import MultiheadAttention
@@ -33,3 +34,5 @@ __all__ = [
     "plot_bias",
     "reference",
 ]
+
+register_with_counter()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_flag, check_grid, check_int, check_table, check_tensor
+from .checks import check_flag, check_int, check_limit, check_offset, check_table, check_tensor, show_layout
 
 LARGEST_HEAD_DIM = 256
 
@@ -17,9 +17,13 @@ def check_number(name, value, expected, is_right):
     """`value` as a float for which is_right(value); `expected` says that in words. bool is no number here."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
-    if not is_right(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction
+        number = math.inf
+    if not is_right(number):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_scale(scale, head_dim):
@@ -49,8 +53,7 @@ def check_window(window, is_causal):
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
         left, right = (
-            None if side is None else check_int(f"window's {name} side", side, 0)
-            for name, side in zip(("left", "right"), window, strict=True)
+            check_limit(f"window's {name} side", side) for name, side in zip(("left", "right"), window, strict=True)
         )
     return left, 0 if is_causal else right
 
@@ -70,10 +73,13 @@ def check_heads(query, key, value, layout, enable_gqa):
     head = layout.index("heads")
     *_, head_dim = query.shape
     heads, kv_heads = query.shape[head], key.shape[head]
-    if key.shape != value.shape and key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"key and value must agree but for head_dim, got shapes {_show(key)} and {_show(value)}")
+    if layout[0] == "batch" and key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch {query.shape[0]}, got shape {_show(key)}")
     if key.shape[-1] != head_dim:
         raise ValueError(f"key must have query's head_dim {head_dim}, got shape {_show(key)}")
+    if key.shape != value.shape and key.shape[:-1] != value.shape[:-1]:
+        wanted = ", ".join(map(str, (*key.shape[:-1], "value_dim")))
+        raise ValueError(f"value must have the shape ({wanted}), as key of shape {_show(key)}, got {_show(value)}")
     if heads != kv_heads and not enable_gqa:
         raise ValueError(
             f"key and value must have query's {heads} heads, got {kv_heads} (enable_gqa=True shares them in groups)"
@@ -120,9 +126,8 @@ def check_reach(table, n, i, j, offset, left, right):
 
 def check_dense(query, key, table, n, offset, left, right):
     """The offset of a dense call."""
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key must have query's batch {query.shape[0]}, got shape {_show(key)}")
-    i, j, offset = check_grid(query.shape[2], key.shape[2], offset)
+    i, j = query.shape[2], key.shape[2]
+    offset = check_offset(i, j, offset)
     check_reach(table, n, i, j, offset, left, right)
     return offset
 
@@ -155,12 +160,12 @@ def check_packed(query, key, table, n, packing, left, right):
             raise ValueError(
                 f"offsets must have one element a sequence, {cu_q.shape[0] - 1}, got shape {_show(offsets)}"
             )
-    for name, longest in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if longest is not None:
-            check_int(name, longest, 0)
+    max_q = _check_longest("max_seqlen_q", max_q, query.shape[0])
+    max_k = _check_longest("max_seqlen_k", max_k, key.shape[0])
 
     i, j = cu_q.diff(), cu_k.diff()
     seqlens = torch.stack([cu_q[:-1], i, cu_k[:-1], j, j - i if offsets is None else offsets], 1)
+    packing = packing._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
     if max_q is not None and max_k is not None and (torch.compiler.is_compiling() or query.is_cuda):
         _check_on_device(query, key, n, packing, seqlens, left, right)
         return seqlens, max_q, max_k
@@ -194,14 +199,23 @@ def _check_numbers(query, key, table, n, packing, seqlens, left, right):
     return longest
 
 
+def _check_longest(name, longest, total):
+    """The longest sequence, as it is given; no sequence has more than all rows, so a larger number says as much."""
+    if longest is None:
+        return None
+    longest = check_int(name, longest, 0, None)
+    return longest if torch.compiler.is_compiling() else min(longest, total)  # compiled, it would be a guard
+
+
 def _check_on_device(query, key, n, packing, seqlens, left, right):
     """The same without waiting for the numbers: a wrong one stops the device with the message."""
-    i, j, offset = seqlens[:, 1], seqlens[:, 3], seqlens[:, 4]
+    _, i, _, j, offset = seqlens.long().unbind(1)  # a distance may be no int32
     for name, cu, lengths, total, longest in (
         ("q", packing.cu_seqlens_q, i, query.shape[0], packing.max_seqlen_q),
         ("k", packing.cu_seqlens_k, j, key.shape[0], packing.max_seqlen_k),
     ):
-        is_right = (cu[0] == 0) & (cu[-1] == total) & (lengths >= 0).all() & (lengths <= longest).all()
+        # compared, because the difference of a falling pair may wrap to a length
+        is_right = (cu[0] == 0) & (cu[-1] == total) & (cu[1:] >= cu[:-1]).all() & (lengths <= longest).all()
         torch._assert_async(
             is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, by max_seqlen_{name} at most"
         )
@@ -217,6 +231,8 @@ def _check_on_device(query, key, n, packing, seqlens, left, right):
 def _check_int32(name, value, query):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be an int32 Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {show_layout(value)}")
     if value.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {value.dtype}")
     if value.dim() != 1:

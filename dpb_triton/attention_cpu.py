@@ -292,7 +292,10 @@ def _accumulator(tensor):
 def like(tensor, dim=None):
     """Empty, of `tensor`'s shape (but for the last dimension, if given), in memory (batch, rows, heads, dim)."""
     batch, heads, rows, last = tensor.shape
-    return tensor.new_empty((batch, rows, heads, last if dim is None else dim)).transpose(1, 2)
+    dim = last if dim is None else dim
+    # not the transpose of another: autograd lets nobody write to a view that was made inside a Function
+    strides = torch.sym_max(rows, 1) * heads * dim, dim, heads * dim, 1
+    return tensor.new_empty_strided((batch, heads, rows, dim), strides)
 
 
 def _sequences(query, key, seqlens, offset):

@@ -12,6 +12,8 @@ import torch
 from .tracing import is_size, number
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# No tensor has more elements, as csrc/ says too; a size and an offset together are still int64.
+LARGEST_SIZE, LARGEST_OFFSET = 1 << 60, 1 << 62
 
 
 def constant_under_compile(function):
@@ -23,21 +25,33 @@ def constant_under_compile(function):
     return function
 
 
-def check_int(name, value, minimum=None):
-    """`value` as an int (a SymInt and a trace's size stay what they are), at least `minimum`.
+def check_int(name, value, least=None, most=LARGEST_SIZE):
+    """`value` as an int from `least` or -`most` to `most`, None for no limit; a SymInt and a trace's size stay theirs.
 
     bool is not an int here, numpy's integers are.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if is_size(value):
-            check_int(name, number(value), minimum)
+            check_int(name, number(value), least, most)
             return value
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
         value = int(value)
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    # not in a trace: as a guard it would bound a symbolic size, which torch.export asks its caller to confirm
+    if most is not None and not torch.compiler.is_compiling() and not -most <= value <= most:
+        power = f"2^{most.bit_length() - 1}"
+        raise ValueError(f"{name} must be between {f'-{power}' if least is None else least} and {power}, got {value}")
     return value
+
+
+def check_limit(name, value):
+    """`value` as an int of 0 or more, or None: there is no limit, or one that nothing reaches."""
+    if value is None:
+        return None
+    value = check_int(name, value, 0, None)
+    return None if value > LARGEST_OFFSET + LARGEST_SIZE else value
 
 
 def check_flag(name, value):
@@ -60,8 +74,8 @@ def check_tensor(name, value, shape):
     """`value`, a dense floating tensor with as many dimensions as `shape` has names."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor ({', '.join(shape)}), got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided (dense) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {show_layout(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.dim() != len(shape):
@@ -72,15 +86,20 @@ def check_tensor(name, value, shape):
 def check_grid(i, j, offset):
     """i, j and the offset of the first query, j - i unless given."""
     i, j = check_int("i", i, 0), check_int("j", j, 0)
+    return i, j, check_offset(i, j, offset)
+
+
+def check_offset(i, j, offset):
+    """The offset of the first query of i queries and j keys, j - i unless given."""
     if offset is not None:
-        return i, j, check_int("offset", offset)
+        return check_int("offset", offset, None, LARGEST_OFFSET)
     if number(j) < number(i):
         raise ValueError(
             "j must be at least i, because the i queries are the last of the j positions; "
             f"got i = {number(i)}, j = {number(j)} "
             "(give an offset to place the queries elsewhere)"
         )
-    return i, j, j - i
+    return j - i
 
 
 def check_table(table, signed):
@@ -101,9 +120,14 @@ def check_distances(table, n, i, j, offset):
     if i > 0 and j > 0 and (i + offset > n or j - offset > n):
         needed = max(i + offset, j - offset)
         raise ValueError(
-            f"table is too short: i = {i}, j = {j}, offset = {offset} need the distances 0 to {needed - 1}, "
-            f"a table of shape {_show(table)} holds 0 to {n - 1}"
+            f"table is too short: i = {i}, j = {j}, offset = {offset} need distances of up to {needed - 1}, "
+            f"a table of shape {_show(table)} holds {f'0 to {n - 1}' if n else 'none'}"
         )
+
+
+def show_layout(tensor):
+    """What lies there instead of a strided tensor, in words."""
+    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def _show(tensor):

@@ -73,8 +73,6 @@ def context_parallel_attention(
     _check_local(query=query, key=key, value=value, table=table)
     query, key, value = to_autocast(query, key, value)
     check_heads(query, key, value, ("batch", "heads", "length"), enable_gqa)
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key must have query's batch {query.shape[0]}, got shape {tuple(key.shape)}")
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"key must have query's {query.shape[2]} positions, because each rank holds one slice of one sequence, got "

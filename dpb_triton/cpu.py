@@ -31,12 +31,15 @@ def mirror(table, i, j, offset, signed):
 def expand(table, i, j, offset, signed, dtype):
     """(heads, n) or, signed, (heads, 2n - 1) -> (heads, i, j) in `dtype`, contiguous."""
     heads = table.shape[0]
-    if heads * i * j == 0:
-        return table.new_empty((heads, i, j), dtype=dtype)
+    bias = table.new_empty((heads, i, j), dtype=dtype)
+    if bias.numel() == 0:
+        return bias
     rows = mirror(table.to(dtype), i, j, offset, signed).view(-1).unfold(0, j, 1)
     x = torch.arange(i - 1, -1, -1, device=table.device)
     index = (torch.arange(heads, device=table.device)[:, None] * (i + j - 1) + x).view(-1)
-    return torch.embedding(rows, index).view(heads, i, j)  # copies rows, a little faster than index_select
+    # into `bias`, because autograd lets nobody write to a result that is a view of another
+    torch.index_select(rows, 0, index, out=bias.view(heads * i, j))
+    return bias
 
 
 def _add_blocks(dbias, sums):

@@ -86,6 +86,8 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
     i, j, offset = check_grid(i, j, offset)
     check_flag("signed", signed)
     n = check_table(table, signed)
+    if i == 0 or j == 0:
+        offset = 0  # which no pair asks for, and which may be any number
     check_distances(table, n, i, j, offset)
     dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
     suffix = "" if backend is None else check_backend(backend, table.device.type)

@@ -85,14 +85,22 @@ def call(name: str, suffix: str, *args):
 
 
 def _is_seen(args):
-    """Whether a mode, a transform, a trace, a profiler or a tensor's class wants to know of operators."""
-    return (
+    """Whether a mode, a transform, a trace, a profiler or a tensor's class wants to know of operators.
+
+    Or a tensor's memory holds its negative, as that of `z.conj().imag` does: the dispatcher negates it.
+    """
+    if (
         not _PLAIN.issuperset(map(type, args))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-    )
+    ):
+        return True
+    for arg in args:  # noqa: SIM110 (`any` takes three times as long)
+        if type(arg) in _TENSORS and arg.is_neg():
+            return True
+    return False
 
 
 def _triton_expand(table, i, j, offset, signed, dtype):
@@ -126,7 +134,8 @@ FAKE = {"expand": _fake_expand, "reduce": _fake_reduce}
 OPERATORS = {}
 # {(operator, device type): the function in Python that the dispatcher would come to}
 DIRECT = {}
-_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, torch.dtype, type(None)}
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = _TENSORS | {int, float, bool, torch.dtype, type(None)}
 
 for _name, _schema in SCHEMAS.items():
     for _suffix in SUFFIXES.values():

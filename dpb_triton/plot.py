@@ -25,10 +25,12 @@ def plot_bias(module, i, j=None, *, head=0, log_x=False):
     """
     if not isinstance(module, DynamicPositionBias):
         raise TypeError(f"module must be a DynamicPositionBias, got {type(module).__name__}")
+    if module.device.type == "meta":
+        raise ValueError("module must have numbers to draw, got one whose parameters are on the meta device")
     i = check_int("i", i, 1)
     j = i if j is None else check_int("j", j, 1)
     check_flag("log_x", log_x)
-    if check_int("head", head, 0) >= module.heads:
+    if not 0 <= check_int("head", head) < module.heads:
         raise ValueError(f"head must be in 0 .. {module.heads - 1}, got {head}")
     try:
         from matplotlib.figure import Figure

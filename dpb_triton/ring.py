@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import ops
+from . import attention_cpu, ops
 from .attention_checks import longest_distances
 
 KEYS, GRADIENTS = 0, 1  # tags: both kinds of messages may be on their way between the same two ranks
@@ -186,8 +186,7 @@ class RingAttention(torch.autograd.Function):
             if hop is not None:
                 shard = hop.wait()
         lse = (state[0] + state[1].log2()).mul_(math.log(2))
-        # in memory (batch, length, heads, dim), as bias_attention's
-        out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        out = attention_cpu.like(query, value.shape[3]).copy_(out)
         ctx.save_for_backward(query, key, value, table, out, state)
         if not with_lse:
             ctx.mark_non_differentiable(lse)

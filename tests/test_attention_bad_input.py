@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Bad input to attention raises before any kernel starts, and the message names the argument and the value."""
 
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen
+from dpb_triton.attention_checks import Packing, _check_on_device
 
 INT32 = torch.int32
+NESTED = torch.nested.nested_tensor([torch.randn(4, 2, 8), torch.randn(4, 3, 8)])
+JAGGED = torch.nested.nested_tensor([torch.randn(2, 4, 8), torch.randn(3, 4, 8)], layout=torch.jagged)
 
 
 def randn(*shape, **options):
@@ -54,6 +60,10 @@ CASES = {
     "key None": (lambda: bias_attention(randn(2, 4, 5, 8), None, randn(2, 4, 9, 6), randn(4, 9)), TypeError, ["key", "NoneType"]),
     "value numpy": (dense(value=np.ones((2, 4, 9, 6), np.float32)), TypeError, ["value", "ndarray"]),
     "table module": (dense(table=DynamicPositionBias(8, 4)), TypeError, ["table", "DynamicPositionBias"]),
+    "query nested": (dense(query=NESTED), TypeError, ["query", "nested"]),
+    "key nested": (dense(key=NESTED), TypeError, ["key", "nested"]),
+    "value jagged": (dense(value=JAGGED), TypeError, ["value", "nested"]),
+    "table nested": (dense(table=NESTED), TypeError, ["table", "nested"]),
     "query sparse": (dense(query=randn(2, 4, 5, 8).to_sparse()), TypeError, ["query", "sparse"]),
     # the mask of keys
     "mask list": (dense(key_padding_mask=[[True]]), TypeError, ["key_padding_mask", "list"]),
@@ -63,8 +73,9 @@ CASES = {
     "mask on meta": (dense(key_padding_mask=torch.zeros(2, 9, device="meta")), ValueError, ["key_padding_mask", "meta"]),
     # shapes that disagree
     "batch of key": (dense(key=randn(3, 4, 9, 8), value=randn(3, 4, 9, 6)), ValueError, ["key", "batch", "2", "(3, 4, 9, 8)"]),
-    "batch of value": (dense(value=randn(1, 4, 9, 6)), ValueError, ["value", "(1, 4, 9, 6)"]),
-    "length of value": (dense(value=randn(2, 4, 8, 6)), ValueError, ["value", "(2, 4, 8, 6)"]),
+    "batch of key alone": (dense(key=randn(3, 4, 9, 8)), ValueError, ["key", "batch 2", "(3, 4, 9, 8)"]),
+    "batch of value": (dense(value=randn(1, 4, 9, 6)), ValueError, ["value", "(2, 4, 9, value_dim)", "(1, 4, 9, 6)"]),
+    "length of value": (dense(value=randn(2, 4, 8, 6)), ValueError, ["value", "(2, 4, 9, value_dim)", "(2, 4, 8, 6)"]),
     "head_dim of key": (dense(key=randn(2, 4, 9, 7)), ValueError, ["key", "head_dim", "8", "(2, 4, 9, 7)"]),
     "head_dim 0": (dense(query=randn(2, 4, 5, 0), key=randn(2, 4, 9, 0)), ValueError, ["query", "head_dim", "(2, 4, 5, 0)"]),
     "head_dim 257": (dense(query=randn(2, 4, 5, 257), key=randn(2, 4, 9, 257)), ValueError, ["query", "256", "(2, 4, 5, 257)"]),
@@ -75,7 +86,7 @@ CASES = {
     "heads do not divide": (grouped(3, enable_gqa=True), ValueError, ["key", "4", "3"]),
     "more key heads": (grouped(8, enable_gqa=True), ValueError, ["key", "4", "8"]),
     "no key heads": (grouped(0, enable_gqa=True), ValueError, ["key", "0"]),
-    "heads of value": (dense(value=randn(2, 2, 9, 6), enable_gqa=True), ValueError, ["value", "(2, 2, 9, 6)"]),
+    "heads of value": (dense(value=randn(2, 2, 9, 6), enable_gqa=True), ValueError, ["value", "(2, 4, 9, value_dim)", "(2, 2, 9, 6)"]),
     "heads of table": (dense(table=randn(3, 9)), ValueError, ["table", "4", "(3, 9)"]),
     "one head of table": (dense(table=randn(1, 9)), ValueError, ["table", "4", "(1, 9)"]),
     "table of key heads": (grouped(2, enable_gqa=True, table=randn(2, 9)), ValueError, ["table", "4", "(2, 9)"]),
@@ -96,7 +107,9 @@ CASES = {
     "table short, causal": (dense(table=randn(4, 8), is_causal=True), ValueError, ["table is too short", "(4, 8)"]),
     "table short for the window": (dense(table=randn(4, 6), window=(6, 0)), ValueError, ["table is too short", "(4, 6)"]),
     "table empty": (dense(table=randn(4, 0)), ValueError, ["table is too short", "(4, 0)"]),
-    "table huge offset": (dense(offset=2**62), ValueError, ["table is too short", str(2**62)]),
+    "table huge offset": (dense(offset=2**60), ValueError, ["table is too short", str(2**60)]),
+    "offset beyond int64": (dense(offset=2**63), ValueError, ["offset must be between -2^62 and 2^62", str(2**63)]),
+    "offset below int64": (dense(offset=-(2**63) - 1, is_causal=True), ValueError, ["offset must be between", str(-(2**63) - 1)]),
     "signed even": (dense(signed=True, table=randn(4, 18)), ValueError, ["table", "odd", "(4, 18)"]),
     "signed short": (dense(signed=True, table=randn(4, 15)), ValueError, ["table is too short", "(4, 15)"]),
     "j < i": (dense(query=randn(2, 4, 10, 8)), ValueError, ["i = 10", "j = 9", "offset"]),
@@ -123,11 +136,16 @@ CASES = {
     "window bool": (dense(window=(True, 2)), TypeError, ["window", "True"]),
     "window inf": (dense(window=(float("inf"), 2)), TypeError, ["window", "inf"]),
     # numbers
+    "window negative and huge": (dense(window=(-(2**64), 2)), ValueError, ["window", "left", str(-(2**64))]),
     "softcap 0": (dense(softcap=0.0), ValueError, ["softcap", "0.0"]),
     "softcap int 0": (dense(softcap=0), ValueError, ["softcap", "0"]),
     "softcap negative": (dense(softcap=-2.0), ValueError, ["softcap", "-2.0"]),
     "softcap nan": (dense(softcap=float("nan")), ValueError, ["softcap", "nan"]),
     "softcap inf": (dense(softcap=float("inf")), ValueError, ["softcap", "inf"]),
+    "softcap beyond floats": (dense(softcap=10**400), ValueError, ["softcap", "finite", "1000"]),
+    "softcap no float": (dense(softcap=Fraction(1, 10**400)), ValueError, ["softcap", "positive", "Fraction"]),
+    "scale beyond floats": (dense(scale=-(10**400)), ValueError, ["scale", "finite", "-1000"]),
+    "scale tensor": (dense(scale=torch.tensor(0.5)), TypeError, ["scale", "tensor(0.5000)"]),
     "softcap str": (dense(softcap="30"), TypeError, ["softcap", "'30'"]),
     "softcap bool": (dense(softcap=True), TypeError, ["softcap", "True"]),
     "dropout_p negative": (dense(dropout_p=-0.1), ValueError, ["dropout_p", "-0.1"]),
@@ -149,7 +167,14 @@ CASES = {
     # packed sequences
     "packed 4-D": (packed(query=randn(1, 5, 4, 8)), ValueError, ["query", "(1, 5, 4, 8)"]),
     "packed key 2-D": (packed(key=randn(9, 8)), ValueError, ["key", "(9, 8)"]),
-    "packed length of value": (packed(value=randn(8, 4, 6)), ValueError, ["value", "(8, 4, 6)"]),
+    "packed length of value": (packed(value=randn(8, 4, 6)), ValueError, ["value", "(9, 4, value_dim)", "(8, 4, 6)"]),
+    "packed query nested": (packed(query=NESTED), TypeError, ["query", "nested"]),
+    "cu_seqlens_q sparse": (packed(cu_q=cu(0, 2, 5).to_sparse()), TypeError, ["cu_seqlens_q", "sparse"]),
+    "cu_seqlens_k nested": (packed(cu_k=torch.nested.nested_tensor([cu(0, 4, 9)])), TypeError, ["cu_seqlens_k", "nested"]),
+    "offsets sparse": (packed(offsets=cu(2, 2).to_sparse()), TypeError, ["offsets", "sparse"]),
+    "cu_seqlens_k wraps": (packed(cu_q=cu(0, 0, 2, 5), cu_k=cu(0, 2**31 - 1, -(2**31), 9)), ValueError, ["cu_seqlens_k", str(2**31 - 1)]),
+    "offsets near 2^31": (packed(offsets=cu(2**31 - 1, 2)), ValueError, ["table is too short", str(2**31 - 1)]),
+    "offsets near -2^31": (packed(offsets=cu(2, -(2**31))), ValueError, ["table is too short", str(-(2**31))]),
     "packed dtype": (packed(key=randn(9, 4, 8).bfloat16()), TypeError, ["key", "bfloat16"]),
     "packed heads": (packed(key=randn(9, 2, 8), value=randn(9, 2, 6)), ValueError, ["key", "4", "2", "enable_gqa"]),
     "packed heads of table": (packed(table=randn(2, 5)), ValueError, ["table", "4", "(2, 5)"]),
@@ -208,6 +233,50 @@ def test_the_cases_are_right_but_for_what_is_wrong():
     assert grouped(2, enable_gqa=True)().shape == (2, 4, 5, 6)
     assert packed()().shape == (5, 4, 6)
     assert module(*[randn(2, 4, 5, 8)] * 3)().shape == (2, 4, 5, 8)
+
+
+@pytest.mark.parametrize("side", [2**31 - 1, 2**31, 2**61, sys.maxsize, 2**63, 10**30], ids=str)
+def test_a_side_that_reaches_everything_is_no_limit(side):
+    inputs = randn(2, 4, 5, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 6), randn(4, 9)
+    for window, same in (((side, side), None), ((side, 1), (None, 1)), ((2, side), (2, None))):
+        assert torch.equal(bias_attention(*inputs, window=window), bias_attention(*inputs, window=same))
+
+
+@pytest.mark.parametrize("longest", [9, 2**31, sys.maxsize, 10**30], ids=str)
+def test_a_longest_sequence_that_nothing_reaches(longest):
+    inputs = randn(5, 4, 8), randn(9, 4, 8), randn(9, 4, 6), randn(4, 5), cu(0, 2, 5), cu(0, 4, 9)
+    expected = bias_attention_varlen(*inputs)
+    assert torch.equal(bias_attention_varlen(*inputs, max_seqlen_q=longest, max_seqlen_k=longest), expected)
+
+
+# What a GPU checks by itself: cu_seqlens of 5 queries and 9 keys, offsets, (left, right), the message
+ON_DEVICE = {
+    "start": (cu(1, 2, 5), cu(0, 4, 9), None, (None, None), "cu_seqlens_q must rise"),
+    "end": (cu(0, 2, 5), cu(0, 4, 8), None, (None, None), "cu_seqlens_k must rise"),
+    "falls": (cu(0, 0, 2, 5), cu(0, 7, 4, 9), None, (None, None), "cu_seqlens_k must rise"),
+    "longer": (cu(0, 4, 5), cu(0, 4, 9), None, (None, None), "cu_seqlens_q must rise"),
+    "more queries": (cu(0, 0, 3, 5), cu(0, 2, 4, 9), None, (None, None), "more queries than keys"),
+    "past": (cu(0, 2, 5), cu(0, 4, 9), cu(2, 3), (None, None), "table is too short"),
+    "past 2^31": (cu(0, 2, 5), cu(0, 4, 9), cu(2**31 - 1, 2), (None, 0), "table is too short"),
+    "future -2^31": (cu(0, 2, 5), cu(0, 4, 9), cu(2, -(2**31)), (3, None), "table is too short"),
+}
+
+
+@pytest.mark.parametrize("case", ON_DEVICE.values(), ids=ON_DEVICE)
+def test_the_check_on_the_device(case):
+    cu_q, cu_k, offsets, bounds, message = case
+
+    def check(cu_q, cu_k, offsets, bounds, longest=5):
+        i, j = cu_q.diff(), cu_k.diff()
+        seqlens = torch.stack([cu_q[:-1], i, cu_k[:-1], j, j - i if offsets is None else offsets], 1)
+        _check_on_device(randn(5, 4, 8), randn(9, 4, 8), 5, Packing(cu_q, cu_k, 3, longest, offsets), seqlens, *bounds)
+
+    with pytest.raises(RuntimeError, match=message):
+        check(cu_q, cu_k, offsets, bounds)
+    check(cu(0, 2, 5), cu(0, 4, 9), None, (None, None))
+    check(cu(0, 2, 5), cu(0, 4, 9), cu(2**31 - 1, -(2**31)), (3, 3))  # nothing within the window
+    with pytest.raises(RuntimeError, match="cu_seqlens_k must rise"):  # as int32 the differences wrap to lengths
+        check(cu(0, 0, 2, 5), cu(0, 2**31 - 1, -2, 9), cu(0, 0, 0), (0, 0), longest=2**31 - 1)
 
 
 def test_float64_is_torch_only(device):

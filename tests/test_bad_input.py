@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Bad input raises before any kernel starts, and the message names the argument, the value and the expectation."""
 
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -32,10 +35,21 @@ CASES = {
     "j < i": (lambda: expand_bias(table(), 5, 3), ValueError, ["j must be at least i", "i = 5", "j = 3", "offset"]),
     "offset float": (lambda: expand_bias(table(), 3, 4, offset=1.0), TypeError, ["offset must be an int", "1.0"]),
     "offset bool": (lambda: expand_bias(table(), 3, 4, offset=False), TypeError, ["offset must be an int", "False"]),
-    "offset far": (lambda: expand_bias(table(), 3, 4, offset=8), ValueError, ["table is too short", "offset = 8", "0 to 10"]),
+    "offset far": (lambda: expand_bias(table(), 3, 4, offset=8), ValueError, ["table is too short", "offset = 8", "up to 10", "0 to 9"]),
     "offset far back": (lambda: expand_bias(table(), 3, 4, offset=-9), ValueError, ["table is too short", "offset = -9"]),
     "j beyond": (lambda: expand_bias(table(), 3, 11), ValueError, ["table is too short", "j = 11", "(2, 10)"]),
-    "offset huge": (lambda: expand_bias(table(), 3, 4, offset=2**62), ValueError, ["table is too short"]),
+    "offset huge": (lambda: expand_bias(table(), 3, 4, offset=2**60), ValueError, ["table is too short"]),
+    "offset beyond int64": (lambda: expand_bias(table(), 3, 4, offset=2**63), ValueError, ["offset must be between -2^62 and 2^62", str(2**63)]),
+    "offset beyond, nothing to fill": (lambda: expand_bias(table(), 0, 4, offset=-(2**63) - 1), ValueError, ["offset", str(-(2**63) - 1)]),
+    "i beyond int64": (lambda: expand_bias(table(), 2**63, 0, offset=0), ValueError, ["i must be between 0 and 2^60", str(2**63)]),
+    "j beyond int64": (lambda: expand_bias(table(), 0, 10**30), ValueError, ["j must be between 0 and 2^60", str(10**30)]),
+    "j maxsize": (lambda: expand_bias(table(), 0, sys.maxsize), ValueError, ["j must be between 0 and 2^60", str(sys.maxsize)]),
+    "table empty": (lambda: expand_bias(table(2, 0), 3, 4), ValueError, ["table is too short", "(2, 0)", "holds none"]),
+    "table nested": (lambda: expand_bias(torch.nested.nested_tensor([table(4), table(3)]), 1, 1), TypeError, ["table must be a strided", "nested"]),
+    "table jagged": (lambda: expand_bias(torch.nested.nested_tensor([table(4), table(3)], layout=torch.jagged), 1, 1), TypeError, ["table must be a strided", "nested"]),
+    "i numpy float": (lambda: expand_bias(table(), np.float64(3), 4), TypeError, ["i must be an int", "3.0", "float64"]),
+    "i fraction": (lambda: expand_bias(table(), Fraction(3), 4), TypeError, ["i must be an int", "Fraction(3, 1)"]),
+    "i numpy array": (lambda: expand_bias(table(), np.array(3), 4), TypeError, ["i must be an int", "array(3)"]),
     "signed int": (lambda: expand_bias(table(), 3, 4, signed=1), TypeError, ["signed must be True or False", "1"]),
     "signed None": (lambda: expand_bias(table(), 3, 4, signed=None), TypeError, ["signed", "None"]),
     "signed even": (lambda: expand_bias(table(), 3, 4, signed=True), ValueError, ["odd number of columns", "(2, 10)"]),
@@ -75,10 +89,17 @@ CASES = {
     "forward offset": (lambda: module()(2, 8, offset="x"), TypeError, ["offset must be an int", "'x'"]),
     "forward dtype": (lambda: module()(2, 8, dtype=torch.int32), TypeError, ["dtype", "int32"]),
     "forward backend": (lambda: module()(2, 8, backend="gpu"), ValueError, ["backend", "'gpu'"]),
+    "forward j beyond": (lambda: module()(3, 2**63), ValueError, ["j must be between 0 and 2^60", str(2**63)]),
+    "forward offset beyond": (lambda: module()(3, 4, offset=-(2**70)), ValueError, ["offset must be between", str(-(2**70))]),
+    "dim beyond": (lambda: module(2**64, 2), ValueError, ["dim must be between 1 and 2^60", str(2**64)]),
+    "table n beyond": (lambda: module().table(2**64), ValueError, ["n must be between 0 and 2^60", str(2**64)]),
     "table n negative": (lambda: module().table(-1), ValueError, ["n must be at least 0", "-1"]),
     "table n float": (lambda: module().table(4.0), TypeError, ["n must be an int", "4.0"]),
     "plot module": (lambda: plot_bias(torch.nn.Linear(1, 1), 4), TypeError, ["module must be a DynamicPositionBias", "Linear"]),
     "plot head": (lambda: plot_bias(module(), 4, head=2), ValueError, ["head must be in 0 .. 1", "2"]),
+    "plot head negative": (lambda: plot_bias(module(), 4, head=-1), ValueError, ["head must be in 0 .. 1", "-1"]),
+    "plot i beyond": (lambda: plot_bias(module(), 10**30), ValueError, ["i must be between 1 and 2^60", str(10**30)]),
+    "plot on meta": (lambda: plot_bias(module(8, 2, device="meta"), 4), ValueError, ["module", "meta"]),
     "plot nothing": (lambda: plot_bias(module(), 0), ValueError, ["i must be at least 1", "0"]),
     "plot log_x": (lambda: plot_bias(module(), 4, log_x="y"), TypeError, ["log_x must be True or False", "'y'"]),
     "state_dict type": (lambda: DynamicPositionBias.from_x_transformers([1]), TypeError, ["state_dict must be a mapping", "list"]),

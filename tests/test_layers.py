@@ -17,10 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 # files may import from all of these.
 LAYERS = [
     "plot", "multihead", "multihead_masks", "tensor_parallel", "module", "table_cache", "mlp", "plain_layers",
-    "context_parallel",
-    "attention", "functional", "ring", "attention_key_bias", "attention_checks", "attention_autograd", "autograd",
-    "attention_ops", "attention_cpu", "attention_cpu_grid", "attention_cpu_products", "ops", "kernels", "cpu", "checks",
-    "reference", "tracing",
+    "context_parallel", "attention", "functional", "ring", "attention_key_bias", "attention_checks",
+    "attention_autograd", "autograd", "flops", "attention_ops", "attention_cpu", "attention_cpu_grid",
+    "attention_cpu_products", "ops", "kernels", "cpu", "checks", "reference", "tracing",
 ]  # fmt: skip
 KERNELS = [
     "attention_backward", "attention_dtable", "attention_forward", "attention_prologue", "attention_launch",

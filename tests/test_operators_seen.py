@@ -77,6 +77,33 @@ def test_a_class_of_tensors_sees_them(calls):
     assert Wrapper.names >= NAMES
 
 
+def test_expansion_of_a_negative(backend, device):
+    """A tensor whose memory holds its negative, as the imaginary part of a conjugate: no kernel may read it so."""
+    table, dbias = torch.randn(2, 9, device=device), torch.randn(2, 5, 9, device=device)
+    results = []
+    for negate in (torch.neg, torch._neg_view):
+        leaf = negate(table).detach().requires_grad_()
+        assert leaf.is_neg() == (negate is torch._neg_view)
+        bias = expand_bias(leaf, 5, 9, backend=backend)
+        bias.backward(negate(dbias))
+        results.append((bias.detach(), leaf.grad))
+    assert all(map(torch.equal, *results))
+    assert torch.equal(results[0][0], expand_bias(-table, 5, 9, backend="torch"))
+
+
+def test_attention_of_negatives(attention_backend, device):
+    tensors = [torch.randn(1, 2, 9, 16, device=device) for _ in range(4)]
+    table = torch.randn(2, 9, device=device)
+    results = []
+    for negate in (torch.neg, torch._neg_view):
+        leaves = [negate(x).detach().requires_grad_() for x in (*tensors[:3], table)]
+        assert leaves[0].is_neg() == (negate is torch._neg_view)
+        out = bias_attention(*leaves, backend=attention_backend)
+        results.append([out, *torch.autograd.grad(out, leaves, negate(tensors[3]))])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_otherwise_they_go_past_it(calls, monkeypatch):
     def never(*args):
         raise AssertionError("the dispatcher was asked")

@@ -131,8 +131,6 @@ def _refuse(common, sizes, errors, budgets):
         raise click.UsageError("--memory is about training, --queries about decoding: they do not go together")
     if budgets and errors:
         raise click.UsageError("--memory and --errors are two things to do: ask for one of them")
-    if sizes["head_dim"] > 255 and "padded" in sizes["masks"]:
-        raise click.UsageError("--head-dim 256 leaves no column for the mask of --mask padded: give at most 255")
     if sizes["batch"] and sizes["tokens"]:
         raise click.UsageError(f"give --batch {sizes['batch']} or --tokens {sizes['tokens']}, not both")
     if sizes["queries"] and common.seqs and sizes["queries"] > min(common.seqs):

@@ -12,6 +12,7 @@ TRAINED = {
     "window": {"window": 1000},
     "softcap": {"softcap": 30.0},
     "varlen": {"is_packed": True},
+    "mask": {"has_mask": True},
     "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
 }
 OPTIONS = TRAINED | {
@@ -25,22 +26,23 @@ def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}."""
     from dpb_triton.kernels import attention_forward
 
-    query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
-    attention_forward.forward(query, key, value, table, seqlens, *arguments, blocks=(blocks or {}).get("forward"))
+    query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
+    attention_forward.forward(query, key, value, table, key_bias, *arguments, blocks=(blocks or {}).get("forward"))
 
 
 def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
-    """Launch the backward pass with all its gradients."""
+    """Launch the backward pass with all its gradients but that of a mask, which is bool where people train with one."""
     import torch
 
     from dpb_triton.kernels import attention_backward
 
-    query, key, value, table, seqlens, arguments = _arguments(dtype, head_dim, i, j, **options)
+    query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
     state = torch.empty((2, *query.shape[:3]), device="meta")
     dlse = state[0] if options.get("dropout_p") else None
     out = _rows(dtype, *query.shape)
-    arguments = *arguments, False, True, True, True
-    attention_backward.backward(out, dlse, query, key, value, table, out, state, seqlens, *arguments, blocks=blocks)
+    inputs = query, key, value, table, key_bias
+    needs = False, True, True, True, False
+    attention_backward.backward(out, dlse, *inputs, out, state, *arguments, *needs, blocks=blocks)
 
 
 def _rows(dtype, batch, heads, length, head_dim):
@@ -50,7 +52,7 @@ def _rows(dtype, batch, heads, length, head_dim):
 
 
 def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1,
-               is_packed=False, is_projection=False, heads=8):  # fmt: skip
+               is_packed=False, is_projection=False, has_mask=False, heads=8):  # fmt: skip
     import torch
 
     batch = 1 if is_packed else 2
@@ -60,11 +62,12 @@ def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, 
         packed = torch.empty((batch, i, 3, heads, head_dim), dtype=dtype, device="meta")
         query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
     table = torch.empty((heads, max(i, j)), device="meta")
+    key_bias = torch.empty((batch, j), device="meta") if has_mask else None
     seqlens = torch.empty((4, 5), dtype=torch.int32, device="meta") if is_packed else None
     seed = torch.empty((1,), dtype=torch.int64, device="meta") if dropout_p else None
     bounds = window, 0 if is_causal else None
     numbers = i, j, j - i, False, *bounds, head_dim**-0.5, softcap, dropout_p
-    return query, key, value, table, seqlens, (seed, *numbers)
+    return query, key, value, table, key_bias, seqlens, seed, *numbers
 
 
 def main_loop(loops):

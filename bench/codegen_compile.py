@@ -72,16 +72,17 @@ _logs = {}  # hash of a kernel -> what ptxas said; a kernel that Triton has in m
 
 
 @contextlib.contextmanager
-def caught_launches(arch, only=()):
+def caught_launches(arch, only=(), has_repairs=False):
     """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list.
 
-    only: names of kernels; others are not compiled.
+    only: names of kernels; others are not compiled. has_repairs: compile the second launch of an attention kernel too,
+    which does nothing unless there is a NaN, and promises nothing.
     """
     kernels = []
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
-        if only and self.fn.__name__ not in only:
+        if (only and self.fn.__name__ not in only) or (kwargs.get("IS_REPAIR") and not has_repairs):
             return None
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernels.append(run(self, *args, warmup=True, **kwargs))
@@ -145,9 +146,9 @@ def report(kernel):
     )
 
 
-def compile_launches(launch, arch, only=()):
-    """The Reports of all kernels that the function `launch` launches, in order; `only`: of these names."""
-    with caught_launches(arch, only) as kernels:
+def compile_launches(launch, arch, only=(), has_repairs=False):
+    """The Reports of all kernels that the function `launch` launches, in order; the options of `caught_launches`."""
+    with caught_launches(arch, only, has_repairs) as kernels:
         launch()
     if not kernels and not only:
         raise RuntimeError("no kernel was launched: is TRITON_INTERPRET set, or the shape empty?")

@@ -21,7 +21,7 @@ def calls_of(width, dtype, seq, batch, heads, device):
     shape = batch, seq, heads, width
     query, key, value, dout = (torch.randn(shape, device=device).to(kind).transpose(1, 2) for _ in range(4))
     table = torch.randn(heads, seq, device=device)
-    numbers = None, seq, seq, 0, False, None, 0, width**-0.5, 0.0, 0.0
+    numbers = None, None, seq, seq, 0, False, None, 0, width**-0.5, 0.0, 0.0
 
     def forward(candidate):
         return attention_forward.forward(query, key, value, table, None, *numbers, blocks=candidate.blocks)[:1]
@@ -29,7 +29,7 @@ def calls_of(width, dtype, seq, batch, heads, device):
     def backward(*needs):
         def launch(candidate):
             found = attention_backward.backward(
-                dout, None, query, key, value, table, out, state, None, *numbers, False, *needs,
+                dout, None, query, key, value, table, None, out, state, *numbers, False, *needs, False,
                 blocks={candidate.kernel: candidate.blocks},
             )  # fmt: skip
             return [tensor for tensor in found if tensor.numel()]

@@ -215,9 +215,7 @@ def bias_attention_varlen(
             "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
         )
     query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in (query, key, value))
-    out, lse = _attend(
-        query, key, value, table, None, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse
-    )
+    out, lse = _attend(query, key, value, table, None, seqlens, longest, 0, signed, bounds, numbers, suffix, return_lse)
     out = rearrange(out, "1 h n d -> n h d")
     return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out
 

@@ -6,16 +6,16 @@
     …_torch                                     every device: torch                                  backend="torch"
     …_triton                                    every device: Triton (on the CPU its interpreter)    backend="triton"
 
-`key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key. Its
-gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j,
-offset) each; the batch is 1 then, and `offset` is not looked at. `longest_query` and `longest_key` are the largest i
-and j. `left` and `right` bound the keys of a query, x + offset - left <= y <= x + offset + right; None does not.
-`seed`, one int64, says which scores dropout drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward
-computes probabilities from again: of each query the largest score, in units of log2, and the sum of exp2(score -
-largest). Where scores are large, their logarithm lse swallows that sum. `is_part` says that the keys are a part of
-those that `out`, `state` and `dlse` belong to, as in context parallelism: the gradients are then this part's terms of
-the whole's. Outputs lie in memory as (batch, length, heads, head_dim), which is what the projection behind an attention
-wants.
+`key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
+Its gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where
+packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j, offset) each; the batch is 1 then, and
+`offset` is not looked at. `longest_query` and `longest_key` are the largest i and j. `left` and `right` bound the keys
+of a query, x + offset - left <= y <= x + offset + right; None does not. `seed`, one int64, says which scores dropout
+drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward computes probabilities from again: of each
+query the largest score, in units of log2, and the sum of exp2(score - largest). Where scores are large, their logarithm
+lse swallows that sum. `is_part` says that the keys are a part of those that `out`, `state` and `dlse` belong to, as in
+context parallelism: the gradients are then this part's terms of the whole's. Outputs lie in memory as (batch, length,
+heads, head_dim), which is what the projection behind an attention wants.
 """
 
 import torch

@@ -218,7 +218,7 @@ def draw(*shape, dtype, is_misaligned=False):
 
 
 def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, value_dim=None, dtype=torch.bfloat16,
-              signed=False, is_misaligned=False, uses_lse=False, batch_stride=None, **options):  # fmt: skip
+              signed=False, is_misaligned=False, uses_lse=False, batch_stride=None, mask=None, **options):  # fmt: skip
     """Forward and backward with all gradients."""
     query = draw(batch, heads, i, head_dim, dtype=dtype, is_misaligned=is_misaligned)
     key = draw(batch, kv_heads, j, head_dim, dtype=dtype, is_misaligned=is_misaligned)
@@ -234,13 +234,16 @@ def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, v
         for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
             is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
             watch.expected[f"stride_{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
+    if mask is not None:
+        mask = torch.zeros(batch, j, dtype=mask).requires_grad_(mask != torch.bool)
     out, lse = bias_attention(
         query, key, value, table, signed=signed, enable_gqa=heads != kv_heads, return_lse=True, backend="triton",
-        **options,
+        key_padding_mask=mask, **options,
     )  # fmt: skip
     # of the layout that a projection's gradient has, which is out's
     grads = [torch.zeros_like(out), torch.zeros_like(lse)] if uses_lse else [torch.zeros_like(out)]
-    torch.autograd.grad([out, lse] if uses_lse else [out], (query, key, value, table), grads)
+    inputs = (query, key, value, table, *((mask,) if mask is not None and mask.requires_grad else ()))
+    torch.autograd.grad([out, lse] if uses_lse else [out], inputs, grads)
     watch.expected = {}
 
 
@@ -281,6 +284,8 @@ CASES = {
     "window, signed": (attention, {"window": (40, 8), "signed": True, "i": 70, "j": 90}),
     # its threshold needs 64 bits, that of the next one 32
     "softcap, much dropout": (attention, {"is_causal": True, "softcap": 20.0, "dropout_p": 0.75}),
+    "key mask": (attention, {"is_causal": True, "mask": torch.bool}),
+    "added key mask": (attention, {"mask": torch.float32, "kv_heads": 2, "j": 130}),
     "packed, window, dropout": (packed, {"window": (30, 0), "dropout_p": 0.1}),
     "head_dim 40": (attention, {"is_causal": True, "head_dim": 40}),
     "head_dim 128": (attention, {"is_causal": True, "head_dim": 128, "kv_heads": 1}),
@@ -328,7 +333,7 @@ def repeated_with_others(watch):
     forward = importlib.reload(attention_forward).forward  # as it was, with nothing in its place
     watch.is_checking = False
     query, key, value = (torch.randn(1, 2, 16, 16) for _ in range(3))
-    rest = torch.randn(2, 16), None, None, 16, 16, 0, False, None, 0, 0.25, 0.0, 0.0
+    rest = torch.randn(2, 16), None, None, None, 16, 16, 0, False, None, 0, 0.25, 0.0, 0.0
     forward(query, key, key, *rest)
     forward(query, key, key, *rest)
     watch.fake.take()

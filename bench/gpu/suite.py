@@ -19,6 +19,7 @@ CHOSEN = (
     "test_attention_varlen.py",
     "test_attention_key_bias.py",
     "test_attention_dropout.py",
+    "test_attention_integers.py",
     "test_attention_properties.py",
     "test_attention_nan.py",
     "test_large_strides.py",

@@ -25,7 +25,9 @@ from .attention_tiles import (
     dot_of_rows,
     is_kept,
     is_wide,
+    key_bias_of,
     load_bias,
+    load_key_bias,
     load_state,
     move_to,
     opaque,
@@ -44,11 +46,12 @@ FOLD_BLOCK = 256
 
 
 @triton.jit
-def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, rows_ptr, seed_ptr, first_x, start, i, j,
-                first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold, keep_scale,
-                HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-                PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+def _add_window(acc, bias, key_bias_ptr, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, rows_ptr, seed_ptr,
+                first_x, start, i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out,
+                threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V:
+                tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT:
+                tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr,
+                IS_MASKED: tl.constexpr):  # fmt: skip
     """Acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
     first_y = first_x + start
     x = first_x + tl.arange(0, BLOCK_M)
@@ -61,6 +64,10 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, r
         qk = dot(query, tl.trans(key), PRECISION)
     largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
     s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
+    y = first_y + opaque(tl.arange(0, BLOCK_N))
+    if HAS_KEY_BIAS:
+        key_bias = load_key_bias(key_bias_ptr, first_y, BLOCK_N, False)
+        s += key_bias[None, :]
     e = tl.exp2(s - largest[:, None])  # [BLOCK_M, BLOCK_N]
     if is_wide(BLOCK_V, PRECISION):
         dp = dot_of_rows(dout_ptr, first_x, i, stride_dx, value_ptr, first_y, j, stride_vy, BLOCK_M, BLOCK_N, VALUE_DIM,
@@ -70,7 +77,6 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, r
         value = stream_rows(value_ptr, kv_at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED,
                             IS_DESCRIBED)  # fmt: skip
         dp = dot(dout, tl.trans(value), PRECISION)
-    y = first_y + opaque(tl.arange(0, BLOCK_N))
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, first_row + x)
         keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
@@ -78,21 +84,22 @@ def _add_window(acc, bias, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, r
     ds = e * (dp * inverse[:, None] - delta[:, None])
     if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
         ds = tl.where((x < i)[:, None] & ((y >= 0) & (y < j))[None, :], ds, 0.0)
+    if HAS_KEY_BIAS:
+        ds = tl.where((key_bias > float("-inf"))[None, :], ds, 0.0)
     return acc + ds
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "longest_query", "least",
-                               "n_bands", "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
-def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr,
-                   partial_ptr,
-                   stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh, stride_vy,
-                   stride_db, stride_dh, stride_dx, stride_rb, stride_rh,
-                   i, j, offset, left, right, zero, width, batch, heads, group, longest_query, least, n_bands,
-                   n_chunks, chunk_steps, softmax_scale, scale, cap_in, cap_out, threshold, keep_scale,
-                   HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                   HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PACKED: tl.constexpr,
-                   PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "key_width", "batch", "least",
+                               "longest_query", "n_bands", "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
+def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, key_bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr,
+                   partial_ptr, stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh,
+                   stride_vy, stride_db, stride_dh, stride_dx, stride_rb, stride_rh, i, j, offset, left, right, zero,
+                   width, key_width, batch, heads, group, longest_query, least, n_bands, n_chunks, chunk_steps,
+                   softmax_scale, scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM:
+                   tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
+                   tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                   HAS_DROPOUT: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, IS_PACKED: tl.constexpr, PRECISION:
+                   tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
     tl.static_assert(BLOCK_M <= BLOCK_N)  # the skew wraps around a row once
     pid = tl.program_id(0)
     band = n_bands - 1 - pid % n_bands  # under causality the bands of the least distances are the longest
@@ -120,6 +127,9 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
         k_ptr = move_to(key_ptr, row * stride_kb + first_key_row * stride_ky, IS_DESCRIBED)
         v_ptr = move_to(value_ptr, row * stride_vb + first_key_row * stride_vy, IS_DESCRIBED)
         at, kv_at = (row.to(tl.int32), head.to(tl.int32)), (row.to(tl.int32), kv_head.to(tl.int32))
+        kb_ptr = key_bias_ptr
+        if HAS_KEY_BIAS:
+            kb_ptr = key_bias_of(key_bias_ptr, row, key_width, first_key_row)
         r_ptr = rows_ptr + 4 * (row * stride_rb + first_query)
         first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
 
@@ -136,17 +146,17 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, seqlens_ptr, seed_pt
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
             acc = _add_window(
-                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
+                acc, bias, kb_ptr, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
                 columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
                 keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION, IS_DESCRIBED, True,
+                HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, True,
             )  # fmt: skip
         for step in range(inside, outside):
             acc = _add_window(
-                acc, bias, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
+                acc, bias, kb_ptr, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
                 columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
                 keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION, IS_DESCRIBED, False,
+                HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, False,
             )  # fmt: skip
 
     # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
@@ -212,11 +222,11 @@ def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query,
     steps = cdiv(longest_query, block_m)
     n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
     partial = empty((heads, n_chunks, 2, n_bands * block_n), torch.float32, table.device)
-    query, key, value, bias, seqlens, seed, dout, rows = tensors
+    query, key, value, bias, key_bias, seqlens, seed, dout, rows = tensors
     described = None
     if tile.is_described:
         queries, keys = describe((query, dout), block_m, seqlens), describe((key, value), block_n, seqlens)
-        described = queries and keys and (queries[0], *keys, bias, seqlens, seed, queries[1], rows)
+        described = queries and keys and (queries[0], *keys, bias, key_bias, seqlens, seed, queries[1], rows)
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,),
         *(described or tensors), partial, *strides, *bounds, longest_query, least, n_bands, n_chunks,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .attention_blocks import generation, padded
-from .attention_tiles import LOG2E
+from .attention_tiles import KEY_PADDING, LOG2E
 from .keys import settle
 from .launching import cdiv
 from .replay import empty, launch
@@ -14,6 +14,10 @@ from .replay import empty, launch
 # Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
 PADDING = 256
 BIAS_BLOCK = 1024
+# Positions, and every sum of four of them, are int32 in the kernels.
+LARGEST = 2**29 - 1
+# Elements between two rows, of which a tile has 128 at most: a place in a tile is 32 bits.
+LARGEST_STRIDE = 2**25 - 1
 
 
 def like(tensor, dim=None):
@@ -29,11 +33,11 @@ def whole_rows(tensor):
 
     The elements of a row lie side by side, and rows of a multiple of 8 elements begin at multiples of 8 elements and of
     16 bytes. Slices of a packed projection do. A slice that begins in the middle of 16 bytes is copied: that costs less
-    than 2-byte loads in every tile.
+    than 2-byte loads in every tile. So are rows that lie 2^25 elements or more apart.
     """
     *sizes, dim = tensor.shape
-    if tensor.stride(-1) != 1 and dim != 1:
-        return tensor.contiguous()
+    if (tensor.stride(-1) != 1 and dim != 1) or (tensor.stride(-2) > LARGEST_STRIDE and sizes[-1] != 1):
+        return tensor.clone(memory_format=torch.contiguous_format)
     if dim % 8 == 0 and (
         tensor.data_ptr() % 16 or any(s % 8 for s, n in zip(tensor.stride(), sizes, strict=False) if n != 1)
     ):
@@ -55,6 +59,21 @@ def describe(tensors, block, seqlens):
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 
+def launch_with_repair(kernel, programs, needs_repair, inputs, others, *, num_stages, **constants):
+    """Launch kernel(*inputs, repair, *others), and if `needs_repair` once more, for the programs that met a NaN.
+
+    A pair that does not count is a zero in a matrix product, and zero times NaN is NaN. The second launch, whose
+    programs mostly return at once, costs the first nothing: the same code behind a branch would take its registers.
+    repair (programs,): the first launch writes which of them it is to do again.
+    """
+    repair = empty((programs,), torch.int32, inputs[0].device) if needs_repair else None
+    for is_repair in (False, True)[: 1 + needs_repair]:
+        launch(
+            kernel, (programs,), *inputs, repair, *others, **constants, NEEDS_REPAIR=needs_repair, IS_REPAIR=is_repair,
+            num_stages=1 if is_repair else num_stages,
+        )  # fmt: skip
+
+
 def precision_of(query):
     """How tl.dot multiplies: float32 as three tf32 products, which keep its bits, or as torch is told to."""
     if query.dtype != torch.float32:
@@ -62,6 +81,33 @@ def precision_of(query):
     if generation() == "cdna":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def check_sizes(query, key, value, table, longest_query, longest_key):
+    """What the kernels' 32 bits hold."""
+    for name, size in (("i", longest_query), ("j", longest_key), ("the table's width", table.shape[1])):
+        if size > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST} for Triton's attention, got {size}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.shape[1] * max(tensor.shape[3], value.shape[3]) > LARGEST_STRIDE:
+            raise ValueError(
+                f"{name} must have at most {LARGEST_STRIDE} elements in all heads of a position for Triton's "
+                f"attention, got shape {tuple(tensor.shape)}"
+            )
+
+
+def bounds_of(table, seqlens, i, j, offset, left, right):
+    """(left, right) without what bounds nothing: one that reaches beyond the grid is None, or no farther than a table.
+
+    So no sum of a bound and a position leaves 32 bits, whatever the caller's "no limit" is.
+    """
+    if seqlens is not None:
+        n = table.shape[1]  # no pair that counts is farther than the table holds
+        return None if left is None else min(left, n), None if right is None else min(right, n)
+    return (
+        None if left is None or left >= i - 1 + offset else left,
+        None if right is None or right >= j - 1 - offset else right,
+    )
 
 
 def reach_of(table, seqlens, i, j, offset, signed, left, right):
@@ -129,6 +175,28 @@ def pad_bias(table, signed, reach):
         table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
     )  # fmt: skip
     return bias, -lowest
+
+
+@triton.jit(do_not_specialize=["j", "width"])
+def _key_bias_kernel(key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLOCK: tl.constexpr):
+    index = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = column - KEY_PADDING
+    is_key = (y >= 0) & (y < j)
+    value = tl.load(key_bias_ptr + index * stride_b + y.to(tl.int64) * stride_y, mask=is_key, other=float("-inf"))
+    tl.store(padded_ptr + index * width + column, value * LOG2E, mask=column < width)
+
+
+def pad_key_bias(key_bias):
+    """log2(e) * key_bias, with -inf on both sides of the keys for what a tile has beyond them: (batch, width)."""
+    batch, j = key_bias.shape
+    width = j + 2 * KEY_PADDING.value
+    padded_bias = empty((batch, width), torch.float32, key_bias.device)
+    launch(
+        _key_bias_kernel, (cdiv(width, BIAS_BLOCK), batch),
+        key_bias, padded_bias, j, width, *key_bias.stride(), BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
+    return padded_bias
 
 
 settle(globals())

@@ -27,6 +27,7 @@ INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(64)
+KEY_PADDING = tl.constexpr(256)  # of the key bias on both sides: two of the largest blocks
 
 
 @triton.jit
@@ -102,6 +103,44 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def has_nan(tile, is_row):
+    """Whether a NaN is among the rows `is_row` of a tile [rows, columns]; the others may hold anything."""
+    return tl.max(((tile != tile) & is_row[:, None]).to(tl.int32)) > 0
+
+
+@triton.jit
+def dot_of_pairs(a, b, mask, acc, COUNT: tl.constexpr):
+    """A [M, COUNT] @ b [COUNT, columns] + acc over the pairs of `mask` [M, COUNT]; b's other rows may hold NaN and Inf.
+
+    In a product of matrices a pair that does not count is a zero, and zero times NaN is NaN. This is an outer product a
+    row of b, so slow: for the tiles of a program whose product came out NaN.
+    """
+    index = tl.arange(0, COUNT)
+    for c in range(0, COUNT):
+        is_here = index == c
+        weight = tl.sum(tl.where(is_here[None, :], a.to(tl.float32), 0.0), 1)
+        counts = tl.max(tl.where(is_here[None, :] & mask, 1, 0), 1)
+        row = tl.sum(tl.where(is_here[:, None], b.to(tl.float32), 0.0), 0)
+        acc += tl.where(counts[:, None] > 0, weight[:, None] * row[None, :], 0.0)
+    return acc
+
+
+@triton.jit
+def key_bias_of(ptr, row, width, first_key_row):
+    """Where the key bias of a sequence lies in what `pad_key_bias` wrote: that of its first key."""
+    return ptr + (row * width + (first_key_row + KEY_PADDING))
+
+
+@triton.jit
+def load_key_bias(ptr, first_y, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
+    """The key bias of the keys first_y … + COUNT - 1, in units of log2; -inf for none."""
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    return load_bias(ptr + first_y + index)
 
 
 @triton.jit
@@ -220,10 +259,11 @@ def store_rows(ptr, tile, first, rows, stride, COUNT: tl.constexpr, DIM: tl.cons
 @triton.jit
 def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave).
+    """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
 
     Those in [enter, leave) hold a key that some of the queries see, those in [inside, outside) none that some do not
-    see. With the roles swapped (i and j, left and right, -offset) the query blocks of a block of keys.
+    see. Nobody sees the keys from `end` on. With the roles swapped (i and j, left and right, -offset) the query blocks
+    of a block of keys.
     Negative numerators are clamped first: `//` truncates toward zero.
     """
     begin = tl.zeros([], tl.int32)
@@ -239,7 +279,7 @@ def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, H
     leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
     inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)
     outside = tl.minimum(tl.maximum(whole_end // BLOCK_N, inside), leave)
-    return enter, inside, outside, leave
+    return enter, inside, outside, leave, end
 
 
 @triton.jit

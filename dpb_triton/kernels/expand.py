@@ -44,6 +44,8 @@ BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 4
 PROGRAMS = 2048
 FOLD_BLOCK = 256
 VECTOR_BYTES = 16
+# Positions, and every sum of two of them, are int32 in the kernels.
+LARGEST = 2**30 - 1
 
 
 def rows_per_program(heads: int, i: int, j: int) -> int:
@@ -102,7 +104,7 @@ def _window(start, column, stride_x, stride_y, VEC: tl.constexpr, SHIFT: tl.cons
         row_starts -= ROWS
     else:
         origin = start
-        row_starts = offs_m * stride_x + column * stride_y
+        row_starts = offs_m * stride_x + column.to(tl.int64) * stride_y
         shift = tl.zeros([BLOCK_M], tl.int32)
     offs = row_starts[:, None] + (offs_n if UNIT else offs_n.to(tl.int64) * stride_y)[None, :]
     return origin, offs, shift, tl.full([], BLOCK_M, tl.int64) * (stride_x + stride_y)
@@ -227,8 +229,10 @@ def _fold_kernel(partial_ptr, dtable_ptr, n, offset, n_bands, n_chunks,
 IS_INTERPRETED = not isinstance(_expand_kernel, triton.JITFunction)
 
 
-def _cut(heads, i, j, dtype, block_n, rows):
+def _cut(heads, i, j, n, dtype, block_n, rows):
     """The grid and the constants of a launch: (bands, row chunks, block_n, rows)."""
+    if max(i, j, n) > LARGEST:
+        raise ValueError(f"i, j and n must be at most {LARGEST} for Triton's kernels, got i = {i}, j = {j}, n = {n}")
     block_n = block_n or (BLOCK_N // 2 if dtype == torch.float64 else BLOCK_N)
     rows = rows or rows_per_program(heads, i, j)
     return cdiv(j + rows, block_n), cdiv(i, rows), block_n, rows
@@ -245,10 +249,11 @@ def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None,
     if out.numel() == 0:
         return out
     vec = VECTOR_BYTES // out.element_size()
-    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, dtype, block_n, rows)
+    n = (width + 1) // 2 if signed else width
+    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, n, dtype, block_n, rows)
     launch(
         _expand_kernel, (n_bands * n_chunks * heads,),
-        table.to(dtype).contiguous(), out, i, j, (width + 1) // 2 if signed else width, offset, n_bands, n_chunks,
+        table.to(dtype).contiguous(), out, i, j, n, offset, n_bands, n_chunks,
         SIGNED=signed, VEC=vec, SHIFT=0 if j % vec == 0 else vec - 1,
         ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -282,7 +287,7 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
     shift = 0 if is_aligned else vec - 1
 
     accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
-    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, accumulator, block_n, rows)
+    n_bands, n_chunks, block_n, rows = _cut(heads, i, j, n, accumulator, block_n, rows)
     partial = empty((heads, n_chunks, 2, n_bands * block_n), accumulator, dbias.device)
     dtable = empty((heads, width), accumulator, dbias.device)
     launch(

@@ -29,8 +29,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from . import attention_cpu_products as products
 from .attention_cpu_grid import Grid
-from .attention_cpu_products import add_product, has_nan, product
 
 
 def forward(
@@ -39,9 +39,9 @@ def forward(
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
-    is_on_cpu = query.device.type == "cpu"
+    is_at_hand = products.is_at_hand(query)
     # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
-    is_plain = is_on_cpu and not softcap and not dropout_p and query.shape[3] == value.shape[3]
+    is_plain = is_at_hand and not softcap and not dropout_p and query.shape[3] == value.shape[3]
 
     def attend(is_plain, selects):
         is_sure = True
@@ -56,8 +56,8 @@ def forward(
         return is_sure
 
     with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
-        is_sure = attend(is_plain, selects=not is_on_cpu)
-        if is_on_cpu and (not is_sure or has_nan(out)):
+        is_sure = attend(is_plain, selects=not is_at_hand)
+        if is_at_hand and (not is_sure or products.has_nan(out)):
             attend(False, selects=True)
         # a pair that means the same: flash attention gives lse only
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
@@ -142,7 +142,9 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, s
                 p.mul_(keep_mask(seed, grid.numbers(number, block, rows, longest_query), keys, dropout_p))
             if mask is not None:
                 p.masked_fill_(mask, 0)
-            o = product(grid.share(p), v[:, keys], None if mask is None else grid.share(mask)).view(*p.shape[:2], -1)
+            o = products.product(grid.share(p), v[:, keys], None if mask is None else grid.share(mask)).view(
+                *p.shape[:2], -1
+            )
             if dropout_p:
                 o.mul_(1 / (1 - dropout_p))
             _write(out, block, rows, o.masked_fill_(is_empty.unsqueeze(2), 0))
@@ -154,10 +156,10 @@ def backward(
 ):  # fmt: skip
     """attention_backward: -> dq, dk, dv, dtable, dkey_bias; those not needed empty. `out` is read if `is_part`."""
     inputs = dout, dlse, query, key, value, table, key_bias, out, state
-    if query.device.type != "cpu":
+    if not products.is_at_hand(query):
         return _backward(*inputs, *arguments, selects=True)
     gradients = _backward(*inputs, *arguments, selects=False)
-    if any(map(has_nan, gradients)):
+    if any(map(products.has_nan, gradients)):
         gradients = _backward(*inputs, *arguments, selects=True)
     return gradients
 
@@ -232,7 +234,7 @@ def _backward(
                     if capped is not None:
                         torch.ops.aten.tanh_backward(ds, capped, grad_input=ds)
                     if needs_dq:
-                        all_dq.append(product(grid.share(ds), k[:, keys], shared).view(q.shape))
+                        all_dq.append(products.product(grid.share(ds), k[:, keys], shared).view(q.shape))
                     if needs_dkv:
                         _add_transposed(dk_t[:, :, keys], grid.share(q), grid.share(ds), shared)
                 if needs_dq and all_dq:
@@ -328,9 +330,9 @@ def _unit_stride(tensor):
 def _add_transposed(total, a, b, mask):
     """Add a^T b, (n, dim, rows) @ (n, rows, keys), to `total`; of the pairs (row, key) that are not masked."""
     if mask is None:
-        add_product(total, a.mT, b)
+        products.add_product(total, a.mT, b)
     else:
-        total += product(b.mT, a, mask.mT).mT
+        total += products.product(b.mT, a, mask.mT).mT
 
 
 def _matrices(tensor, block, dtype, rows=slice(None)):

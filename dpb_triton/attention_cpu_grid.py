@@ -13,6 +13,7 @@ what it leaves between is added, one number a key.
 
 import torch
 
+from . import attention_cpu_products as products
 from . import ops
 
 # Scores a tile and query rows a tile, counting those of all heads that share a key head: few, large tiles, because
@@ -68,7 +69,7 @@ class Grid:
         if key_bias is None:
             return
         self.hidden = key_bias == -torch.inf
-        if key_bias.device.type != "cpu" or key_bias.numel() == 0:  # nobody waits for a GPU here
+        if not products.is_at_hand(key_bias) or key_bias.numel() == 0:
             return
         seen = (~self.hidden).int()
         first, after = seen.argmax(1), self.j - seen.flip(1).argmax(1)

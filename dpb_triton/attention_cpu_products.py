@@ -12,32 +12,36 @@ rows * keys * dim.
 import torch
 
 
+def is_at_hand(tensor):
+    """Whether the numbers of a tensor can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def product(a, b, mask):
     """The product a @ b, (n, rows, keys) @ (n, keys, dim), over the pairs (row, key) that are not masked.
 
-    mask: bool (n, rows, keys), or None where nothing is masked or b is known to be finite. a is 0 at masked pairs. Inf
-    in both factors of a term may make it NaN.
+    mask: bool (n, rows, keys), or None where nothing is masked. a is 0 at masked pairs. A term of Inf times Inf may be
+    NaN.
     """
     if mask is None:
         return torch.bmm(a, b)
     is_finite = b.isfinite()
-    if b.device.type == "cpu":  # elsewhere the numbers would have to be waited for
-        rows = (~is_finite.all(2).all(0)).nonzero().squeeze(1)
-        if len(rows) == 0:
+    keys = slice(None)
+    if is_at_hand(b):
+        keys = (~is_finite.all(2).all(0)).nonzero().squeeze(1)
+        if len(keys) == 0:
             return torch.bmm(a, b)
-    out = torch.bmm(a, b.masked_fill(~is_finite, 0))  # NaN in a speaks here
-    if b.device.type == "cpu":
-        a, b, mask = a[:, :, rows], b[:, rows], mask[:, :, rows]
-    seen = (~mask).to(a.dtype)
-    is_nan = torch.bmm(seen, b.isnan().to(a.dtype)) > 0
-    if b.device.type != "cpu" or b.isinf().any():
-        infinite, sign = b.isinf().to(a.dtype), a.sign()
-        terms = torch.bmm(sign.abs(), infinite)
-        total = torch.bmm(sign, b.clamp(-1, 1).nan_to_num(0).mul_(infinite))
-        is_nan |= torch.bmm(seen, infinite) > terms  # 0 times Inf
-        for infinity in (torch.inf, -torch.inf):
-            is_there = terms > -total if infinity > 0 else terms > total
-            out += torch.where(is_there, infinity, 0.0)
+    out = torch.bmm(a, b.masked_fill(~is_finite, 0))  # here NaN in a speaks
+    # counts, for which float32 is exact
+    seen, sign, b = (~mask[:, :, keys]).float(), a[:, :, keys].sign().float(), b[:, keys]
+    is_nan = torch.bmm(seen, b.isnan().float()) > 0
+    is_infinite = b.isinf()
+    if not is_at_hand(b) or is_infinite.any():
+        terms = torch.bmm(sign.abs(), is_infinite.float())
+        total = torch.bmm(sign, torch.where(is_infinite, b.sign(), 0).float())
+        is_nan |= torch.bmm(seen, is_infinite.float()) > terms  # 0 times Inf
+        out += torch.where(terms + total > 0, torch.inf, 0.0)
+        out -= torch.where(terms - total > 0, torch.inf, 0.0)
     return out.masked_fill_(is_nan, torch.nan)
 
 

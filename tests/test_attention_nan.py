@@ -13,7 +13,7 @@ from attention_oracle import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpb_triton import attention_cpu_grid, bias_attention, bias_attention_varlen
+from dpb_triton import attention_cpu_grid, attention_cpu_products, bias_attention, bias_attention_varlen
 from dpb_triton.functional import why_not
 
 BACKENDS = ("torch", "triton")
@@ -218,6 +218,16 @@ def test_cut_into_tiles(name, tile, monkeypatch, device):
     monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
     for tensor in ("query", "key", "value", "dout"):
         check(attention_of("torch", device), CASES[name], [(tensor, (0, 1, 8, 2), NAN)], device)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_where_the_numbers_would_have_to_be_waited_for(case, monkeypatch, device):
+    """In plain torch on other devices nobody asks whether there is a NaN."""
+    monkeypatch.setattr(attention_cpu_products, "is_at_hand", lambda tensor: False)
+    monkeypatch.setattr(attention_cpu_products, "has_nan", None)
+    for name in PLACES:
+        for number in (NAN, INF):
+            check(attention_of("torch", device), case, [(name, at, number) for at in places(case, name)], device)
 
 
 @pytest.mark.parametrize("length", [300, 1500])

@@ -168,8 +168,11 @@ def check_packed(query, key, table, n, packing, left, right):
     packing = packing._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
     if max_q is not None and max_k is not None and (torch.compiler.is_compiling() or query.is_cuda):
         _check_on_device(query, key, n, packing, seqlens, left, right)
-        return seqlens, max_q, max_k
-    return seqlens, *_check_numbers(query, key, table, n, packing, seqlens, left, right)
+    else:
+        max_q, max_k = _check_numbers(query, key, table, n, packing, seqlens, left, right)
+    if offsets is not None:  # farther away no pair is seen, and the kernels count in int32
+        seqlens[:, 4].clamp_(-(n + query.shape[0]), n + key.shape[0])
+    return seqlens, max_q, max_k
 
 
 def _check_numbers(query, key, table, n, packing, seqlens, left, right):

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from .table_cache import is_traced
+from .tracing import is_capturing, is_recorded
 
 
 def check_call(module, query, key, value, key_padding_mask, attn_mask):
@@ -85,7 +85,7 @@ class CausalHint:
 
         A trace, or a CUDA graph, cannot read it: there the hint is believed where it can mean nothing else.
         """
-        if is_traced(mask.device.type):
+        if is_recorded() or is_capturing(mask.device) or mask.device.type not in ("cpu", "cuda"):
             # of Python's type: in a torch.jit.trace sizes are tensors
             return bool(mask.dim() == 2 and mask.shape[0] == mask.shape[1] and offset == 0)
         last = self._last

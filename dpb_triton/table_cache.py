@@ -11,6 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .plain_layers import plain_parameters
+from .tracing import is_capturing, is_recorded
 
 _SMALLEST = 256
 
@@ -45,7 +46,7 @@ class TableCache:
         if device.type not in ("cpu", "cuda") or any(x.device != device or x.is_inference() for x in parameters):
             return None
         # a graph would go on reading a table that a longer one has replaced
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
             self.clear()
@@ -75,12 +76,9 @@ class TableCache:
 
 def _is_seen():
     """Whether this call is being recorded, for other numbers than those it sees, or may mean something else."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        # torch.set_default_device is a mode too, one that no layer's forward can tell
-        or (torch._C._len_torch_function_stack() > 0
-            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()))
-    )  # fmt: skip
+    if is_recorded():
+        return True
+    # torch.set_default_device is a mode too, one that no layer's forward can tell
+    return torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )

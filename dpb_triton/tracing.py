@@ -43,6 +43,21 @@ def is_tracing():
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
+def is_recorded():
+    """Whether this call is being recorded, for other numbers than those it sees."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def is_capturing(device):
+    """Whether a CUDA graph records what this thread does on `device`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def is_size(value):
     """Whether `value` is a size as a trace has it."""
     return (

@@ -64,7 +64,6 @@ def _add_window(acc, bias, key_bias_ptr, query_ptr, key_ptr, value_ptr, dout_ptr
         qk = dot(query, tl.trans(key), PRECISION)
     largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
     s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
-    y = first_y + opaque(tl.arange(0, BLOCK_N))
     if HAS_KEY_BIAS:
         key_bias = load_key_bias(key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
@@ -77,6 +76,7 @@ def _add_window(acc, bias, key_bias_ptr, query_ptr, key_ptr, value_ptr, dout_ptr
         value = stream_rows(value_ptr, kv_at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED,
                             IS_DESCRIBED)  # fmt: skip
         dp = dot(dout, tl.trans(value), PRECISION)
+    y = first_y + opaque(tl.arange(0, BLOCK_N))
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, first_row + x)
         keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)

@@ -50,12 +50,11 @@ def _write_rows(block, row, dout_ptr, dlse_ptr, out_ptr, state_ptr, rows_ptr, st
     largest = tl.load(state_ptr + x, mask=is_row, other=0.0)
     # a query that sees no key: exp2(s - inf) = 0, and nothing of what dout holds
     is_empty = largest == float("-inf")
-    delta = tl.where(is_empty, 0.0, delta)
     inverse = 1.0 / tl.where(is_empty, 1.0, tl.load(state_ptr + rows + x, mask=is_row, other=1.0))
     rows_ptr += 4 * x
     tl.store(rows_ptr, tl.where(is_empty, float("inf"), largest), mask=is_row)
     tl.store(rows_ptr + 1, inverse, mask=is_row)
-    tl.store(rows_ptr + 2, delta * inverse, mask=is_row)
+    tl.store(rows_ptr + 2, tl.where(is_empty, 0.0, delta * inverse), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["rows", "i", "heads", "row_blocks", "row_programs", "n", "lowest", "width",

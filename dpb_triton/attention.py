@@ -146,7 +146,7 @@ def bias_attention(
     offset = check_dense(query, key, table, table_length, offset, *bounds)
     check_key_padding_mask(key_padding_mask, query, key)
     is_exported = is_in_onnx_export()  # to what knows torch's operators, and none of ours
-    if is_exported or is_transformed(query, key, value, table):
+    if is_exported or is_transformed(query, key, value, table, key_padding_mask):
         return _transformed(
             query, key, value, table, "torch" if is_exported else backend, is_causal=is_causal, scale=scale,
             offset=offset, signed=signed, window=window, softcap=softcap, dropout_p=dropout_p,

@@ -10,6 +10,8 @@ do what they say.
 
 import torch
 
+from .checks import FLOATING, show_layout
+
 # Far below any score; the kernels multiply by log2(e), and a finite number must not become the -inf that hides a key.
 _LOWEST = -1e38
 
@@ -20,7 +22,9 @@ def check_key_padding_mask(mask, query, key):
         return
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"key_padding_mask must be a Tensor (batch, j) or None, got {type(mask).__name__}")
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+    if mask.layout != torch.strided or mask.is_nested:
+        raise TypeError(f"key_padding_mask must be a strided (dense) tensor, got {show_layout(mask)}")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING:
         raise TypeError(f"key_padding_mask must be bool (True: ignored) or floating (added), got {mask.dtype}")
     if mask.shape != (key.shape[0], key.shape[2]):
         raise ValueError(

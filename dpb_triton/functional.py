@@ -42,10 +42,15 @@ def check_backend(backend, device_type):
 
 
 def is_transformed(*tensors):
-    """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD."""
+    """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD.
+
+    A tensor may be None.
+    """
     if torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
 
 
 def is_in_onnx_export():

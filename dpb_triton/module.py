@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DynamicPositionBias: an MLP over the distance, one bias per head."""
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 
@@ -202,13 +203,23 @@ class DynamicPositionBias(nn.Module):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
-        weights = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix + "mlp.")}
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, got {prefix!r} of type {type(prefix).__name__}")
+        weights = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if isinstance(key, str) and re.fullmatch(r"mlp\.\d+(\.\d+)?\.\w+", key[len(prefix) :])
+            if key.startswith(prefix)
+        }
+        for key, value in weights.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"state_dict's {prefix}{key} must be a Tensor, got {type(value).__name__}")
         found_depth = sum(key.endswith(".0.weight") for key in weights)
         last = weights.get(f"mlp.{found_depth}.weight")
         if found_depth == 0 or last is None or last.dim() != 2:
             raise ValueError(
                 f"state_dict must hold an x-transformers DynamicPositionBias at prefix {prefix!r} (keys "
-                f"{prefix}mlp.0.0.weight … {prefix}mlp.DEPTH.weight), got the keys {sorted(state_dict)[:8]} …"
+                f"{prefix}mlp.0.0.weight … {prefix}mlp.DEPTH.weight), got the keys {sorted(map(str, state_dict))[:8]} …"
             )
         found = {
             "heads": last.shape[0],

@@ -35,7 +35,7 @@ class HeadParallel(ParallelStyle):
             )
         if not isinstance(module, DynamicPositionBias):
             raise TypeError(f"HeadParallel is for a DynamicPositionBias, got {type(module).__name__}")
-        last = module.mlp[-1]
+        last = module.mlp[-1] if len(module.mlp) else None
         if not isinstance(last, nn.Linear):
             raise TypeError(f"the last layer of the module's mlp must be a Linear, got {type(last).__name__}")
         if device_mesh.ndim != 1:

@@ -68,6 +68,10 @@ CASES = {
     # the mask of keys
     "mask list": (dense(key_padding_mask=[[True]]), TypeError, ["key_padding_mask", "list"]),
     "mask int": (dense(key_padding_mask=torch.zeros(2, 9, dtype=torch.int64)), TypeError, ["key_padding_mask", "int64"]),
+    "mask float8": (
+        dense(key_padding_mask=torch.zeros(2, 9).to(torch.float8_e4m3fn)), TypeError, ["key_padding_mask", "float8"],
+    ),
+    "mask sparse": (dense(key_padding_mask=torch.zeros(2, 9).to_sparse()), TypeError, ["key_padding_mask", "sparse"]),
     "mask shape": (dense(key_padding_mask=torch.zeros(9, 2)), ValueError, ["key_padding_mask", "(2, 9)", "(9, 2)"]),
     "mask 4-D": (dense(key_padding_mask=torch.zeros(2, 1, 5, 9)), ValueError, ["key_padding_mask", "(2, 1, 5, 9)"]),
     "mask on meta": (dense(key_padding_mask=torch.zeros(2, 9, device="meta")), ValueError, ["key_padding_mask", "meta"]),

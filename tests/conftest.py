@@ -95,3 +95,19 @@ def bench(tmp_path):
     from recorded_cuda import run_bench
 
     return partial(run_bench, tmp_path)
+
+
+@pytest.fixture
+def set_tiles(monkeypatch):
+    """A function of {kernel: its constants} for the Triton attention kernels, undone at the end."""
+    blocks = pytest.importorskip("dpb_triton.kernels.attention_blocks", reason="Triton is not installed")
+    replay = pytest.importorskip("dpb_triton.kernels.replay")
+
+    def set_them(tiles):
+        for constants in (blocks.BLOCKS, blocks.FLOAT32):
+            for generation in constants:
+                monkeypatch.setitem(constants, generation, {kernel: (tile,) * 3 for kernel, tile in tiles.items()})
+        replay.forget()  # what was written down with other tiles
+
+    yield set_them
+    replay.forget()

@@ -46,14 +46,8 @@ DESCRIBED = {
 
 
 @pytest.fixture(params=TILES, ids=["16", "tall", "wide"])
-def small_tiles(request, monkeypatch):
-    for constants in (blocks.BLOCKS, blocks.FLOAT32):
-        for generation in constants:
-            tiles = {kernel: (tile,) * 3 for kernel, tile in request.param.items()}
-            monkeypatch.setitem(constants, generation, tiles)
-    replay.forget()  # what was written down with other tiles
-    yield
-    replay.forget()
+def small_tiles(request, set_tiles):
+    set_tiles(request.param)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -104,10 +104,12 @@ def _add_queries(dk, dv, dkey_bias, key, value, key_bias, key_ptr, value_ptr, qu
     if HAS_DROPOUT:
         first_key, second_key = row_keys(seed_ptr, first_row + x)
         keep = is_kept(first_key[None, :], second_key[None, :], opaque(y)[:, None], threshold)
-        kept = tl.where(keep, kept, 0.0)
+        kept = tl.where(keep, kept, kept * 0.0)  # a pair that is dropped is seen, and may be NaN
         dp = tl.where(keep, dp * keep_scale, 0.0)
     if IS_MASKED:
         mask = is_allowed(y, first_x, i, -offset, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M)
+        if IS_CAREFUL:  # no score of the query is more than -inf
+            mask = mask & (largest != float("inf"))[None, :]
         kept = tl.where(mask, kept, 0.0)
     kept = narrow(kept, dout.dtype)
     dv = dot_of_pairs(kept, dout, mask, dv, BLOCK_M) if IS_CAREFUL else dot_add(kept, dout, dv, PRECISION)
@@ -201,7 +203,7 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, key_bias_ptr, seqlens_
     if NEEDS_REPAIR and not IS_REPAIR:
         tl.store(repair_ptr + pid, has_nan(dk, y < j) | has_nan(dv, y < j))
     if HAS_KEY_BIAS:  # whatever the pairs of a hidden key came to
-        is_seen = key_bias > float("-inf")
+        is_seen = key_bias != float("-inf")
         dk, dv = tl.where(is_seen[:, None], dk, 0.0), tl.where(is_seen[:, None], dv, 0.0)
         dkey_bias = tl.where(is_seen, dkey_bias, 0.0)
     dk_ptr += row * stride_dkb + kv_head * stride_dkh + first_key_row * stride_dky
@@ -251,13 +253,15 @@ def _add_keys(dq, query, dout, query_ptr, dout_ptr, largest, inverse, delta, key
     if IS_MASKED:
         mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         if HAS_KEY_BIAS:
-            mask = mask & (key_bias > float("-inf"))[None, :]
+            mask = mask & (key_bias != float("-inf"))[None, :]
+        if IS_CAREFUL:  # no score of the query is more than -inf
+            mask = mask & (largest != float("inf"))[:, None]
         ds = tl.where(mask, ds, 0.0)
         if IS_CAREFUL:
             return dot_of_pairs(narrow(ds, key.dtype), key, mask, dq, BLOCK_N)
     elif HAS_KEY_BIAS and IS_CAREFUL:
-        ds = tl.where((key_bias > float("-inf"))[None, :], ds, 0.0)
-        is_seen = tl.load(key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) > float("-inf")
+        ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
+        is_seen = tl.load(key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
         key = tl.where(is_seen[:, None], key, 0.0)
     return dot_add(narrow(ds, key.dtype), key, dq, PRECISION)
 

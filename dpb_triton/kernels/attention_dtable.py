@@ -85,7 +85,7 @@ def _add_window(acc, bias, key_bias_ptr, query_ptr, key_ptr, value_ptr, dout_ptr
     if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
         ds = tl.where((x < i)[:, None] & ((y >= 0) & (y < j))[None, :], ds, 0.0)
     if HAS_KEY_BIAS:
-        ds = tl.where((key_bias > float("-inf"))[None, :], ds, 0.0)
+        ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
     return acc + ds
 
 

@@ -90,10 +90,10 @@ def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, ac
     if IS_MASKED:
         mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
         if HAS_KEY_BIAS:
-            mask = mask & (key_bias > float("-inf"))[None, :]
+            mask = mask & (key_bias != float("-inf"))[None, :]
         s = tl.where(mask, s, float("-inf"))
     elif HAS_KEY_BIAS and IS_CAREFUL:
-        s = tl.where((key_bias > float("-inf"))[None, :], s, float("-inf"))
+        s = tl.where((key_bias != float("-inf"))[None, :], s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
     # of a row that has seen no key yet, or only -inf: any finite number does
@@ -109,7 +109,7 @@ def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, ac
         acc = dot_of_pairs(narrow(p, value.dtype), value, mask, acc * alpha[:, None], BLOCK_N)
     else:
         if HAS_KEY_BIAS and IS_CAREFUL:
-            is_seen = tl.load(key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) > float("-inf")
+            is_seen = tl.load(key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
             value = tl.where(is_seen[:, None], value, 0.0)
         acc = dot_add(narrow(p, value.dtype), value, acc * alpha[:, None], PRECISION)
     return acc, m_new, l_i

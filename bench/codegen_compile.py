@@ -72,17 +72,17 @@ _logs = {}  # hash of a kernel -> what ptxas said; a kernel that Triton has in m
 
 
 @contextlib.contextmanager
-def caught_launches(arch, only=(), has_repairs=False):
+def caught_launches(arch, only=(), repairs=False):
     """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list.
 
-    only: names of kernels; others are not compiled. has_repairs: compile the second launch of an attention kernel too,
-    which does nothing unless there is a NaN, and promises nothing.
+    only: names of kernels; others are not compiled. repairs: instead of all others compile the second launches of the
+    attention kernels, which do nothing unless there is a NaN, and promise nothing.
     """
     kernels = []
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
-        if (only and self.fn.__name__ not in only) or (kwargs.get("IS_REPAIR") and not has_repairs):
+        if (only and self.fn.__name__ not in only) or repairs != kwargs.get("IS_REPAIR", False):
             return None
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernels.append(run(self, *args, warmup=True, **kwargs))
@@ -146,9 +146,9 @@ def report(kernel):
     )
 
 
-def compile_launches(launch, arch, only=(), has_repairs=False):
+def compile_launches(launch, arch, only=(), repairs=False):
     """The Reports of all kernels that the function `launch` launches, in order; the options of `caught_launches`."""
-    with caught_launches(arch, only, has_repairs) as kernels:
+    with caught_launches(arch, only, repairs) as kernels:
         launch()
     if not kernels and not only:
         raise RuntimeError("no kernel was launched: is TRITON_INTERPRET set, or the shape empty?")

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,33 @@ def test_bad_arguments_are_named(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+REPAIRS = """
+import sys, torch
+from bench.codegen_attention import launch_backward, launch_forward
+from bench.codegen_compile import compile_launches
+
+for launch in (launch_forward, launch_backward):
+    options = {"head_dim": 64, "has_mask": True}
+    for report in compile_launches(lambda: launch(torch.bfloat16, **options), sys.argv[1], repairs=True):
+        print(report.kernel, report.registers)
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "gfx942"])
+def test_the_second_launch_compiles(arch, tmp_path):
+    """That of the programs which met a NaN; no promise but that it can be launched."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", REPAIRS, arch], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert set(found) == {"_forward_kernel", "_dkdv_kernel", "_dq_kernel"}
+    assert all(0 < int(registers) <= 512 for registers in found.values())

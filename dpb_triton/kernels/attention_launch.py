@@ -59,6 +59,11 @@ def describe(tensors, block, seqlens):
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 
+def passes(needs_repair):
+    """Of each launch of a kernel: whether it is the repair. bench/sweep_gpu.py puts one without repairs in its place."""
+    return (False, True) if needs_repair else (False,)
+
+
 def launch_with_repair(kernel, programs, needs_repair, inputs, others, *, num_stages, **constants):
     """Launch kernel(*inputs, repair, *others), and if `needs_repair` once more, for the programs that met a NaN.
 
@@ -67,7 +72,7 @@ def launch_with_repair(kernel, programs, needs_repair, inputs, others, *, num_st
     repair (programs,): the first launch writes which of them it is to do again.
     """
     repair = empty((programs,), torch.int32, inputs[0].device) if needs_repair else None
-    for is_repair in (False, True)[: 1 + needs_repair]:
+    for is_repair in passes(needs_repair):
         launch(
             kernel, (programs,), *inputs, repair, *others, **constants, NEEDS_REPAIR=needs_repair, IS_REPAIR=is_repair,
             num_stages=1 if is_repair else num_stages,

@@ -124,8 +124,9 @@ def bias_attention(
     Returns:
         out (batch, heads, i, value_dim) in query's dtype, in memory (batch, i, heads, value_dim); with `return_lse`
         (out, lse), lse (batch, heads, i) in float32 (float64 for float64), natural logarithm. A query that sees no key
-        gets 0 and -inf. Under autocast query, key and value are cast to its dtype; the table is not.
-        Deterministic: no atomics, the same bits in every run.
+        gets 0 and -inf. What lies at a key that is not seen contributes nothing, NaN and Inf included, forward and
+        backward; a NaN that is seen is passed on. Under autocast query, key and value are cast to its dtype; the table
+        is not. Deterministic: no atomics, the same bits in every run.
         A trace (torch.jit.trace, torch.onnx.export) records plain torch operations, whatever the backend, with the bias
         materialised and torch's dropout. Sizes stay free; every other argument, and what the checks say, is fixed.
 

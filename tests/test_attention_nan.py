@@ -4,6 +4,7 @@
 Against the loops of the definition, which never read a masked pair. Forward, lse and all gradients.
 """
 
+import itertools
 from functools import partial
 
 import attention_oracle
@@ -342,3 +343,53 @@ def test_random_calls_torch(call, device):
 @given(call=calls((NAN,), ("normal",)))
 def test_random_calls_triton(call, device):
     check_call(call, "triton", device)
+
+
+@st.composite
+def packed_calls(draw):
+    """(lengths, options, numbers): sequences side by side, NaN and Inf anywhere."""
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(-9, 9)), min_size=1, max_size=4)
+    )
+    options = {"is_causal": draw(st.booleans()), "window": (draw(SIDES), draw(SIDES))}
+    places = st.tuples(
+        st.sampled_from(("query", "key", "value")), st.integers(0, 40), st.sampled_from([NAN, INF, -INF])
+    )
+    return lengths, options, draw(st.lists(places, max_size=3))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(call=packed_calls())
+def test_random_packed_sequences(call, device):
+    """Each is what it is alone, whatever its neighbours hold, forward and backward."""
+    lengths, options, numbers = call
+    total = [sum(length[side] for length in lengths) for side in (0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(rows, 2, 4, generator=generator)
+        for name, rows in (("query", total[0]), ("key", total[1]), ("value", total[1]))
+    }
+    for name, row, number in numbers:
+        if len(tensors[name]):
+            tensors[name][row % len(tensors[name]), 1, 2] = number
+    query, key, value = (x.to(device).requires_grad_() for x in tensors.values())
+    table = torch.randn(2, 19, generator=generator).to(device)
+    cu = [
+        torch.tensor([0, *itertools.accumulate(length[side] for length in lengths)], dtype=torch.int32, device=device)
+        for side in (0, 1)
+    ]
+    offsets = torch.tensor([length[2] for length in lengths], dtype=torch.int32, device=device)
+    out, lse = bias_attention_varlen(query, key, value, table, *cu, offsets=offsets, return_lse=True, **options)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    for n, (i, j, offset) in enumerate(lengths):
+        x, y = slice(cu[0][n], cu[0][n] + i), slice(cu[1][n], cu[1][n] + j)
+        parts = [t[rows].detach().requires_grad_() for t, rows in ((query, x), (key, y), (value, y))]
+        alone, its_lse = bias_attention(
+            *(part.transpose(0, 1)[None] for part in parts), table, offset=offset, return_lse=True, **options
+        )
+        expected = torch.autograd.grad(alone.sum(), parts)
+        close = partial(torch.testing.assert_close, equal_nan=True, atol=1e-5, rtol=1e-4)
+        close(out[x], alone[0].transpose(0, 1))
+        close(lse[x], its_lse[0].transpose(0, 1))
+        for grad, part, rows in zip(grads, expected, (x, y, y), strict=True):
+            close(grad[rows], part)

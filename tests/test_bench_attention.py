@@ -263,7 +263,6 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
         (["--memory", "0"], "0"),
         (["--memory", "9", "--seq", "64"], "--longest"),
         (["--peer", "flash"], "flash"),
-        (["--mask", "padded", "--head-dim", "256"], "--head-dim"),
         (["--queries", "9", "--seq", "8"], "--queries 9"),
         (["--queries", "1", "--memory", "9"], "--queries"),
         (["--errors", "--memory", "9"], "--errors"),

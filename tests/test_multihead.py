@@ -343,3 +343,21 @@ def test_any_head_dim(head_dim):
     for padding in (None, torch.arange(5) >= torch.tensor([[5], [3]])):
         call = {"need_weights": False, "key_padding_mask": padding}
         torch.testing.assert_close(ours(x, x, x, **call)[0], theirs(x, x, x, **call)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_hidden_key_may_hold_anything(need_weights, number, on_the_device):
+    """As keys of a cache that nobody wrote: out and query's gradient are those of the keys that are seen."""
+    torch.manual_seed(0)
+    module = MultiheadAttention(8, 2, batch_first=True)
+    query, keys = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    results = []
+    for hidden in (0.0, number):
+        leaf = query.clone().requires_grad_()
+        filled = keys.masked_fill(padding[..., None], hidden)
+        out, _ = module(leaf, filled, filled, key_padding_mask=padding, need_weights=need_weights)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaf)))
+    for clean, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, clean)

@@ -225,8 +225,10 @@ def poison():
     """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def run(function, query, key, value, table, dout, dlse=None, **options):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """torch.nn.MultiheadAttention with a position bias in every head, fused where the call allows it."""
 
+from contextlib import nullcontext
+
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -12,6 +14,7 @@ from .checks import check_int
 from .functional import is_transformed
 from .module import DynamicPositionBias
 from .multihead_masks import CausalHint, biased_mask, check_call, check_mask_dtype
+from .tracing import is_tracing, unrecorded
 
 _causal_hint = CausalHint()  # one for all layers, which are given one mask
 
@@ -111,7 +114,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, offset
             )
-        is_batched = check_call(self, query, key, value, key_padding_mask, attn_mask)
+        with unrecorded() if is_tracing() else nullcontext():
+            is_batched = check_call(self, query, key, value, key_padding_mask, attn_mask)
         tokens = "b n" if self.batch_first or not is_batched else "n b"
         q, k, v = self._project(query, key, value)
         if not is_batched:
@@ -234,8 +238,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             zeros = k.new_zeros(1, 1, self.embed_dim)
             k, v = _append(k, zeros), _append(v, zeros)
-        if k.shape[2] > mask.shape[3]:
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))
+        if self.bias_k is not None or self.add_zero_attn:
+            mask = F.pad(mask, (0, (self.bias_k is not None) + self.add_zero_attn))
         has_mask = is_causal or attn_mask is not None or key_padding_mask is not None
         if has_mask:
             hidden = mask == -torch.inf
@@ -247,7 +251,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not need_weights and dtype == q.dtype and backend is None:
             weights, out = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
         else:  # it would round the bias to q's dtype, and has neither forward-mode derivatives nor a batching rule
-            weights = (((q * self.head_dim**-0.5) @ k.mT).to(dtype) + mask).softmax(-1)
+            weights = (((q * self.head_dim**-0.5) @ k.transpose(-2, -1)).to(dtype) + mask).softmax(-1)
             weights = F.dropout(weights, dropout_p)
             out = weights.to(v.dtype) @ v
             weights = weights.masked_fill(dead, 0) if has_mask and need_weights else weights

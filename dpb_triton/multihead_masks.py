@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from .tracing import is_capturing, is_recorded
+from .tracing import is_capturing, is_recorded, number
 
 
 def check_call(module, query, key, value, key_padding_mask, attn_mask):
@@ -86,8 +86,7 @@ class CausalHint:
         A trace, or a CUDA graph, cannot read it: there the hint is believed where it can mean nothing else.
         """
         if is_recorded() or is_capturing(mask.device) or mask.device.type not in ("cpu", "cuda"):
-            # of Python's type: in a torch.jit.trace sizes are tensors
-            return bool(mask.dim() == 2 and mask.shape[0] == mask.shape[1] and offset == 0)
+            return mask.dim() == 2 and number(mask.shape[0]) == number(mask.shape[1]) and number(offset) == 0
         last = self._last
         version = None if mask.is_inference() else mask._version
         if last is not None and last[0]() is mask and last[1:3] == (version, offset) and version is not None:

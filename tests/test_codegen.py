@@ -54,7 +54,8 @@ def test_keeps_its_promises(records, case):
     """Counted here from what the disassembler printed; `broken` must come to the same end."""
     kernels = records[case.op, case.layout, case.dtype, case.arch]
     assert all("error" not in record for record in kernels), kernels[0]["error"]
-    assert {record["kernel"] for record in kernels} == {
+    has_mask = {"_key_bias_kernel"} if case.layout.endswith(" mask") else set()
+    assert {record["kernel"] for record in kernels} - has_mask == {
         "expand": {"_expand_kernel"},
         "reduce": {"_reduce_kernel", "_fold_kernel"},
         "attention": {"_bias_kernel", "_forward_kernel"},
@@ -65,7 +66,8 @@ def test_keeps_its_promises(records, case):
     for record in kernels:
         allowed = exceptions.of(record)
         assert record["spills"] <= allowed.get("spills", 0)
-        assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
+        if not case.arch.startswith("gfx"):  # which may spill into registers of another kind
+            assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
         assert record["scalar_spills"] == 0 or "attention" in case.op
         assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
         assert "serialised" in allowed or not record["serialised"]

@@ -354,11 +354,14 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
     left, right = bounds_of(table, seqlens, i, j, offset, left, right)
     dq = like(query) if needs_dq else empty((0,), query.dtype, query.device)
     needs_keys = needs_dkv or needs_dkey_bias
-    dk, dv = (like(x) if needs_keys else empty((0,), x.dtype, x.device) for x in (key, value))
+    nothing = [empty((0,), x.dtype, x.device) for x in (key, value)]
+    dk, dv = (like(key), like(value)) if needs_keys else nothing
     dkey_bias = empty((batch, kv_heads, j) if needs_dkey_bias else (0,), torch.float32, query.device)
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or reach[0] > reach[1]:
         dtable = torch.zeros_like(table) if needs_dtable else empty((0,), table.dtype, table.device)
+        if not needs_dkv:
+            dk, dv = nothing
         return dq.zero_(), dk.zero_(), dv.zero_(), dtable, dkey_bias.zero_()
 
     query, key, value, dout, out = (whole_rows(tensor) for tensor in (query, key, value, dout, out))
@@ -406,6 +409,8 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
         )
     else:
         dtable = empty((0,), table.dtype, table.device)
+    if not needs_dkv:
+        dk, dv = nothing
     return dq, dk, dv, dtable, dkey_bias
 
 

@@ -354,7 +354,7 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
     left, right = bounds_of(table, seqlens, i, j, offset, left, right)
     dq = like(query) if needs_dq else empty((0,), query.dtype, query.device)
     needs_keys = needs_dkv or needs_dkey_bias
-    nothing = [empty((0,), x.dtype, x.device) for x in (key, value)]
+    nothing = None if needs_dkv else [empty((0,), x.dtype, x.device) for x in (key, value)]
     dk, dv = (like(key), like(value)) if needs_keys else nothing
     dkey_bias = empty((batch, kv_heads, j) if needs_dkey_bias else (0,), torch.float32, query.device)
     reach = reach_of(table, seqlens, i, j, offset, signed, left, right)

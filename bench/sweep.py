@@ -180,7 +180,8 @@ def _arch_here(archs):
     if not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch sees no GPU here")
     properties = torch.cuda.get_device_properties(0)
-    arch = getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+    # not asked on NVIDIA's, where torch 2.11 puts the card's name there
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     if arch not in GENERATIONS or (archs and archs != (arch,)):
         raise click.UsageError(f"--device cuda: this GPU is {arch}, expected {' or '.join(archs or GENERATIONS)}")
     return arch

@@ -18,7 +18,7 @@ from .attention_checks import (
     check_window,
 )
 from .attention_key_bias import check_key_padding_mask, key_bias_of
-from .checks import FLOATING, check_flag
+from .checks import FLOATING, check_flag, is_autocast
 from .functional import is_in_onnx_export, is_transformed, why_not
 from .tracing import is_tracing, traced_as
 
@@ -45,7 +45,7 @@ def to_autocast(query, key, value):
     Before the checks, which ask for one dtype; what is no tensor is left to them.
     """
     device_type = query.device.type if isinstance(query, torch.Tensor) else None
-    if device_type and torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type and is_autocast(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(
             x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATING and x.dtype != torch.float64 else x

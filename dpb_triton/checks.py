@@ -25,6 +25,16 @@ def constant_under_compile(function):
     return function
 
 
+@constant_under_compile
+def _has_autocast(device_type):
+    return torch.amp.is_autocast_available(device_type)  # which torch 2.11's Dynamo cannot trace
+
+
+def is_autocast(device_type):
+    """Whether autocast is on for tensors on such a device."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_int(name, value, least=None, most=LARGEST_SIZE):
     """`value` as an int from `least` or -`most` to `most`, None for no limit; a SymInt and a trace's size stay theirs.
 

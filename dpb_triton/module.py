@@ -10,15 +10,19 @@ from einops import rearrange
 from torch import nn
 
 from .attention import bias_attention
-from .checks import check_dtype, check_flag, check_grid, check_int, check_tensor, constant_under_compile
+from .checks import (
+    check_dtype,
+    check_flag,
+    check_grid,
+    check_int,
+    check_tensor,
+    constant_under_compile,
+    is_autocast,
+)
 from .functional import expand_bias
 from .mlp import dtype_and_device, run
 from .table_cache import TableCache
 from .tracing import largest
-
-
-def _is_autocast(device_type):
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @constant_under_compile
@@ -122,7 +126,7 @@ class DynamicPositionBias(nn.Module):
         dtype = torch.float64 if found == torch.float64 else torch.float32
         # layers that show no floating number, quantised ones, may know float32 only
         mlp_dtype = torch.float64 if found is not None and _is_rounding(device.type) else dtype
-        with torch.autocast(device.type, enabled=False) if _is_autocast(device.type) else nullcontext():
+        with torch.autocast(device.type, enabled=False) if is_autocast(device.type) else nullcontext():
             if self.signed:
                 distance = torch.arange(2 * n, dtype=mlp_dtype, device=device)[1:] - n  # also for n = 0
             else:
@@ -152,7 +156,7 @@ class DynamicPositionBias(nn.Module):
         if dtype is None:
             dtype, device = dtype_and_device(self)
             dtype = torch.get_default_dtype() if dtype is None else dtype
-            if _is_autocast(device.type) and dtype != torch.float64:
+            if is_autocast(device.type) and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(device.type)
         return expand_bias(self._table(n), i, j, offset=offset, signed=self.signed, dtype=dtype, backend=backend)
 

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from .checks import is_autocast
 from .tracing import is_capturing, is_recorded, number
 
 
@@ -63,7 +64,7 @@ def check_mask_dtype(query, masks, is_exact):
     dtype = dtypes[0] if len(dtypes) == 1 else torch.promote_types(*dtypes)
     if dtype == query.dtype or (dtype == torch.float32 and not is_exact):
         return
-    if torch.is_autocast_enabled(query.device.type) and torch.float64 not in (dtype, query.dtype):
+    if is_autocast(query.device.type) and torch.float64 not in (dtype, query.dtype):
         return
     raise RuntimeError(
         f"attn_mask and key_padding_mask must be bool or of query's dtype {query.dtype}"

@@ -64,7 +64,7 @@ def draw_masks(module, batch, i, j, attn_mask, padding, dtype=torch.float64):
 def as_float(mask, dtype=torch.float64):
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
 
 def biased(ours, theirs, query, key, value, *, attn_mask=None, key_padding_mask=None, batch, offset=None, **options):

@@ -346,9 +346,10 @@ def test_a_file_that_was_cut_off_can_be_shown(tmp_path):
 def test_ncus_page_becomes_lines():
     page = '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
     page += '"0","_dq_kernel","Duration","us","812.5"\n"0","_dq_kernel","Registers Per Thread","r/thread","168"\n'
-    page += '"1","_fold_kernel","Duration","us","3.1"\n'
+    page += '"1","_dq_kernel","Duration","us","11.4"\n"2","_fold_kernel","Duration","us","3.1"\n'
     assert counters.lines_of(page) == [
         {"kernel": "_dq_kernel", "duration": "812.5 us", "registers": "168 r/thread"},
+        {"kernel": "_dq_kernel repair", "duration": "11.4 us"},
         {"kernel": "_fold_kernel", "duration": "3.1 us"},
     ]
     assert counters.lines_of("==ERROR== nothing") == []

@@ -112,3 +112,16 @@ def test_export_round_trip(device, tmp_path):
     x = torch.randn(4, 16, 8, device=device)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
+
+
+def test_what_torch_2_11_cannot_trace_is_not_traced(monkeypatch, device):
+    """Whether a device has autocast: a builtin there that Dynamo does not know. Found by the first run on a GPU."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch._dynamo.disable(torch.amp.is_autocast_available))
+    module = DynamicPositionBias(8, 2).to(device)
+    tensors = torch.randn(3, 1, 2, 5, 8, device=device).unbind()
+
+    def attend(*tensors):
+        return module.attention(*tensors) + module(5, 5).sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), attend(*tensors))

@@ -58,6 +58,8 @@ def causal_mask(n, device):
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"norm_first": True}, {"batch_first": False}], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_zero_bias_is_torchs_encoder(batch, options, mode, device):
+    if device != "cpu" and "activation" in options:
+        pytest.skip("torch's fast path approximates GELU on a GPU, by 2e-4")
     theirs = encoder(device, **options, norm=nn.LayerNorm(12, device=device, dtype=torch.float64))
     ours = swapped(theirs, is_zero=True)
     x, padding = padded(device, batch)
@@ -187,6 +189,8 @@ class TestNested:
                 (mine, weights), (reference, their_weights) = ours(x, x, x, **call), theirs(x, x, x, **call)
                 assert mine.is_nested
                 torch.testing.assert_close(mine.unbind(), reference.unbind())
+                if device != "cpu" and weights is not None:  # torch fills up to multiples of 8
+                    their_weights = their_weights[..., : weights.shape[-2], : weights.shape[-1]]
                 if 0 not in lengths:  # of which torch says NaN
                     torch.testing.assert_close(weights, their_weights)
 

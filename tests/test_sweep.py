@@ -5,6 +5,7 @@ import ast
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,3 +298,15 @@ def test_no_gpu_is_named():
     done = CliRunner().invoke(command.sweep, ["--device", "cuda"])
     assert done.exit_code == 2
     assert "torch sees no GPU here" in done.output
+
+
+@pytest.mark.parametrize(
+    ("hip", "name", "expected"), [(None, "NVIDIA H200", "sm_90"), ("7.0", "gfx942:sramecc+:xnack-", "gfx942")]
+)
+def test_the_architecture_of_this_gpu(hip, name, expected, monkeypatch):
+    """torch 2.11 has the card's name where AMD's have the architecture."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(major=9, minor=0, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert command._arch_here(()) == expected

@@ -57,13 +57,20 @@ def step(device, n=8192):
 
 
 def lines_of(text):
-    """[record] of ncu's details page as CSV: one a kernel, with the values of METRICS and their units."""
+    """[record] of ncu's details page as CSV: one a launch, with the values of METRICS and their units.
+
+    The second launch of a kernel, attention's repair, which returns at once, gets a name of its own.
+    """
     start = next((place for place, line in enumerate(text.splitlines()) if line.startswith('"ID"')), None)
     if start is None:
         return []
     found = {}
     for row in csv.DictReader(text.splitlines()[start:]):
-        record = found.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+        if row["ID"] not in found:
+            names = [record["kernel"] for record in found.values()]
+            name = row["Kernel Name"]
+            found[row["ID"]] = {"kernel": f"{name} repair" if name in names else name}
+        record = found[row["ID"]]
         for name, metric in METRICS.items():
             if row.get("Metric Name") == metric and name not in record:
                 record[name] = f"{row['Metric Value']} {row['Metric Unit']}".strip()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_flag, check_int, check_limit, check_offset, check_table, check_tensor, show_layout
+from .checks import check_flag, check_int, check_limit, check_offset, check_strided, check_table, check_tensor
 
 LARGEST_HEAD_DIM = 256
 
@@ -234,8 +234,7 @@ def _check_on_device(query, key, n, packing, seqlens, left, right):
 def _check_int32(name, value, query):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be an int32 Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} must be a strided (dense) tensor, got {show_layout(value)}")
+    check_strided(name, value)
     if value.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {value.dtype}")
     if value.dim() != 1:

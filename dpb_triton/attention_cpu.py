@@ -151,9 +151,7 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, s
             _write(lse, block, rows, log_sum)
 
 
-def backward(
-    dout, dlse, query, key, value, table, key_bias, out, state, *arguments
-):  # fmt: skip
+def backward(dout, dlse, query, key, value, table, key_bias, out, state, *arguments):
     """attention_backward: -> dq, dk, dv, dtable, dkey_bias; those not needed empty. `out` is read if `is_part`."""
     inputs = dout, dlse, query, key, value, table, key_bias, out, state
     if not products.is_at_hand(query):

@@ -10,7 +10,7 @@ do what they say.
 
 import torch
 
-from .checks import FLOATING, show_layout
+from .checks import FLOATING, check_strided
 
 # Far below any score; the kernels multiply by log2(e), and a finite number must not become the -inf that hides a key.
 _LOWEST = -1e38
@@ -22,8 +22,7 @@ def check_key_padding_mask(mask, query, key):
         return
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"key_padding_mask must be a Tensor (batch, j) or None, got {type(mask).__name__}")
-    if mask.layout != torch.strided or mask.is_nested:
-        raise TypeError(f"key_padding_mask must be a strided (dense) tensor, got {show_layout(mask)}")
+    check_strided("key_padding_mask", mask)
     if mask.dtype != torch.bool and mask.dtype not in FLOATING:
         raise TypeError(f"key_padding_mask must be bool (True: ignored) or floating (added), got {mask.dtype}")
     if mask.shape != (key.shape[0], key.shape[2]):

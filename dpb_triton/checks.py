@@ -80,12 +80,18 @@ def check_dtype(name, value):
     return value
 
 
+def check_strided(name, tensor):
+    """`tensor` is neither sparse nor nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a strided (dense) tensor, got {layout}")
+
+
 def check_tensor(name, value, shape):
     """`value`, a dense floating tensor with as many dimensions as `shape` has names."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor ({', '.join(shape)}), got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} must be a strided (dense) tensor, got {show_layout(value)}")
+    check_strided(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.dim() != len(shape):
@@ -133,11 +139,6 @@ def check_distances(table, n, i, j, offset):
             f"table is too short: i = {i}, j = {j}, offset = {offset} need distances of up to {needed - 1}, "
             f"a table of shape {_show(table)} holds {f'0 to {n - 1}' if n else 'none'}"
         )
-
-
-def show_layout(tensor):
-    """What lies there instead of a strided tensor, in words."""
-    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def _show(tensor):

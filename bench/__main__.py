@@ -7,10 +7,10 @@ import sys
 
 MODULES = {  # of each command, which is the module's attribute of that name; imported when it is asked for
     "expand": ".expand",
-    "attention": ".attention",
-    "train": ".train",
-    "codegen": ".codegen",
-    "sweep": ".sweep",
+    "attention": ".attention.command",
+    "train": ".train.command",
+    "codegen": ".codegen.command",
+    "sweep": ".sweep.command",
     "host": ".host",
     "gpu": ".gpu.command",
     "table": ".report",

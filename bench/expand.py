@@ -14,8 +14,7 @@ import click
 import torch
 
 from dpb_triton import ReduceBias, reference
-from dpb_triton.functional import BACKENDS
-from dpb_triton.ops import SUFFIXES
+from dpb_triton.backends import BACKENDS, SUFFIXES
 
 from .cells import run
 from .environment import describe, one_line

@@ -187,7 +187,8 @@ def install():
 
 def let_cpu_tensors_through():
     """`install`, and the backend "triton" serves CPU tensors in this process; returns the FakeCuda."""
-    from dpb_triton import attention, functional
+    from dpb_triton.attention import api as attention
+    from dpb_triton.expand import api as functional
 
     fake = install()
     functional.why_not = attention.why_not = lambda backend, device_type: None

@@ -10,7 +10,7 @@ from .lines import read_lines
 from .report_errors import errors_table
 from .report_memory import memory_table
 from .report_parts import mask_of, render, write_origin
-from .train_report import training_table
+from .train.report import training_table
 
 
 def write_json(path, result):

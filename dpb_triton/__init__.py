@@ -12,11 +12,11 @@ The letters, the same in every file:
 """
 
 from . import reference
-from .attention import bias_attention, bias_attention_varlen
-from .autograd import ExpandBias, ReduceBias
-from .context_parallel import context_parallel_attention
-from .flops import register_with_counter
-from .functional import expand_bias
+from .attention.api import bias_attention, bias_attention_varlen
+from .attention.flops import register_with_counter
+from .distributed.context_parallel import context_parallel_attention
+from .expand.api import expand_bias
+from .expand.autograd import ExpandBias, ReduceBias
 from .module import DynamicPositionBias
 from .multihead import MultiheadAttention
 from .plot import plot_bias

@@ -8,6 +8,7 @@ numbers are looked at.
 import numbers
 
 import torch
+from torch.autograd import forward_ad
 
 from .tracing import is_size, number
 
@@ -33,6 +34,18 @@ def _has_autocast(device_type):
 def is_autocast(device_type):
     """Whether autocast is on for tensors on such a device."""
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def is_transformed(*tensors):
+    """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD.
+
+    A tensor may be None.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
 
 
 def check_int(name, value, least=None, most=LARGEST_SIZE):

@@ -9,17 +9,9 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .attention import bias_attention
-from .checks import (
-    check_dtype,
-    check_flag,
-    check_grid,
-    check_int,
-    check_tensor,
-    constant_under_compile,
-    is_autocast,
-)
-from .functional import expand_bias
+from .attention.api import bias_attention
+from .checks import check_dtype, check_flag, check_grid, check_int, check_tensor, constant_under_compile, is_autocast
+from .expand.api import expand_bias
 from .mlp import dtype_and_device, run
 from .table_cache import TableCache
 from .tracing import largest

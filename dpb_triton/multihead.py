@@ -9,9 +9,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .attention_checks import LARGEST_HEAD_DIM
-from .checks import check_int
-from .functional import is_transformed
+from .attention.checks import LARGEST_HEAD_DIM
+from .checks import check_int, is_transformed
 from .module import DynamicPositionBias
 from .multihead_masks import CausalHint, biased_mask, check_call, check_mask_dtype
 from .tracing import is_tracing, unrecorded

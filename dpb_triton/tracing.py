@@ -43,6 +43,11 @@ def is_tracing():
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
+def is_in_onnx_export():
+    """Whether torch.onnx exports this call; where nothing compiles it is not asked, which takes a microsecond."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
 def is_recorded():
     """Whether this call is being recorded, for other numbers than those it sees."""
     return (

@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def backend(request, device):
     """Each backend that serves tensors on `device`, skipped where it is not built or installed."""
-    from dpb_triton.functional import why_not
+    from dpb_triton.backends import why_not
 
     reason = why_not(request.param, device)
     if reason is not None:
@@ -45,7 +45,7 @@ def backend(request, device):
 @pytest.fixture(params=("torch", "triton"))
 def attention_backend(request, device):
     """Each backend that serves attention on `device`, skipped where it is not installed."""
-    from dpb_triton.functional import why_not
+    from dpb_triton.backends import why_not
 
     reason = why_not(request.param, device)
     if reason is not None:
@@ -100,8 +100,8 @@ def bench(tmp_path):
 @pytest.fixture
 def set_tiles(monkeypatch):
     """A function of {kernel: its constants} for the Triton attention kernels, undone at the end."""
-    blocks = pytest.importorskip("dpb_triton.kernels.attention_blocks", reason="Triton is not installed")
-    replay = pytest.importorskip("dpb_triton.kernels.replay")
+    blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks", reason="Triton is not installed")
+    replay = pytest.importorskip("dpb_triton.launching.replay")
 
     def set_them(tiles):
         for constants in (blocks.BLOCKS, blocks.FLOAT32):

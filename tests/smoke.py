@@ -6,7 +6,7 @@ import runpy
 import torch
 
 import dpb_triton
-from dpb_triton.functional import why_not
+from dpb_triton.backends import why_not
 
 
 def main():

@@ -2,6 +2,7 @@
 """What imports what, and that the package works in a fresh process without its optional halves."""
 
 import ast
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,46 +14,81 @@ import pytest
 import dpb_triton
 
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
-# Each file may import from those after it, never from those before. Nothing below imports from integrations/, whose own
-# files may import from all of these.
-LAYERS = [
-    "plot", "multihead", "multihead_masks", "tensor_parallel", "module", "table_cache", "mlp", "plain_layers",
-    "context_parallel", "attention", "functional", "ring", "attention_key_bias", "attention_checks",
-    "attention_autograd", "autograd", "flops", "attention_ops", "attention_cpu", "attention_cpu_grid",
-    "attention_cpu_products", "ops", "kernels", "cpu", "checks", "reference", "tracing",
-]  # fmt: skip
-KERNELS = [
-    "attention_backward", "attention_dtable", "attention_forward", "attention_prologue", "attention_launch",
-    "attention_blocks", "attention_tiles", "expand", "replay", "launching", "keys",
-]  # fmt: skip
-INTEGRATIONS = ["transformers", "transformers_attention", "transformers_table", "transformers_mask"]
+# Who stands in a line imports from the lines below only. In a folder its own list says the same of its files.
+ARROWS = """
+    __init__ __main__
+    plot tensor_parallel integrations
+    multihead distributed
+    multihead_masks module
+    table_cache mlp
+    plain_layers attention
+    expand
+    backends
+    launching checks reference
+    tracing
+"""
+INSIDE = {
+    "attention": "api key_bias checks autograd flops ops torch_path torch_grid torch_products kernels",
+    "attention/kernels": "forward backward dtable prologue launch blocks tiles",
+    "distributed": "context_parallel tensor_parallel ring",
+    "expand": "api autograd ops torch_path triton_kernels",
+    "integrations": "transformers",
+    "integrations/transformers": "__init__ attention table mask",
+    "launching": "replay launch keys",
+}
+# Triton's code knows nothing of the package around it: bench/gpu/fill.py compiles it where there is no torch
+ALONE = {"attention/kernels", "expand/triton_kernels", "launching"}
+LAYERS = [line.split() for line in ARROWS.strip().splitlines()]
 
 
-def imports(path, level=None):
-    """The package's files that a file imports, at any depth of its code; `level` dots only, if given."""
-    found = set()
+def imports(path):
+    """The modules of the package that a file imports, at any depth of its code, as tuples of names."""
+    here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level and level in (None, node.level):
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-    return found
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
+            for alias in node.names:
+                found = (*base, alias.name)
+                is_module = (PACKAGE.joinpath(*found).with_suffix(".py")).exists() or PACKAGE.joinpath(*found).is_dir()
+                yield found if is_module else base
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.glob("*.py")) + sorted(PACKAGE.glob("kernels/*.py")), ids=lambda p: p.name
-)
+def place(name):
+    return next(place for place, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path):
-    if path.stem in ("__init__", "__main__"):
-        return
-    layers = LAYERS if path.parent == PACKAGE else KERNELS
-    assert imports(path) <= set(layers[layers.index(path.stem) + 1 :])
+    own = path.relative_to(PACKAGE).with_suffix("").parts
+    for other in imports(path):
+        if other == ():  # the package's version
+            assert own == ("__main__",)
+            continue
+        shared = 0  # folders
+        while shared < min(len(own), len(other)) - 1 and own[shared] == other[shared]:
+            shared += 1
+        if shared == 0:
+            assert place(own[0]) < place(other[0]), f"{own} imports {other}"
+            continue
+        files = INSIDE["/".join(own[:shared])].split()
+        assert files.index(own[shared]) < files.index(other[shared]), f"{own} imports {other}"
 
 
-@pytest.mark.parametrize("name", INTEGRATIONS)
-def test_imports_of_integrations_point_down(name):
-    path = PACKAGE / "integrations" / f"{name}.py"
-    assert {p.stem for p in path.parent.glob("*.py")} == {"__init__", *INTEGRATIONS}
-    assert imports(path, level=1) <= set(INTEGRATIONS[INTEGRATIONS.index(name) + 1 :])
-    assert imports(path, level=2) <= set(LAYERS)
+def test_every_file_has_its_place():
+    assert sorted(itertools.chain(*LAYERS)) == sorted(
+        {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    )
+    for folder, files in INSIDE.items():
+        found = {path.stem for path in (PACKAGE / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+        assert found - {"__pycache__", "__init__"} == {*files.split()} - {"__init__"}, folder
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_kernels_know_nothing_of_the_package(name):
+    paths = (PACKAGE / name).glob("*.py") if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"]
+    for path in paths:
+        for other in map("/".join, imports(path)):
+            assert other.startswith((name, "launching")), f"{path} imports {other}"
 
 
 def run(code, **environment):

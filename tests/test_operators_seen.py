@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from dpb_triton import bias_attention, expand_bias, ops
-from dpb_triton.functional import why_not
+from dpb_triton import bias_attention, expand_bias
+from dpb_triton.backends import why_not
+from dpb_triton.expand import ops
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_cuda_sources_ask_for_a_toolkit_and_a_torch_that_loads_them_and_for_no_g
 
 
 def test_the_bench_compiles_the_cuda_source_with_the_flags_of_the_build(source, compilers):
-    from bench import codegen_cuda
+    from bench.codegen import cuda as codegen_cuda
 
     done = build(source, CUDA_TORCH.format(cuda="13.0"), **compilers())
     assert done.returncode == 0, done.stderr

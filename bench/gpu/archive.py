@@ -9,6 +9,7 @@ from pathlib import Path
 
 ABOUT = "dpb_triton_cache.json"
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("dpb_triton/launching/*.py", "dpb_triton/attention/kernels/*.py", "dpb_triton/expand/triton_kernels.py")
 
 
 def own_key():
@@ -22,7 +23,7 @@ def own_key():
 
 def sources():
     """A hash of the files of kernels."""
-    paths = sorted((ROOT / "dpb_triton" / "kernels").glob("*.py"))
+    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 

@@ -25,10 +25,10 @@ from . import archive, offline
 
 def _without_torch():
     """Let the modules of the kernels be imported: without the package above them, and without torch."""
-    for name, path in (("dpb_triton", "dpb_triton"), ("dpb_triton.kernels", "dpb_triton/kernels")):
-        module = types.ModuleType(name)
-        module.__path__ = [str(archive.ROOT / path)]
-        sys.modules[name] = module
+    for folder in {folder for source in archive.SOURCES for folder in Path(source).parents} - {Path(".")}:
+        module = types.ModuleType(".".join(folder.parts))
+        module.__path__ = [str(archive.ROOT / folder)]
+        sys.modules[module.__name__] = module
     if importlib.util.find_spec("torch") is None:
         sys.modules["torch"] = MagicMock()
 

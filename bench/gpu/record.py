@@ -59,13 +59,13 @@ def replace(name, value):
 
 def let_cpu_tensors_through():
     """Backend "triton" serves tensors of the CPU, and is what no backend means."""
-    from dpb_triton import functional, ops
+    from dpb_triton import backends
 
-    ops.is_interpreting = lambda: True
+    backends.is_interpreting = lambda: True
     for module in _modules("dpb_triton"):
         for name in {"check_backend", "check_attention_backend"} & vars(module).keys():
             setattr(module, name, _prefer_triton(getattr(module, name)))
-    assert functional.why_not("triton", "cpu") is None
+    assert backends.why_not("triton", "cpu") is None
 
 
 def _prefer_triton(check):
@@ -89,7 +89,7 @@ DROPPED = ("--peer", "--lines", "--limit")  # with the word that follows
 
 def _bench(arguments):
     """A command of `python -m bench`, on the CPU, ours alone, each call once."""
-    from bench.__main__ import cli
+    from bench.__main__ import MODULES, cli
     from bench.timing import Time
 
     if arguments[0] == "attention" and "--memory" in arguments:
@@ -98,7 +98,7 @@ def _bench(arguments):
         return _sweep(arguments)
     if arguments[0] == "host":
         return _host(arguments)
-    importlib.import_module(f"bench.{arguments[0]}")
+    importlib.import_module(MODULES[arguments[0]], "bench")
     replace("why_not_measured", lambda backend, device: None if backend == "triton" else "is not recorded")
     replace("peak_mib", lambda call, device: (call(), None)[1])
     replace("measure", lambda calls, *rest: {name: Time([1.0]) for name, call in calls.items() if [call()]})
@@ -122,7 +122,8 @@ def _bench(arguments):
 
 def _sweep(arguments):
     """The candidates that it would time on a GPU, those of the list that was compiled before."""
-    from bench import sweep, sweep_gpu
+    from bench.sweep import command as sweep
+    from bench.sweep import gpu as sweep_gpu
 
     calls_of = sweep_gpu.calls_of
     sweep_gpu.calls_of = lambda *problem: calls_of(*problem[:-1], "meta")

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from dpb_triton import ops
+from dpb_triton.expand import ops
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ODD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]

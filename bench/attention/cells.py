@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""The calls of one shape of attention: what is timed, and whether it is right."""
+
+from functools import cached_property, partial
+
+import torch
+
+from dpb_triton import reference
+
+from ..memory import free
+from ..options import DTYPES
+from .providers import SDPA, forward, limit_providers, training
+from .shapes import inputs, seen_of
+
+CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) of the check
+CHECK_PAIRS = {"cpu": 2**27, "cuda": 2**32}  # of the entries that get a reference: a second or two
+CHECK_NUMBERS = {"cpu": 2**26, "cuda": 2**28}  # of their keys; float64 keys, values and both gradients are held
+GRADIENTS = ("dq", "dk", "dv", "dtable")
+DIRECTIONS = {"forward": forward, "training": training}
+
+
+class Cells:
+    """The calls of one shape. `cells.py` says what each method is for."""
+
+    DIRECTIONS = tuple(DIRECTIONS)
+
+    def __init__(self, shape, device):
+        self.shape, self.device = shape, device
+        self.expected = {}
+
+    @cached_property
+    def distinct(self):
+        """How many entries of the batch differ, a divisor of it: the reference of so many is affordable."""
+        shape = self.shape
+        most = min(
+            CHECK_PAIRS[self.device] // (shape.heads * shape.i * shape.n),
+            CHECK_NUMBERS[self.device] // (shape.heads * shape.n * shape.head_dim),
+        )
+        return max(d for d in range(1, shape.batch + 1) if shape.batch % d == 0 and d <= max(1, most))
+
+    @cached_property
+    def inputs(self):
+        """query, key, value, table and the gradient of the output."""
+        return inputs(self.shape, self.device, self.distinct)
+
+    @cached_property
+    def seen(self):
+        """Which keys a query sees."""
+        return seen_of(self.shape, self.distinct, self.device)
+
+    def serves(self, direction, provider):
+        is_decoding = self.shape.queries is not None
+        return direction in provider.directions and not (is_decoding and direction == "training")
+
+    def facts(self, direction, provider):
+        if direction == "forward":
+            return {}
+        return {"gradients": "q k v table" if provider and provider.trains_table else "q k v"}
+
+    def call(self, direction, provider):
+        return partial(DIRECTIONS[direction], provider, *self.inputs, self.seen)
+
+    def frozen(self, provider):
+        return provider.frozen
+
+    def replayed(self, direction, provider):
+        """The call itself: its tensors stay where they are."""
+        return self.call(direction, provider)
+
+    def limits(self, direction):
+        """Attention without a bias; for decoding also a copy that moves as many bytes as keys and values have."""
+        without_bias = limit_providers(self.device, self.shape.dtype)
+        calls = {p.name: self.call(direction, p) for p in without_bias if self.serves(direction, p)}
+        if calls and self.shape.queries is not None:
+            calls["copy"] = self.inputs[1].detach().clone
+        return calls
+
+    def rate(self, direction, milliseconds):
+        """Of FlashAttention's products: two forward, five backward. Decoding: of reading keys and values."""
+        shape = self.shape
+        if shape.queries is not None:
+            numbers = 2 * shape.batch * shape.heads * shape.n * shape.head_dim
+            return {"gb_s": numbers * DTYPES[shape.dtype].itemsize / milliseconds / 1e6}
+        if self.device == "cpu":
+            return {}
+        products = {"forward": 2, "training": 7}[direction]
+        return {"tflop_s": products * 2 * self.pairs * shape.head_dim / milliseconds / 1e9}
+
+    @cached_property
+    def pairs(self):
+        """Pairs of a query and a key that it sees."""
+        return self.shape.pairs(self.distinct)
+
+    def wrong(self, direction, provider):
+        """None if the provider's results are within the error budget, else what is wrong."""
+        for name, (error, budget) in self.errors(direction, provider).items():
+            if not error <= budget:
+                return f"{name} off by {error:.3g}, budget {budget:.3g}"
+        return None
+
+    def errors(self, direction, provider):
+        """{name: (error, budget)}, the largest distance of the result and of its gradients from float64."""
+        results = self.call(direction, provider)()
+        named = {"out": results} if direction == "forward" else dict(zip(GRADIENTS, results, strict=False))
+        return {name: (self._distance(name, actual), self._budget(name)) for name, actual in named.items()}
+
+    def largest(self, name):
+        """max|exact| of a result of the whole batch."""
+        return self._times(name) * self._exact()[name].abs().max().item()
+
+    def _times(self, name):
+        """The reference has the distinct entries; only the table's gradient sums over all of them."""
+        return self.shape.batch // self.distinct if name == "dtable" else 1
+
+    def _distance(self, name, actual):
+        """max|actual - exact|, entry by entry of the batch; NaN if there is one."""
+        exact = self._exact()[name]
+        if name == "dtable":
+            return (actual.double() - exact * self._times(name)).abs().max().item()
+        parts = actual.split(len(exact))
+        return torch.stack([(part.double() - exact).abs().max() for part in parts]).max().item()
+
+    def _budget(self, name):
+        """2 (error + eps max|exact|), where `error` is what others have at that precision on the same inputs.
+
+        The other is the definition in eager torch. In float32 on a GPU it is also SDPA with the bias as its mask,
+        whichever is worse: eager's products are cuBLAS' exact float32, which no fused kernel does. SDPA's EFFICIENT
+        kernel splits float32 into three TF32 products on the tensor cores, as ours do, and has what their accumulator
+        does to a sum.
+        """
+        eps = torch.finfo(DTYPES[self.shape.dtype]).eps
+        others = [self._times(name) * (self._eager()[name].double() - self._exact()[name]).abs().max().item()]
+        others += [self._sdpa_errors()[name]] if name in self._sdpa_errors() else []
+        return 2 * (max(others) + eps * self.largest(name))
+
+    def _sdpa_errors(self):
+        """{name: error} of SDPA with the bias; nothing where it does not fit, or does not count."""
+        if self.device != "cuda" or self.shape.dtype != "fp32":
+            return {}
+        if "sdpa" not in self.expected:
+            found = self.expected["sdpa"] = {}
+            try:
+                found["out"] = self._distance("out", self.call("forward", SDPA)())
+                if self.shape.queries is None:
+                    results = zip(GRADIENTS, self.call("training", SDPA)(), strict=True)
+                    found |= {name: self._distance(name, actual) for name, actual in results}
+            except RuntimeError:  # out of memory, or a shape that the kernel refuses: eager decides
+                free(self.device)
+        return self.expected["sdpa"]
+
+    def _exact(self):
+        return self._reference("exact", torch.float64, torch.float64)
+
+    def _eager(self):
+        return self._reference("eager", DTYPES[self.shape.dtype], torch.float32)
+
+    def _reference(self, name, dtype, table_dtype):
+        """The output and all gradients of the distinct entries, in rows of queries: never all pairs at once."""
+        if name not in self.expected:
+            entries, (i, n) = slice(self.distinct), (self.shape.i, self.shape.n)
+            *qkv, table, dout = (tensor.detach() for tensor in self.inputs)
+            leaves = [*(tensor[entries].to(dtype) for tensor in qkv), table.to(table_dtype)]
+            is_trained = self.shape.queries is None
+            for leaf in leaves:
+                leaf.requires_grad_(is_trained)
+            query, key, value, table = leaves
+            out, sums = torch.empty_like(query), [torch.zeros_like(x, dtype=table_dtype) for x in leaves if is_trained]
+            step = max(1, CHECK_BYTES[self.device] // (self.distinct * self.shape.heads * n * 8))
+            for start in range(0, i, step):
+                rows = slice(start, start + step)
+                part = reference.attention(
+                    query[:, :, rows], key, value, table, offset=n - i + start, **self.seen.options(entries)
+                )
+                out[:, :, rows] = part.detach()
+                if is_trained:
+                    grads = torch.autograd.grad(part, leaves, dout[entries, :, rows].to(dtype))
+                    for total, grad in zip(sums, grads, strict=True):
+                        total += grad
+            self.expected[name] = dict(zip(("out", *GRADIENTS), (out.detach(), *sums), strict=False))
+        return self.expected[name]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""Who computes attention with a position bias from a table: eager, SDPA, FlexAttention, and this library's backends.
+
+`attend(query, key, value, table, seen) -> out`: query and out (batch, heads, i, head_dim), key and value (batch, heads,
+j, head_dim), table (heads, j) float32. Peers that materialise the bias use our `expand_bias` (`python -m bench expand`
+measures eager's own gather), and get causality and the window for free, as -inf in the table.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from dpb_triton import bias_attention, expand_bias
+
+from ..providers import why_not_measured
+from .limits import limits_of
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute attention with the bias."""
+
+    name: str
+    attend: object
+    directions: tuple = ("forward", "training")
+    trains_table: bool = True
+    backend: str | None = None  # of this library
+    frozen: str | None = None  # the provider that does the same without the table's gradient
+
+
+def _bias(query, key, table, seen, dtype):
+    """(heads, i, j), contiguous; -inf where causality or the window hides a key."""
+    i, j = query.shape[2], key.shape[2]
+    if seen.window is not None:
+        signed = torch.cat((table.flip(1)[:, :-1], table), 1)  # by x - y + j - 1
+        distance = torch.arange(1 - j, j, device=table.device)
+        return expand_bias(signed.masked_fill(~seen.is_seen(distance), -torch.inf), i, j, signed=True, dtype=dtype)
+    if seen.is_causal:
+        return expand_bias(pad(table, (j - 1, 0), value=-torch.inf), i, j, signed=True, dtype=dtype)
+    return expand_bias(table, i, j, dtype=dtype)
+
+
+def eager(query, key, value, table, seen):
+    """Products in the inputs' dtype, logits and softmax in float32: `dpb_triton.reference.attention`, but faster."""
+    s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(query, key, table, seen, table.dtype)
+    if seen.padding is not None:
+        s = s.masked_fill(seen.padding[:, None, None], -torch.inf)
+    return s.softmax(-1).to(value.dtype) @ value
+
+
+@cache
+def _compiled_eager():
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled_eager(query, key, value, table, seen):
+    """torch.compile of eager, once a shape."""
+    return _compiled_eager()(query, key, value, table, seen)
+
+
+def sdpa_with_bias(query, key, value, table, seen):
+    """On CUDA the EFFICIENT kernel, the only one that returns the bias's gradient; it wants query's dtype."""
+    bias = _bias(query, key, table, seen, query.dtype)[None]
+    if seen.padding is not None:
+        bias = bias.masked_fill(seen.padding[:, None, None], -torch.inf)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if query.is_cuda else nullcontext():
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias.expand(query.shape[0], -1, -1, -1))
+
+
+@cache
+def _compiled_flex():
+    import torch._dynamo.config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 1000  # one graph a shape
+    # without fullgraph a call that fails once makes all later ones run uncompiled, silently
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _uncompiled_flex(query, key, value):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value)
+
+
+@lru_cache(maxsize=2)
+def _blocks(seen, i, j, device):
+    """The block mask, made once a shape; None where every key is seen."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if not seen.is_causal and seen.window is None:
+        return None
+    batch = None if seen.padding is None else len(seen.padding)
+
+    def is_seen(b, h, x, y):
+        is_in_sight = seen.is_seen(x + (j - i) - y)
+        return is_in_sight if batch is None else is_in_sight & ~seen.padding[b, y]
+
+    return create_block_mask(is_seen, batch, None, i, j, device=device)
+
+
+def flex(query, key, value, table, seen):
+    """FlexAttention, compiled, the 1-D table captured by its score_mod."""
+    i, j = query.shape[2], key.shape[2]
+    offset = j - i
+
+    def add_bias(score, b, h, x, y):
+        return score + table[h, (x + offset - y).abs()]
+
+    blocks = _blocks(seen, i, j, query.device)
+    try:
+        return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
+    except torch._dynamo.exc.Unsupported:
+        _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # says why, if it refuses too
+        raise
+
+
+EAGER = Provider("eager", eager)
+SDPA = Provider("sdpa with bias", sdpa_with_bias)
+PEERS = {
+    peer.name: peer
+    for peer in (
+        EAGER,
+        Provider("compiled eager", compiled_eager),
+        SDPA,
+        Provider("flex fixed table", flex, trains_table=False),
+        # its forward is the other's
+        Provider("flex trained table", flex, directions=("training",), frozen="flex fixed table"),
+    )
+}
+COMPILED_LONG = ("compiled eager", "flex fixed table", "flex trained table")
+
+
+def _ours(query, key, value, table, seen, backend):
+    return bias_attention(query, key, value, table, **seen.options(), backend=backend)
+
+
+def providers(device, peers, backends):
+    """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
+    absent = {backend: reason for backend in backends if (reason := why_not_measured(backend, device))}
+    found = [PEERS[name] for name in PEERS if name in peers]
+    for backend in backends:
+        if backend not in absent:
+            attend, name = partial(_ours, backend=backend), f"dpb {backend}"
+            found.append(Provider(name, attend, backend=backend, frozen=f"{name} frozen"))
+            found.append(
+                Provider(f"{name} frozen", attend, directions=("training",), trains_table=False, backend=backend)
+            )
+    return found, absent
+
+
+def limit_providers(device, dtype):
+    """Attention without a bias, as providers."""
+    return [Provider(name, attend, trains_table=False) for name, attend in limits_of(device, dtype).items()]
+
+
+def forward(provider, query, key, value, table, dout, seen):
+    """The output, without autograd, as in inference: FlexAttention looks at requires_grad even under no_grad."""
+    with torch.no_grad():
+        return provider.attend(query.detach(), key.detach(), value.detach(), table.detach(), seen)
+
+
+def training(provider, query, key, value, table, dout, seen):
+    """dq, dk, dv and, where the provider trains the table, dtable."""
+    table = table if provider.trains_table else table.detach()
+    wanted = (query, key, value, *([table] if provider.trains_table else []))
+    return torch.autograd.grad(provider.attend(query, key, value, table, seen), wanted, dout)

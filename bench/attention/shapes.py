@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""What the attention bench measures: shapes, which keys a query sees, and the tensors of a shape.
+
+causal    key y <= query x; the last query sees the last key, whether or not there are as many of both
+full      every key
+window    `window` keys on either side of the query, and its own
+padded    causal, and the sequences of the batch end at random lengths: nobody sees the keys after that
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..options import DTYPES
+
+MASKS = ("causal", "full", "window", "padded")
+# What --cell stands for; an option that is given too replaces its part.
+CELLS = {
+    # flash-bias-attn published it for a GH200: forward 64.4 ms, backward 97.3 with a frozen table and 193.5 with a
+    # trained one; its own Triton version 749 a step, FlexAttention with a trained table 9,386
+    "window": {"dtypes": ("bf16",), "batch": 600, "heads": 8, "head_dim": 16, "seqs": (4600,), "masks": ("window",),
+               "window": 128},
+    "decode": {"dtypes": ("bf16",), "batch": 16, "heads": 32, "head_dim": 128, "queries": 1, "masks": ("full",),
+               "seqs": (4096, 8192, 16384, 32768, 65536)},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row group of the report."""
+
+    dtype: str
+    batch: int
+    heads: int
+    n: int  # keys
+    head_dim: int
+    mask: str
+    queries: int | None = None  # the last ones of the n positions; None: n
+    window: int | None = None  # on either side, of mask "window"
+
+    @property
+    def i(self):
+        """Number of queries."""
+        return self.queries or self.n
+
+    def pairs(self, distinct):
+        """Pairs of a query and a key that it sees, of the whole batch."""
+        i, n = self.i, self.n
+        first = n - i  # position of the first query
+        if self.mask == "full":
+            each = i * n
+        elif self.mask == "window":
+            each = sum(min(n - 1, x + self.window) - max(0, x - self.window) + 1 for x in range(first, n))
+        else:
+            each = sum(range(first + 1, n + 1))
+        if self.mask == "padded":
+            cut = sum(max(0, x + 1 - length) for length in lengths(self, distinct) for x in range(first, n))
+            each -= cut / distinct
+        return self.batch * self.heads * each
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Which keys a query sees, by the names that `bias_attention` has for it."""
+
+    is_causal: bool = False
+    window: int | None = None
+    padding: torch.Tensor | None = None  # (batch, n) bool, True for a key that nobody sees
+
+    def options(self, entries=slice(None)):
+        """Arguments of `bias_attention` and of `reference.attention` for these entries of the batch."""
+        return {
+            "is_causal": self.is_causal,
+            "window": None if self.window is None else (self.window, self.window),
+            "key_padding_mask": None if self.padding is None else self.padding[entries],
+        }
+
+    def is_seen(self, distance):
+        """Bool tensor like `distance`, the signed x - y of pairs; the padding is left out."""
+        if self.window is not None:
+            return distance.abs() <= self.window
+        return distance >= 0 if self.is_causal else torch.ones_like(distance, dtype=torch.bool)
+
+
+def lengths(shape, distinct):
+    """Of the sequences of mask "padded", a number for each distinct entry: from half of n to n."""
+    generator = torch.Generator().manual_seed(shape.n)
+    return torch.randint((shape.n + 1) // 2, shape.n + 1, (distinct,), generator=generator).tolist()
+
+
+def seen_of(shape, distinct, device):
+    """The Seen of a shape."""
+    padding = None
+    if shape.mask == "padded":
+        ends = torch.tensor(lengths(shape, distinct), device=device)
+        padding = (torch.arange(shape.n, device=device) >= ends[:, None]).repeat(shape.batch // distinct, 1)
+    return Seen(shape.mask in ("causal", "padded"), shape.window if shape.mask == "window" else None, padding)
+
+
+def inputs(shape, device, distinct=None):
+    """query, key, value, table and the gradient of the output.
+
+    The batch repeats its first `distinct` entries, all of them unless given: so few need a reference, and all are
+    checked against it.
+    """
+    torch.manual_seed(shape.n)
+    distinct = distinct or shape.batch
+    dtype, copies = DTYPES[shape.dtype], shape.batch // distinct
+
+    def random(length):
+        return torch.randn((distinct, shape.heads, length, shape.head_dim), dtype=dtype, device=device).repeat(
+            copies, 1, 1, 1
+        )
+
+    query, key, value = (random(length).requires_grad_() for length in (shape.i, shape.n, shape.n))
+    table = torch.randn((shape.heads, shape.n), device=device).requires_grad_()
+    return query, key, value, table, random(shape.i)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The attention kernels' launches on tensors without memory: head_dims, option sets, strides, tiles."""
+
+KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")
+
+# What people train with, each alone: the promises hold for these.
+TRAINED = {
+    "causal": {},
+    "full": {"is_causal": False},
+    "dropout": {"dropout_p": 0.1},
+    "gqa": {"group": 4},
+    "window": {"window": 1000},
+    "softcap": {"softcap": 30.0},
+    "varlen": {"is_packed": True},
+    "mask": {"has_mask": True},
+    "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
+}
+OPTIONS = TRAINED | {
+    "3 heads": {"heads": 3},  # rows of 40 or 72 elements are then a multiple of 8 and not of 16 apart
+    "ragged": {"i": 4095, "j": 4095},
+    "all": {"is_packed": True, "dropout_p": 0.1, "softcap": 30.0, "window": 1000, "group": 4},
+}
+
+
+def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}."""
+    from dpb_triton.attention.kernels import forward as attention_forward
+
+    query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
+    attention_forward.forward(query, key, value, table, key_bias, *arguments, blocks=(blocks or {}).get("forward"))
+
+
+def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
+    """Launch the backward pass with all its gradients but that of a mask, which is bool where people train with one."""
+    import torch
+
+    from dpb_triton.attention.kernels import backward as attention_backward
+
+    query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
+    state = torch.empty((2, *query.shape[:3]), device="meta")
+    dlse = state[0] if options.get("dropout_p") else None
+    out = _rows(dtype, *query.shape)
+    inputs = query, key, value, table, key_bias
+    needs = False, True, True, True, False
+    attention_backward.backward(out, dlse, *inputs, out, state, *arguments, *needs, blocks=blocks)
+
+
+def _rows(dtype, batch, heads, length, head_dim):
+    import torch  # here, so that the command's own process stays free of torch and Triton
+
+    return torch.empty((batch, length, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1,
+               is_packed=False, is_projection=False, has_mask=False, heads=8):  # fmt: skip
+    import torch
+
+    batch = 1 if is_packed else 2
+    query = _rows(dtype, batch, heads, i, head_dim)
+    key = value = _rows(dtype, batch, heads // group, j, head_dim)
+    if is_projection:
+        packed = torch.empty((batch, i, 3, heads, head_dim), dtype=dtype, device="meta")
+        query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
+    table = torch.empty((heads, max(i, j)), device="meta")
+    key_bias = torch.empty((batch, j), device="meta") if has_mask else None
+    seqlens = torch.empty((4, 5), dtype=torch.int32, device="meta") if is_packed else None
+    seed = torch.empty((1,), dtype=torch.int64, device="meta") if dropout_p else None
+    bounds = window, 0 if is_causal else None
+    numbers = i, j, j - i, False, *bounds, head_dim**-0.5, softcap, dropout_p
+    return query, key, value, table, key_bias, seqlens, seed, *numbers
+
+
+def main_loop(loops):
+    """The loop over whole tiles: of those with tensor-core instructions the shortest, the others have masks."""
+    return min(
+        (loop for loop in loops if loop["counts"].get("tensor")), key=lambda loop: loop["instructions"], default=None
+    )

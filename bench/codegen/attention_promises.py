@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""What the compiled attention kernels promise, above all in their loop over whole tiles.
+
+- no spill and no local memory
+- tensor-core instructions, none of them serialised: ptxas says C75.. where each wgmma waits for the one before
+- every product and every exp2 once: `products.py`
+- rows of query, key, value, dout and of the results in vectors of 16 bytes (8 where AMD stores); only the bias and a
+  query's numbers are single elements
+- on NVIDIA at most one load of the bias a score. It is about half of one where a thread holds two rows of an
+  accumulator, 8 apart, and columns 8 apart, whose elements share diagonals (sm_80, sm_90); on sm_100 it holds one row.
+  The table's gradient loads its bias tile outside of its loop
+- no longer a loop, and no more waits, than `floors.py` says
+
+What cannot be had is listed in `exceptions.txt`, and only that.
+"""
+
+from dataclasses import dataclass
+
+from . import exceptions, floors
+from .products import loop_flops, most_exp2, scores_a_thread, tile_flops
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A promise that is not kept: `what` and `amount` are what the list of exceptions is asked for."""
+
+    what: str
+    amount: float
+    sentence: str
+
+
+def broken(record):
+    """What an attention kernel breaks of what it promises, as sentences; what is listed and kept after all, too."""
+    allowed = exceptions.of(record)
+    found = findings(record)
+    sentences = []
+    for finding in found:
+        most = allowed.get(finding.what, 0)
+        if finding.amount > most:
+            sentences.append(finding.sentence + (f", more than the {most:g} that are listed" if most else ""))
+    for what in sorted(set(allowed) - {finding.what for finding in found}):
+        sentences.append(f"{exceptions.PATH.name} allows {allowed[what]:g} {what}, there are none: take the line out")
+    return sentences
+
+
+def allowed_lines(record):
+    """The lines of the list that a record needs."""
+    allowed = exceptions.of(record)
+    return [exceptions.line(record, f.what, allowed[f.what]) for f in findings(record) if f.what in allowed]
+
+
+def broken_lines(record):
+    """The lines that the list would need for a record to break nothing."""
+    return [exceptions.line(record, finding.what, finding.amount) for finding in findings(record)]
+
+
+def findings(record):
+    """The `Finding`s of a kernel."""
+    found = []
+    if record["spills"] or record["stack"]:
+        spills = record["spills"]
+        found.append(Finding("spills", spills or record["stack"], f"{spills} spills, {record['stack']} bytes a thread"))
+    if record["serialised"]:
+        found.append(Finding("serialised", 1, f"wgmma serialised {record['serialised'][:7]}"))
+    if narrow := narrow_accesses(record):
+        found.append(Finding("narrow", sum(narrow.values()), f"rows by single elements: {words(narrow)}"))
+    loop = record["interior"]
+    if loop is None:
+        return [*found, Finding("loop", 1, "no loop with tensor-core instructions")]
+    return found + _work(record, loop["counts"]) + _memory(record, loop["counts"]) + floors.findings(record, Finding)
+
+
+def narrow_accesses(record):
+    """{"load.16": count} of the accesses that move one element of a row of 2-byte numbers."""
+    narrow = {f"{kind}.{bits}" for kind in ("load", "copy", "store") for bits in (8, 16)}
+    return {name: count for name, count in record["counts"].items() if name in narrow}
+
+
+def words(counts):
+    """Two counts as "64 load.16, 32 store.16"."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _work(record, counts):
+    found = []
+    exp2 = counts.get("exp2", 0)
+    if exp2 > most_exp2(record):
+        sentence = f"main loop: {exp2} exp2 for {scores_a_thread(record):g} scores: computed more than once"
+        found.append(Finding("exp2", exp2, sentence))
+    flops = loop_flops(record)
+    times = flops / tile_flops(record) if flops else 1
+    if not (0.85 if record["dtype"] == "fp32" else 0.95) <= times <= 1.05:  # of tf32x3 the compiler drops some
+        sentence = f"main loop: {times:.2f} times the products that its tile needs"
+        found.append(Finding("products", round(times, 2), sentence))
+    return found
+
+
+def _memory(record, counts):
+    found = []
+    if counts.get("local"):
+        sentence = f"main loop: {counts['local']} accesses of local memory"
+        found.append(Finding("spills in the loop", counts["local"], sentence))
+    wide = {name: n for name, n in counts.items() if name.startswith(("load.", "copy."))}
+    wide = sum(n * int(name.split(".")[1]) // 128 for name, n in wide.items() if name.endswith((".128", ".256")))
+    needed = _row_vectors(record)
+    if not counts.get("bulk") and wide < needed:
+        found.append(Finding("rows", needed, f"main loop: {wide:g} of the {needed:g} vectors of 16 bytes of its rows"))
+    # Backward's numbers a query are single loads too; in dkdv's transposed tiles a thread may hold as many queries as
+    # scores.
+    singles, scores = counts.get("load.32", 0), scores_a_thread(record)
+    most = {"_dtable_kernel": 12, "_dkdv_kernel": 4 * scores + 12}.get(record["kernel"], scores + 12)
+    if record["arch"].startswith("sm_") and singles > most:
+        sentence = f"main loop: {singles} loads of single elements for {scores:g} scores, more than {most:g}"
+        found.append(Finding("bias loads", singles, sentence))
+    return found
+
+
+def _row_vectors(record):
+    """Vectors of 16 bytes that a thread loads of the rows that stream: one side of the tile, or dtable's both."""
+    c = record["constants"]
+    rows = {"_forward_kernel": c["BLOCK_N"], "_dq_kernel": c["BLOCK_N"], "_dkdv_kernel": c["BLOCK_M"]}
+    count = rows.get(record["kernel"], c["BLOCK_M"] + c["BLOCK_N"])
+    size = 4 if record["dtype"] == "fp32" else 2
+    return count * (c["BLOCK_D"] + c["BLOCK_V"]) * size / 16 / record["threads"]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Compile what a launcher would launch, for a GPU that is not there, and report what the compiler made of it.
+
+The launcher itself runs, on tensors of the meta device: they have sizes, strides and an alignment but no memory, so
+real shapes cost nothing. A launch is caught where Triton would start it, after Triton's own decisions about the
+arguments (16-byte alignment, ints that are 1, ints beyond 32 bits, AMD's buffers below 2 GB); nothing is described
+twice. Needs only the assemblers and disassemblers in Triton's wheel.
+"""
+
+import contextlib
+import functools
+import io
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import assembly
+
+
+@dataclass
+class Report:
+    """What the compiler made of one kernel. Registers and instructions are those of a thread (of a wave on AMD)."""
+
+    kernel: str
+    threads: int
+    registers: int
+    spills: int  # instructions on local memory; on AMD spilled vector registers
+    scalar_spills: int  # AMD: scalar registers put into lanes of vector registers, which costs no memory access
+    stack: int  # bytes of local memory a thread
+    shared: int  # bytes
+    instructions: int
+    counts: dict[str, int]
+    loops: list[assembly.Loop] = field(default_factory=list)
+    signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made one
+    constants: dict[str, int] = field(default_factory=dict)  # the launch's
+    stages: int = 0  # of the software pipeline
+    notes: list[str] = field(default_factory=list)  # ptxas' numbered remarks
+
+
+def target_of(arch):
+    """Triton's name of an architecture, say sm_90 or gfx942."""
+    if found := re.fullmatch(r"sm_(\d+)a?", arch):
+        return GPUTarget("cuda", int(found[1]), 32)
+    if re.fullmatch(r"gfx\w+", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise ValueError(f"arch: expected sm_NN or gfxNNN, got {arch!r}")
+
+
+class _OfflineDriver:
+    """As much of a Triton driver as a launch asks before it compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # one kernel cache each
+
+    def get_current_stream(self, device):
+        return 0
+
+
+_logs = {}  # hash of a kernel -> what ptxas said; a kernel that Triton has in memory is not compiled again
+
+
+@contextlib.contextmanager
+def caught_launches(arch, only=(), repairs=False):
+    """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list.
+
+    only: names of kernels; others are not compiled. repairs: instead of all others compile the second launches of the
+    attention kernels, which do nothing unless there is a NaN, and promise nothing.
+    """
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, warmup, **kwargs):
+        if (only and self.fn.__name__ not in only) or repairs != kwargs.get("IS_REPAIR", False):
+            return None
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernels.append(run(self, *args, warmup=True, **kwargs))
+        _logs.setdefault(kernels[-1].hash, log.getvalue())
+        return kernels[-1]
+
+    before = driver.__dict__.get("_active")
+    driver.set_active(_OfflineDriver(target_of(arch)))
+    JITFunction.run = compile_only
+    knobs = triton.knobs
+    try:
+        with knobs.nvidia.scope(), knobs.compilation.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.compilation.always_compile = True  # a kernel from the cache on the disk would come without its log
+            yield kernels
+    finally:
+        JITFunction.run = run
+        driver.set_active(before)
+
+
+@functools.lru_cache
+def _sass(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def report(kernel):
+    """The Report of a `triton.compiler.CompiledKernel` of either backend."""
+    log = _logs.get(kernel.hash, "")
+    if "amdgcn" in kernel.asm:
+        instructions = assembly.parse_amdgcn(kernel.asm["amdgcn"])
+        resources = assembly.amdgcn_resources(kernel.asm["amdgcn"])
+    else:
+        if "Compiling entry function" not in log:
+            raise RuntimeError(f"{kernel.metadata.name}: nothing is known of what ptxas said")
+        text = _sass(kernel.asm["cubin"])
+        instructions, resources = assembly.parse_sass(text), assembly.sass_resources(text)
+    counts = assembly.counts(instructions)
+    return Report(
+        kernel=kernel.metadata.name,
+        threads=kernel.metadata.num_warps * kernel.metadata.target.warp_size,
+        registers=resources["registers"],
+        spills=resources.get("spilled", 0) + counts["local"],
+        scalar_spills=resources.get("spilled_scalar", 0),
+        stack=resources["stack"],
+        shared=kernel.metadata.shared,
+        instructions=len(instructions),
+        counts=dict(sorted(counts.items())),
+        loops=assembly.innermost_loops(instructions),
+        signature=dict(kernel.src.signature),
+        constants={
+            kernel.src.fn.arg_names[path[0]]: value
+            for path, value in kernel.src.constants.items()
+            if isinstance(value, int)
+        },
+        stages=kernel.metadata.num_stages,
+        notes=assembly.ptxas_notes(log),
+    )
+
+
+def compile_launches(launch, arch, only=(), repairs=False):
+    """The Reports of all kernels that the function `launch` launches, in order; the options of `caught_launches`."""
+    with caught_launches(arch, only, repairs) as kernels:
+        launch()
+    if not kernels and not only:
+        raise RuntimeError("no kernel was launched: is TRITON_INTERPRET set, or the shape empty?")
+    return [report(kernel) for kernel in kernels]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""How long the attention kernels' main loops may be: sm_90, bf16, causal, for each Triton version.
+
+Instructions of one thread for each score that it holds, so that tiles of all sizes compare. A loop that gets longer
+than this is noticed; a shorter one is a reason to lower its number.
+"""
+
+from .products import scores_a_thread
+
+# (head_dim, kernel): instructions / scores a thread
+_SHORTEST = {
+    "3.6.0": {
+        (64, "_forward_kernel"): 613 / 64, (64, "_dq_kernel"): 287 / 32, (64, "_dtable_kernel"): 236 / 16,
+        (128, "_forward_kernel"): 407 / 32, (128, "_dq_kernel"): 389 / 16, (128, "_dtable_kernel"): 284 / 16,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 474 / 8, (256, "_dtable_kernel"): 286 / 4,
+    },
+    "3.7.1": {
+        (64, "_forward_kernel"): 614 / 64, (64, "_dq_kernel"): 289 / 32, (64, "_dtable_kernel"): 238 / 16,
+        (128, "_forward_kernel"): 408 / 32, (128, "_dq_kernel"): 391 / 16, (128, "_dtable_kernel"): 294 / 16,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 290 / 4,
+    },
+    "3.8.0": {
+        (64, "_forward_kernel"): 621 / 64, (64, "_dq_kernel"): 289 / 32, (64, "_dtable_kernel"): 238 / 16,
+        (128, "_forward_kernel"): 408 / 32, (128, "_dq_kernel"): 391 / 16, (128, "_dtable_kernel"): 293 / 16,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 270 / 4,
+    },
+}  # fmt: skip
+_ROOM = 1.05
+# What prototypes reached for dkdv, with two waits a tile, under Triton 3.6.0.
+_DKDV = {"3.6.0": {64: 430 / 32, 128: 320 / 16}}
+_DKDV_WAITS = 2
+
+
+def limit(record):
+    """(instructions a score, waits) that a record's main loop may have; None for either: no limit is known."""
+    if (record["arch"], record["dtype"]) != ("sm_90", "bf16") or not record["layout"].endswith(" causal"):
+        return None, None
+    version, width = record["triton"], record["constants"]["HEAD_DIM"]
+    if record["kernel"] == "_dkdv_kernel":
+        most = _DKDV.get(version, {}).get(width)
+        return most, _DKDV_WAITS if most else None
+    shortest = _SHORTEST.get(version, {}).get((width, record["kernel"]))
+    return shortest and shortest * _ROOM, None
+
+
+def findings(record, finding):
+    """What a record's loop exceeds, each as `finding(what, amount, sentence)`."""
+    most, waits = limit(record)
+    loop, scores = record["interior"], scores_a_thread(record)
+    found = []
+    if most and loop["instructions"] > most * scores:
+        sentence = f"main loop: {loop['instructions']} instructions, more than {most * scores:.0f}"
+        found.append(finding("instructions", loop["instructions"], sentence))
+    if waits and loop["counts"].get("wait", 0) > waits:
+        found.append(finding("waits", loop["counts"]["wait"], f"main loop: {loop['counts']['wait']} waits for wgmma"))
+    return found

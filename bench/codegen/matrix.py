@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Which launches are compiled: kernels, layouts, dtypes, GPUs.
+
+To add a kernel: a function that launches it on meta tensors, and an entry in OPS.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from . import attention
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+DEFAULT_DTYPES = ("bf16", "fp16", "fp32")
+HEADS = 8
+
+
+def launch_expand(dtype, *, i, j, signed=False, block=None):
+    """Launch the expansion of a table to (i, j)."""
+    import torch  # here, so that the command's own process stays free of torch and Triton
+
+    from dpb_triton.expand import triton_kernels as expand
+
+    n = max(i, j)
+    table = torch.empty((HEADS, 2 * n - 1 if signed else n), dtype=dtype, device="meta")
+    expand.expand(table, i, j, j - i, signed, dtype, **_block(block))
+
+
+def launch_reduce(dtype, *, i, j, signed=False, first_column=0, is_broadcast=False, block=None):
+    """Launch the reduction of a gradient: a slice of a wider one, or one number, as `bias.sum()` gives it."""
+    import torch
+
+    from dpb_triton.expand import triton_kernels as expand
+
+    dbias = torch.empty((HEADS, i, first_column + j), dtype=dtype, device="meta")[:, :, first_column:]
+    if is_broadcast:
+        dbias = torch.empty((), dtype=dtype, device="meta").expand(HEADS, i, j)
+    expand.reduce(dbias, max(i, j), j - i, signed, dtype, **_block(block))
+
+
+def _block(block):
+    return {"block_m": block[0], "block_n": block[1]} if block else {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A shape, or strides, that leads to code of its own."""
+
+    options: dict  # of the launch function
+    is_wide: bool = True  # its interior loop must have only 16-byte accesses
+    is_common: bool = False  # compiled for every dtype; the others for the first one unless asked for by name
+
+
+@dataclass(frozen=True)
+class Op:
+    """A launcher and the kernels it starts."""
+
+    launch: Callable
+    layouts: dict[str, Layout]
+    streams: dict[str, str]  # kernel -> the only kind of global access in its interior loop
+
+
+_SHAPES = {
+    "aligned": Layout({"i": 8192, "j": 8192}, is_common=True),
+    "ragged": Layout({"i": 8191, "j": 8191}, is_common=True),
+    "signed": Layout({"i": 8192, "j": 8191, "signed": True}),
+    "one query": Layout({"i": 1, "j": 8192}),
+    "one key": Layout({"i": 8192, "j": 1}),  # ints that are 1 become constants unless a kernel declines
+    "one pair": Layout({"i": 1, "j": 1}),
+    "huge": Layout({"i": 65536, "j": 65535}),  # strides and sizes beyond 32 bits
+}
+OPS = {
+    "expand": Op(launch_expand, _SHAPES, {"_expand_kernel": "store"}),
+    "reduce": Op(
+        launch_reduce,
+        _SHAPES
+        | {
+            "sliced": Layout({"i": 8192, "j": 8192, "first_column": 8}),
+            "misaligned": Layout({"i": 8192, "j": 8184, "first_column": 1}),
+            "broadcast": Layout({"i": 8192, "j": 8192, "is_broadcast": True}, is_wide=False),
+        },
+        {"_reduce_kernel": "load"},
+    ),
+    "attention": Op(attention.launch_forward, {}, {}),
+    "attention backward": Op(attention.launch_backward, {}, {}),
+}
+ATTENTION = ("attention", "attention backward")
+HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile for one architecture."""
+
+    op: str
+    layout: str
+    dtype: str
+    arch: str
+    options: dict = field(default_factory=dict, compare=False)
+    is_wide: bool = True
+    only: tuple = ()  # names of kernels; others are not compiled
+
+    @property
+    def family(self):
+        """Cases of one family share kernels: one process compiles them."""
+        return self.op, self.dtype, self.arch, self.options.get("head_dim")
+
+
+def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=None, **attention_options):
+    """The matrix, or what is left of it. `shapes`: pairs (i, j) to compile instead of the layouts."""
+    found = []
+    for op in ops:
+        if op in ATTENTION:
+            found += attention_cases(op, archs, dtypes, layouts, shapes, **attention_options)
+            continue
+        known = {f"{i} x {j}": Layout({"i": i, "j": j}, is_common=True) for i, j in shapes} or OPS[op].layouts
+        for name, layout in known.items():
+            if layouts and not shapes and name not in layouts:
+                continue
+            options = layout.options | ({"block": tuple(block)} if block else {})
+            some = dtypes or DEFAULT_DTYPES
+            some = some if layout.is_common or layouts else some[:1]
+            found += [Case(op, name, dtype, arch, options, layout.is_wide) for dtype in some for arch in archs]
+    return found
+
+
+def _attention_matrix(is_full):
+    """(head_dim, option set, dtype, whether for every arch) of each launch: sm_90 in depth, the others the plain sets.
+
+    The short matrix has every option set at two head_dims and every head_dim with one option set. Another arch alone
+    is compiled in depth, too.
+    """
+    for head_dim in HEAD_DIMS:
+        for name in attention.TRAINED:
+            is_plain = head_dim in (64, 128, 256) and name in (("causal", "full") if is_full else ("causal",))
+            if is_full or is_plain or name == "causal" or head_dim in (64, 128):
+                yield head_dim, name, "bf16", is_plain
+    yield from ((head_dim, "3 heads", "bf16", False) for head_dim in (40, 72))
+    yield 64, "causal", "fp32", True
+    yield 128, "causal", "fp32", is_full
+    yield 256, "causal", "fp32", is_full
+    if is_full:
+        yield from ((head_dim, name, "fp16", False) for head_dim in HEAD_DIMS for name in ("causal", "full"))
+        yield from ((head_dim, "full", "fp32", True) for head_dim in (64, 128, 256))
+
+
+def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=(), options=(), tiles=None, only=(),
+                    is_full=False):  # fmt: skip
+    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for; `tiles`: {kernel: its constants}."""
+    entries = [
+        (head_dim, name, dtype, arch)
+        for head_dim, name, dtype, is_for_all in _attention_matrix(is_full)
+        for arch in archs
+        if arch == "sm_90" or is_for_all or "sm_90" not in archs
+    ]
+    if head_dims or options or dtypes:
+        entries = itertools.product(head_dims or (64, 128, 256), options or ("causal",), dtypes or ("bf16",), archs)
+    found = []
+    for head_dim, name, dtype, arch in entries:
+        layout = f"d{head_dim} {name}"
+        if layouts and layout not in layouts:
+            continue
+        chosen = {"head_dim": head_dim, **attention.OPTIONS[name]}
+        chosen |= {"blocks": tiles} if tiles else {}
+        sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
+        found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]
+    return found

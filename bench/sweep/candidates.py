@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The launch constants that are worth a compilation, best first by what paper says of registers and shared memory."""
+
+import itertools
+from dataclasses import dataclass
+
+from ..codegen.promises import shared_limit
+
+KERNELS = ("forward", "dkdv", "dq", "dtable")
+WIDTHS = (64, 128, 256)  # of heads; `blocks.py` has a row for each
+_SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
+_WARPS = (4, 8, 2)  # two only where no product needs four
+STAGES = (2, 3, 1)  # the likely ones first
+# What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
+# True: keys and values come by descriptors (TMA). dkdv has no such loop.
+VARIANTS = {"forward": ((), (True,)), "dkdv": ((),), "dq": ((), (True,)), "dtable": ((), (True,))}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Launch constants of a kernel."""
+
+    kernel: str
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    more: tuple = ()  # what `blocks.py` has behind the stages
+
+    @classmethod
+    def of(cls, kernel, blocks):
+        """From the constants as the launchers take them."""
+        return cls(kernel, *blocks[:4], tuple(blocks[4:]))
+
+    @property
+    def blocks(self):
+        """As the launchers take them."""
+        return self.block_m, self.block_n, self.warps, self.stages, *self.more
+
+    @property
+    def name(self):
+        """Say dkdv 64,64,4,2."""
+        return f"{self.kernel} {','.join(map(str, self.blocks))}"
+
+
+def elements(candidate, width):
+    """(registers, bytes of a stage, bytes that stay) in elements: accumulators and score tiles; rows in shared memory.
+
+    A kernel holds its own rows once, in shared memory from sm_90 on, and streams the others, a stage of them at a time;
+    dtable streams both sides.
+    """
+    m, n = candidate.block_m, candidate.block_n
+    return {
+        "forward": (m * width + m * n, 2 * n * width, m * width),
+        "dkdv": (2 * n * width + 2 * m * n, 2 * m * width, 2 * n * width),
+        "dq": (m * width + 2 * m * n, 2 * n * width, 2 * m * width),
+        "dtable": (4 * m * n, 2 * (m + n) * width, 0),  # bias, sum, scores and dp
+    }[candidate.kernel]
+
+
+def candidates(kernel, width, dtype, arch):
+    """The sensible `Candidate`s of a kernel, best first.
+
+    Dropped: what cannot fit the registers of its threads or the shared memory, less than one score a thread, and for
+    dtable more queries than keys, because its two rows of partial sums hold diagonals up to twice BLOCK_N.
+    """
+    size = 4 if dtype == "fp32" else 2
+    is_amd, has_wgmma = arch.startswith("gfx"), arch not in ("sm_80", "gfx942")
+    lanes, most = (64, 512) if is_amd else (32, 255)
+    found = []
+    for m, n, warps, stages, more in itertools.product(_SIZES, _SIZES, _WARPS, STAGES, VARIANTS[kernel]):
+        candidate = Candidate(kernel, m, n, warps, stages, more)
+        registers, stage, stays = elements(candidate, width)
+        shared = size * (max(stages - is_amd, 1) * stage + has_wgmma * stays)
+        registers /= warps * lanes
+        scores = m * n / (warps * lanes)
+        if scores < 1 or registers > 0.85 * most or shared > shared_limit(arch) or (kernel == "dtable" and m > n):
+            continue
+        if (warps == 2 and has_wgmma and dtype != "fp32") or (more and not has_wgmma):
+            continue
+        found.append((_rank(candidate, registers / most, _full(kernel, arch, width)), candidate))
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
+
+
+def _full(kernel, arch, width):
+    """The part of a thread's registers that these elements fill in tiles that have been found not to spill, about.
+
+    wgmma and sm_100 read operands from shared memory; elsewhere they take registers, too, and dtable's bias does.
+    """
+    if kernel == "dtable":
+        return 0.25
+    return 0.6 if arch not in ("sm_80", "gfx942") else 0.4 if width <= 128 else 0.3
+
+
+def _rank(candidate, fullness, full):
+    """Less is better: registers that are used but not crowded, then the likely stages and warps."""
+    off = (fullness - full) * 2 if fullness > full else full - fullness
+    return off + 0.15 * STAGES.index(candidate.stages) + 0.1 * _WARPS.index(candidate.warps)

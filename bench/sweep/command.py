@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench sweep`: the launch constants of `blocks.py`, by evidence.
+
+Without a GPU it compiles the candidates and lists those that neither spill nor compute twice nor wait for each wgmma,
+by what their instructions would cost. With --device cuda it times the best of that list, and prints the rows that the
+file should hold. Nothing is tuned when a kernel is launched.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import click
+from tabulate import tabulate
+
+from ..codegen.matrix import ARCHS
+from ..environment import describe
+from ..lines import Lines
+from .candidates import KERNELS, WIDTHS, Candidate
+from .offline import GENERATIONS, best, candidate_of, compile_candidates, groups, load, save
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+HEADERS = ["kernel", "arch", "dtype", "width", "tile", "registers", "blocks\n/SM", "loop", "tensor", "issue", "exp2",
+           "not causal:\nregisters", "loop"]  # fmt: skip
+
+
+def constants_of(group):
+    """The Candidate that `blocks.py` has for (kernel, width, dtype, arch)."""
+    from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32
+
+    kernel, width, dtype, arch = group
+    table = FLOAT32 if dtype == "fp32" else BLOCKS
+    return Candidate.of(kernel, table[GENERATIONS[arch]][kernel][WIDTHS.index(width)])
+
+
+def _rows(results, wanted, count):
+    for group in wanted:
+        for result in best(results, group, count):
+            causal, full = result["causal"], result["full"]
+            candidate = candidate_of(result)
+            kernel, width, dtype, arch = group
+            clocks = [causal["clocks"][name] for name in ("tensor", "issue", "exp2")]
+            yield [kernel, arch, dtype, width, candidate.name.split(" ", 1)[1], causal["registers"], causal["blocks"],
+                   causal["instructions"], *clocks, full["registers"], full["instructions"]]  # fmt: skip
+
+
+def _offline(wanted, results, path, jobs, limit, lines):
+    """Add to `results`, to the file and to the lines; returns how many candidates are left."""
+    saved = time.monotonic()
+
+    def on_result(key, result):
+        nonlocal saved
+        lines.write("compiled", key=key, problems=result["problems"])
+        if path and time.monotonic() - saved > 10:
+            saved = time.monotonic()
+            save(path, results)
+
+    left = compile_candidates(wanted, results, jobs, limit, on_result)
+    if path:
+        save(path, results)
+    return left
+
+
+def _online(wanted, results, count, shape, rounds, jobs, deadline, lines):
+    """{group: times} of the groups on the GPU, the constants of today first among each one's candidates."""
+    from . import gpu as sweep_gpu
+
+    seq, batch, heads = shape
+    offers = {}
+    for group in wanted:
+        today = constants_of(group)
+        found = [candidate_of(result) for result in best(results, group)]
+        offers[group] = [today, *[candidate for candidate in found if candidate != today][:count]]
+    sweep_gpu.prefill(
+        [(c, arch, width, dtype, seq, batch, heads) for (_, width, dtype, arch), some in offers.items() for c in some],
+        jobs,
+    )
+    times, calls = {}, {}
+    for place, group in enumerate(wanted):
+        kernel, width, dtype, _ = group
+        left = deadline - time.monotonic()
+        if left <= 0:
+            click.echo(f"out of time before {kernel} at {width}")
+            break
+        if (width, dtype) not in calls:
+            calls = {(width, dtype): sweep_gpu.calls_of(width, dtype, seq, batch, heads, "cuda")}
+
+        def write(event, group=group, **facts):
+            lines.write(event, kernel=group[0], width=group[1], dtype=group[2], arch=group[3], **facts)
+
+        times[group] = sweep_gpu.time_group(
+            calls[width, dtype][kernel], offers[group], sweep_gpu.TOLERANCES[dtype], sweep_gpu.Graphs(), write,
+            time.monotonic() + left / (len(wanted) - place), rounds,
+        )  # fmt: skip
+    return times
+
+
+def advice(times):
+    """The rows that `blocks.py` should hold, as text; what was not timed stays."""
+    from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32
+
+    from .gpu import faster
+
+    lines = []
+    for dtype, arch in dict.fromkeys((dtype, arch) for _, _, dtype, arch in times):
+        table = FLOAT32 if dtype == "fp32" else BLOCKS
+        lines.append(f"{'FLOAT32' if dtype == 'fp32' else 'BLOCKS'}, timed in {dtype}: {GENERATIONS[arch]!r}: {{")
+        for kernel in KERNELS:
+            row, remarks = list(table[GENERATIONS[arch]][kernel]), []
+            for place, width in enumerate(WIDTHS):
+                rounds = times.get((kernel, width, dtype, arch))
+                if rounds:
+                    chosen, ratio = faster(rounds, constants_of((kernel, width, dtype, arch)))
+                    row[place] = chosen.blocks
+                    remarks.append(f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays")
+            lines.append(f'    "{kernel}": {tuple(row)},  # {", ".join(remarks) or "not timed"}')
+        lines.append("}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="cuda: time the best; cpu: compile only.")  # fmt: skip
+@click.option("--arch", "archs", multiple=True, type=click.Choice(ARCHS), help="sm_90 unless given; on a GPU its own.")
+@click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS), default=KERNELS)
+@click.option("--head-dim", "widths", multiple=True, type=click.Choice([str(width) for width in WIDTHS]),
+              default=("64", "128"), show_default=True)  # fmt: skip
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "fp16", "fp32"]), default=("bf16",),
+              show_default=True)  # fmt: skip
+@click.option("--limit", type=click.FloatRange(0), default=600, show_default=True, help="Seconds for all of it.")
+@click.option("--list", "path", type=click.Path(dir_okay=False, path_type=Path),
+              help="What was compiled, to go on with; on a GPU bench/results/sweep-offline-ARCH.json.")  # fmt: skip
+@click.option("--lines", type=click.Path(dir_okay=False, path_type=Path), help="One JSON line for each result there.")
+@click.option(
+    "--best", "count", type=click.IntRange(1), default=8, show_default=True, help="Of a group: to show, to time."
+)
+@click.option("--seq", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--heads", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 14), show_default=True)
+def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq, batch, heads, rounds, jobs):
+    """Find launch constants: compile candidates for a GPU that is not there, or time the best on the one that is."""
+    deadline = time.monotonic() + limit
+    if device == "cuda":
+        archs = [_arch_here(archs)]
+        path = path or RESULTS / f"sweep-offline-{archs[0]}.json"
+    wanted = groups(kernels, [int(width) for width in widths], dtypes, archs or ("sm_90",))
+    lines = Lines(lines)
+    setting = {"limit": limit, "groups": wanted, "shape": [batch, heads, seq]}
+    lines.start({"bench": "sweep", "environment": _here(), "setting": setting, "absent": {}})
+    results = load(path, is_old_welcome=device == "cuda")
+    if device == "cpu" or not all(best(results, group) for group in wanted):
+        # on a GPU a third of the time at most is for what no list says
+        share = limit if device == "cpu" else limit / 3
+        left = _offline(wanted, results, path if device == "cpu" else None, jobs, share, lines)
+        click.echo(f"{len(results)} candidates compiled, {left} not yet")
+    if device == "cuda":
+        times = _online(wanted, results, count, (seq, batch, heads), rounds, jobs, deadline, lines)
+        text = advice(times)
+        lines.write("end", advice=text)
+        click.echo(text)
+        return
+    click.echo(tabulate(_rows(results, wanted, count), headers=HEADERS))
+    click.echo("tensor, issue, exp2: clocks of a multiprocessor for 1024 scores, the largest one is the estimate")
+    lines.write("end", compiled=len(results))
+
+
+def _here():
+    """The environment of a run; without a GPU, too, where the GPU's part is rehearsed."""
+    import torch
+
+    return describe("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _arch_here(archs):
+    """The architecture of this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch sees no GPU here")
+    properties = torch.cuda.get_device_properties(0)
+    # not asked on NVIDIA's, where torch 2.11 puts the card's name there
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    if arch not in GENERATIONS or (archs and archs != (arch,)):
+        raise click.UsageError(f"--device cuda: this GPU is {arch}, expected {' or '.join(archs or GENERATIONS)}")
+    return arch
+
+
+if __name__ == "__main__":
+    sweep()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""The derivative of fused attention, as a Function and as the operators' Autograd kernels."""
+
+import torch
+
+from .. import backends
+from . import ops  # noqa: F401  (defines the operators)
+
+
+class BiasAttention(torch.autograd.Function):
+    """apply(query, key, value, table, key_bias, seqlens, seed, …the operator's options, suffix, with_lse).
+
+    -> (out, lse, state)
+
+    Saves its inputs, out and state: O(n). `with_lse` False says that nobody differentiates lse.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, table, key_bias, seqlens, seed, *options):
+        *ctx.options, ctx.suffix, ctx.with_lse = options
+        arguments = (query, key, value, table, key_bias, seqlens, seed, *ctx.options)
+        out, lse, state = backends.call("attention_forward", ctx.suffix, *arguments)
+        ctx.save_for_backward(query, key, value, table, key_bias, out, state, seqlens, seed)
+        ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
+        ctx.set_materialize_grads(False)  # zeros for lse and state would be two fills of memory that nobody reads
+        return out, lse, state
+
+    @staticmethod
+    def backward(ctx, dout, dlse, dstate):
+        needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = ctx.needs_input_grad[:5]
+        needs = needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
+        saved = ctx.saved_tensors
+        if dout is None:  # lse alone was used
+            dout = torch.zeros_like(saved[5])
+        arguments = (dout, dlse, *saved, *ctx.options, False, *needs)
+        if torch.is_grad_enabled():
+            dq, dk, dv, dtable, dkey_bias = _Gradient.apply(ctx.suffix, *arguments)
+        else:
+            dq, dk, dv, dtable, dkey_bias = backends.call("attention_backward", ctx.suffix, *arguments)
+        grads = (
+            dq if needs_dq else None,
+            dk if needs_dk else None,
+            dv if needs_dv else None,
+            dtable if needs_dtable else None,
+            dkey_bias.sum(1) if needs_dkey_bias else None,
+        )
+        return *grads, None, None, *[None] * (len(ctx.options) + 2)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward operator under create_graph=True: fine until somebody differentiates through it."""
+
+    @staticmethod
+    def forward(ctx, suffix, *arguments):
+        return backends.call("attention_backward", suffix, *arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "bias_attention has no double backward: its gradients cannot be differentiated again. "
+            "dpb_triton.reference.attention, made of plain torch operations, can be"
+        )
+
+
+backends.define_autograd("attention_forward", lambda suffix, *args: BiasAttention.apply(*args, suffix, True))
+backends.define_autograd("attention_backward", lambda suffix, *args: _Gradient.apply(suffix, *args))

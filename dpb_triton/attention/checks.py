@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""What the attention functions ask of their arguments, `check_call` first; the rules of the package's `checks.py`."""
+
+import itertools
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from ..backends import check_backend
+from ..checks import (
+    FLOATING,
+    check_flag,
+    check_int,
+    check_limit,
+    check_offset,
+    check_strided,
+    check_table,
+    check_tensor,
+    is_autocast,
+)
+from .ops import BACKENDS
+
+LARGEST_HEAD_DIM = 256
+
+
+class Call(NamedTuple):
+    """What `check_call` found out."""
+
+    suffix: str  # of the backend's operators
+    n: int  # the table's length
+    left: int | None  # bounds of the keys that a query sees: the window and causality together
+    right: int | None
+    scale: float
+    softcap: float  # 0.0 for none
+    dropout_p: float
+
+
+def check_call(
+    query, key, value, table, layout, *, is_causal, scale, signed, window, softcap, enable_gqa, return_lse, backend,
+    dropout_p=0,
+):  # fmt: skip
+    """What every attention function checks. `layout` names the dimensions before head_dim."""
+    check_heads(query, key, value, layout, enable_gqa)
+    n = check_attention_table(table, query, query.shape[layout.index("heads")], signed)
+    check_flag("return_lse", return_lse)
+    left, right = check_window(window, is_causal)
+    numbers = check_scale(scale, query.shape[-1]), check_softcap(softcap), check_dropout(dropout_p)
+    return Call(check_attention_backend(backend, query), n, left, right, *numbers)
+
+
+def check_attention_backend(backend, query):
+    """The operators' suffix for `backend`; None leaves the choice to the dispatcher."""
+    suffix = check_backend(backend, query.device.type, BACKENDS)
+    if backend == "triton" and query.dtype == torch.float64:
+        raise ValueError("backend='triton' has no float64 attention: 'torch' has")
+    return suffix
+
+
+def to_autocast(query, key, value):
+    """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them.
+
+    Before the checks, which ask for one dtype; what is no tensor is left to them.
+    """
+    device_type = query.device.type if isinstance(query, torch.Tensor) else None
+    if device_type and is_autocast(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATING and x.dtype != torch.float64 else x
+            for x in (query, key, value)
+        )
+    return query, key, value
+
+
+def check_number(name, value, expected, is_right):
+    """`value` as a float for which is_right(value); `expected` says that in words. bool is no number here."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction
+        number = math.inf
+    if not is_right(number):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def check_scale(scale, head_dim):
+    """The factor of q k^T, 1 / sqrt(head_dim) unless given."""
+    if scale is None:
+        return head_dim**-0.5
+    return check_number("scale", scale, "a finite number or None", lambda v: -math.inf < v < math.inf)
+
+
+def check_softcap(softcap):
+    """The cap as a float, 0.0 for none."""
+    if softcap is None:
+        return 0.0
+    return check_number("softcap", softcap, "a positive finite number or None", lambda v: 0 < v < math.inf)
+
+
+def check_dropout(dropout_p):
+    """The probability to drop a score."""
+    return check_number("dropout_p", dropout_p, "at least 0 and less than 1", lambda v: 0 <= v < 1)
+
+
+def check_window(window, is_causal):
+    """(left, right) of a window and causality together, None where unlimited."""
+    check_flag("is_causal", is_causal)
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
+        left, right = (
+            check_limit(f"window's {name} side", side) for name, side in zip(("left", "right"), window, strict=True)
+        )
+    return left, 0 if is_causal else right
+
+
+def check_heads(query, key, value, layout, enable_gqa):
+    """Ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
+    check_flag("enable_gqa", enable_gqa)
+    names = (*layout, "head_dim")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, names)
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        if not 1 <= tensor.shape[-1] <= LARGEST_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim of 1 to {LARGEST_HEAD_DIM}, got shape {_show(tensor)}")
+    head = layout.index("heads")
+    *_, head_dim = query.shape
+    heads, kv_heads = query.shape[head], key.shape[head]
+    if layout[0] == "batch" and key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch {query.shape[0]}, got shape {_show(key)}")
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key must have query's head_dim {head_dim}, got shape {_show(key)}")
+    if key.shape != value.shape and key.shape[:-1] != value.shape[:-1]:
+        wanted = ", ".join(map(str, (*key.shape[:-1], "value_dim")))
+        raise ValueError(f"value must have the shape ({wanted}), as key of shape {_show(key)}, got {_show(value)}")
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(
+            f"key and value must have query's {heads} heads, got {kv_heads} (enable_gqa=True shares them in groups)"
+        )
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"the heads of key and value must divide query's {heads} heads, got {kv_heads}")
+
+
+def check_attention_table(table, query, heads, signed):
+    """The table's length n; its heads and device are query's."""
+    check_flag("signed", signed)
+    n = check_table(table, signed)
+    if table.shape[0] != heads:
+        raise ValueError(f"table must have query's {heads} heads, got shape {_show(table)}")
+    if table.device != query.device:
+        raise ValueError(f"table must be on query's device {query.device}, got {table.device}")
+    return n
+
+
+def longest_distances(i, j, offset, left, right):
+    """(future, past): the extreme distances x + offset - y of the pairs that the bounds leave; None if none is left."""
+    if i == 0 or j == 0:
+        return None
+    future, past = offset - (j - 1), i - 1 + offset
+    if right is not None:
+        future = max(future, -right)
+    if left is not None:
+        past = min(past, left)
+    return (future, past) if future <= past else None
+
+
+def check_reach(table, n, i, j, offset, left, right):
+    """Every distance that the bounds leave is inside a table of length n."""
+    # the whole grid is, mostly: torch.compile then guards no comparison of a length with a window
+    if i + offset <= n and j - offset <= n:
+        return
+    reach = longest_distances(i, j, offset, left, right)
+    if reach is not None and (reach[1] >= n or -reach[0] >= n):
+        raise ValueError(
+            f"table is too short: i = {i}, j = {j}, offset = {offset} with left = {left}, right = {right} need the "
+            f"distances {reach[0]} to {reach[1]}, a table of shape {_show(table)} holds those below {n}"
+        )
+
+
+def check_dense(query, key, table, offset, call):
+    """The offset of a dense call."""
+    i, j = query.shape[2], key.shape[2]
+    offset = check_offset(i, j, offset)
+    check_reach(table, call.n, i, j, offset, call.left, call.right)
+    return offset
+
+
+class Packing(NamedTuple):
+    """Where packed sequences lie, as the caller says it: the arguments of `bias_attention_varlen`."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    offsets: torch.Tensor | None
+
+
+def check_packed(query, key, table, packing, call):
+    """Where the sequences lie, `ops.py`'s seqlens, and the longest of each side: (seqlens, i, j).
+
+    The numbers are read, which on a GPU waits for it, unless both lengths are given; then the GPU checks them.
+    """
+    cu_q, cu_k, max_q, max_k, offsets = packing
+    n, left, right = call.n, call.left, call.right
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        _check_int32(name, cu, query)
+        if cu.shape[0] < 1:
+            raise ValueError(f"{name} must have sequences + 1 elements, got shape {_show(cu)}")
+        if cu.shape[0] != cu_q.shape[0]:
+            raise ValueError(f"{name} must have {cu_q.shape[0]} elements as cu_seqlens_q, got shape {_show(cu)}")
+    if offsets is not None:
+        _check_int32("offsets", offsets, query)
+        if offsets.shape[0] != cu_q.shape[0] - 1:
+            raise ValueError(
+                f"offsets must have one element a sequence, {cu_q.shape[0] - 1}, got shape {_show(offsets)}"
+            )
+    max_q = _check_longest("max_seqlen_q", max_q, query.shape[0])
+    max_k = _check_longest("max_seqlen_k", max_k, key.shape[0])
+
+    i, j = cu_q.diff(), cu_k.diff()
+    seqlens = torch.stack([cu_q[:-1], i, cu_k[:-1], j, j - i if offsets is None else offsets], 1)
+    packing = packing._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
+    if max_q is not None and max_k is not None and (torch.compiler.is_compiling() or query.is_cuda):
+        _check_on_device(query, key, n, packing, seqlens, left, right)
+    else:
+        max_q, max_k = _check_numbers(query, key, table, n, packing, seqlens, left, right)
+    if offsets is not None:  # farther away no pair is seen, and the kernels count in int32
+        seqlens[:, 4].clamp_(-(n + query.shape[0]), n + key.shape[0])
+    return seqlens, max_q, max_k
+
+
+def _check_numbers(query, key, table, n, packing, seqlens, left, right):
+    longest = []
+    for name, cu, total, limit in (
+        ("q", packing.cu_seqlens_q.tolist(), query.shape[0], packing.max_seqlen_q),
+        ("k", packing.cu_seqlens_k.tolist(), key.shape[0], packing.max_seqlen_k),
+    ):
+        if cu[0] != 0:
+            raise ValueError(f"cu_seqlens_{name} must start at 0, got {cu[0]}")
+        for place, (before, after) in enumerate(itertools.pairwise(cu)):
+            if after < before:
+                raise ValueError(f"cu_seqlens_{name} must not decrease, got {before} and then {after} at {place + 1}")
+        if cu[-1] != total:
+            raise ValueError(f"cu_seqlens_{name} must end at the number of rows, {total}, got {cu[-1]}")
+        found = max((after - before for before, after in itertools.pairwise(cu)), default=0)
+        if limit is not None and limit < found:
+            raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {found}, got {limit}")
+        longest.append(found if limit is None else limit)
+    for sequence, (_, i, _, j, offset) in enumerate(seqlens.tolist()):
+        if packing.offsets is None and j < i:
+            raise ValueError(
+                f"sequence {sequence} of cu_seqlens_q and cu_seqlens_k has more queries than keys, {i} and {j}: give "
+                "offsets to say where its queries stand"
+            )
+        check_reach(table, n, i, j, offset, left, right)
+    return longest
+
+
+def _check_longest(name, longest, total):
+    """The longest sequence, as it is given; no sequence has more than all rows, so a larger number says as much."""
+    if longest is None:
+        return None
+    longest = check_int(name, longest, 0, None)
+    return longest if torch.compiler.is_compiling() else min(longest, total)  # compiled, it would be a guard
+
+
+def _check_on_device(query, key, n, packing, seqlens, left, right):
+    """The same without waiting for the numbers: a wrong one stops the device with the message."""
+    _, i, _, j, offset = seqlens.long().unbind(1)  # a distance may be no int32
+    for name, cu, lengths, total, longest in (
+        ("q", packing.cu_seqlens_q, i, query.shape[0], packing.max_seqlen_q),
+        ("k", packing.cu_seqlens_k, j, key.shape[0], packing.max_seqlen_k),
+    ):
+        # compared, because the difference of a falling pair may wrap to a length
+        is_right = (cu[0] == 0) & (cu[-1] == total) & (cu[1:] >= cu[:-1]).all() & (lengths <= longest).all()
+        torch._assert_async(
+            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, by max_seqlen_{name} at most"
+        )
+    if packing.offsets is None:
+        torch._assert_async((j >= i).all(), "a sequence of cu_seqlens_q and cu_seqlens_k has more queries than keys")
+    past, future = i - 1 + offset, j - 1 - offset
+    past = past if left is None else past.clamp(max=left)
+    future = future if right is None else future.clamp(max=right)
+    is_empty = (i == 0) | (j == 0) | (past + future < 0)
+    torch._assert_async((is_empty | ((past < n) & (future < n))).all(), "table is too short for a sequence")
+
+
+def _check_int32(name, value, query):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be an int32 Tensor, got {type(value).__name__}")
+    check_strided(name, value)
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have 1 dimension, got shape {_show(value)}")
+    if value.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
+
+
+def _show(tensor):
+    return f"{tuple(tensor.shape)}"

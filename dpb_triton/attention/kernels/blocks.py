@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Launch constants of the attention kernels: (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages).
+
+For each generation of GPUs and each width of head the largest tiles for which the compiler needs no local memory, no
+more shared memory than a block may have, and does no work twice: Triton lays the warps of these products along rows
+only, so a tile with fewer than 16 rows a warp is computed by two warps (of dkdv, whose tiles are transposed, the rows
+are keys). `python -m bench codegen --kernel attention --kernel "attention backward"` compiles them all and says where
+one breaks that. An H200 has timed Hopper's of 2-byte types, beside no others: `python -m bench sweep` compares.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ...launching.launch import IS_INTERPRETED, current_target, next_power_of_2
+
+# {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
+BLOCKS = {
+    "ampere": {
+        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "dkdv": ((32, 64, 4, 2), (64, 64, 8, 2), (64, 16, 4, 2)),
+        "dq": ((32, 128, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+        "dtable": ((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 1)),
+    },
+    "hopper": {
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+        "forward dropout": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),  # the hash wants registers
+        "dkdv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+        "dkdv dropout": ((32, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+        "dq": ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        "dtable": ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1)),
+    },
+    "blackwell": {
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "dkdv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "dtable": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1)),
+    },
+    "cdna": {
+        "forward": ((128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+        "dkdv": ((64, 32, 4, 1), (32, 32, 4, 2), (16, 64, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 1)),
+        "dtable": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    },
+}
+
+# The same for float32, whose products are three of tf32 each and want that many registers: small tiles, and rows beyond
+# 64 in chunks (`attention_tiles.dot_of_rows`).
+FLOAT32 = {
+    "ampere": {
+        "forward": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "hopper": {
+        "forward": ((64, 32, 4, 2), (64, 16, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "dq": ((64, 32, 4, 1), (64, 16, 4, 1), (16, 32, 8, 1)),
+        "dtable": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1)),
+    },
+    "blackwell": {
+        "forward": ((64, 64, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 64, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "cdna": {
+        "forward": ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+        "dkdv": ((32, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "dq": ((64, 32, 8, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+        "dtable": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+}
+
+
+class Tile(NamedTuple):
+    """The launch constants of one kernel. is_described: what the loop reads comes by tensor descriptors (TMA)."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
+
+
+def padded(dim):
+    """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
+    return max(next_power_of_2(dim), 16)
+
+
+def generation():
+    """The generation of the GPU that is launched on; the interpreter, which has none, takes Hopper's constants."""
+    if IS_INTERPRETED:
+        return "hopper"
+    target = current_target()
+    if target.backend == "hip":
+        return "cdna"
+    return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
+
+
+def blocks_of(kernel, query, value, has_dropout=False):
+    """The Tile of "forward", "dkdv", "dq" or "dtable"; has_dropout: of the row for that, where there is one."""
+    rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
+    row = rows.get(f"{kernel} dropout" if has_dropout else kernel, rows[kernel])
+    width = max(padded(query.shape[3]), padded(value.shape[3]))
+    return Tile(*row[0 if width <= 64 else 1 if width <= 128 else 2])

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""What the attention launchers share: how arguments become a kernel's, and the padded bias table of a call."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...launching.keys import settle
+from ...launching.launch import cdiv
+from ...launching.replay import empty, launch
+from .blocks import generation, padded
+from .tiles import KEY_PADDING, LOG2E
+
+# Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
+PADDING = 256
+BIAS_BLOCK = 1024
+# Positions, and every sum of four of them, are int32 in the kernels.
+LARGEST = 2**29 - 1
+# Elements between two rows, of which a tile has 128 at most: a place in a tile is 32 bits.
+LARGEST_STRIDE = 2**25 - 1
+
+
+def like(tensor, dim=None):
+    """An uninitialised tensor of `tensor`'s sizes (the last one `dim`), in memory (batch, length, heads, dim)."""
+    batch, heads, length, last = tensor.shape
+    dim = last if dim is None else dim
+    strides = max(length, 1) * heads * dim, dim, heads * dim, 1
+    return empty((batch, heads, length, dim), tensor.dtype, tensor.device, strides)
+
+
+def whole_rows(tensor):
+    """`tensor` with rows as `attention_tiles.row_ptrs` takes them; a copy where it has others.
+
+    The elements of a row lie side by side, and rows of a multiple of 8 elements begin at multiples of 8 elements and of
+    16 bytes. Slices of a packed projection do. A slice that begins in the middle of 16 bytes is copied: that costs less
+    than 2-byte loads in every tile. So are rows that lie 2^25 elements or more apart.
+    """
+    *sizes, dim = tensor.shape
+    if (tensor.stride(-1) != 1 and dim != 1) or (tensor.stride(-2) > LARGEST_STRIDE and sizes[-1] != 1):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if dim % 8 == 0 and (
+        tensor.data_ptr() % 16 or any(s % 8 for s, n in zip(tensor.stride(), sizes, strict=False) if n != 1)
+    ):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def describe(tensors, block, seqlens):
+    """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none.
+
+    A box of a packed sequence would hold its neighbour's rows, wide rows of float32 are read in chunks, and descriptors
+    take only strides of 16 bytes and more.
+    """
+    is_strided = all(s and s % 8 == 0 for t in tensors for s in t.stride()[:3])
+    if seqlens is not None or tensors[0].dtype == torch.float32 or not is_strided:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
+
+
+def passes(needs_repair):
+    """Of each launch of a kernel: whether it is the repair. bench/sweep_gpu.py puts one without repair in its place."""
+    return (False, True) if needs_repair else (False,)
+
+
+def launch_with_repair(kernel, programs, needs_repair, inputs, others, *, num_stages, **constants):
+    """Launch kernel(*inputs, repair, *others), and if `needs_repair` once more, for the programs that met a NaN.
+
+    A pair that does not count is a zero in a matrix product, and zero times NaN is NaN. The second launch, whose
+    programs mostly return at once, costs the first nothing: the same code behind a branch would take its registers.
+    repair (programs,): the first launch writes which of them it is to do again.
+    """
+    repair = empty((programs,), torch.int32, inputs[0].device) if needs_repair else None
+    for is_repair in passes(needs_repair):
+        launch(
+            kernel, (programs,), *inputs, repair, *others, **constants, NEEDS_REPAIR=needs_repair, IS_REPAIR=is_repair,
+            num_stages=1 if is_repair else num_stages,
+        )  # fmt: skip
+
+
+def precision_of(query):
+    """How tl.dot multiplies: float32 as three tf32 products, which keep its bits, or as torch is told to."""
+    if query.dtype != torch.float32:
+        return "tf32"  # says nothing about 2-byte types
+    if generation() == "cdna":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def check_sizes(query, key, value, table, longest_query, longest_key):
+    """What the kernels' 32 bits hold."""
+    for name, size in (("i", longest_query), ("j", longest_key), ("the table's width", table.shape[1])):
+        if size > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST} for Triton's attention, got {size}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.shape[1] * max(tensor.shape[3], value.shape[3]) > LARGEST_STRIDE:
+            raise ValueError(
+                f"{name} must have at most {LARGEST_STRIDE} elements in all heads of a position for Triton's "
+                f"attention, got shape {tuple(tensor.shape)}"
+            )
+
+
+def bounds_of(table, seqlens, i, j, offset, left, right):
+    """(left, right) without what bounds nothing: one that reaches beyond the grid is None, or no farther than a table.
+
+    So no sum of a bound and a position leaves 32 bits, whatever the caller's "no limit" is.
+    """
+    if seqlens is not None:
+        n = table.shape[1]  # no pair that counts is farther than the table holds
+        return None if left is None else min(left, n), None if right is None else min(right, n)
+    return (
+        None if left is None or left >= i - 1 + offset else left,
+        None if right is None or right >= j - 1 - offset else right,
+    )
+
+
+def reach_of(table, seqlens, i, j, offset, signed, left, right):
+    """The least and the largest y - x - offset of any pair, for the padded table."""
+    if seqlens is None:
+        least, largest = -(i - 1 + offset), j - 1 - offset
+    else:
+        n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
+        least, largest = -(n - 1), n - 1
+    least = least if left is None else max(least, -left)
+    return least, largest if right is None else min(largest, right)
+
+
+def score_numbers(scale, softcap, dropout_p):
+    """{name: argument} of `add_bias` and `is_kept`: what is to be computed once."""
+    return {
+        "scale": scale * LOG2E.value,
+        "cap_in": scale / softcap if softcap else 0.0,
+        "cap_out": softcap * LOG2E.value,
+        "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
+        "keep_scale": 1.0 / (1.0 - dropout_p),
+    }
+
+
+@triton.jit
+def write_bias(block, head, table_ptr, bias_ptr, mirror_ptr, n, lowest, width, stride_h, stride_n,
+               SIGNED: tl.constexpr, HAS_MIRROR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """BLOCK columns of a head of the padded table, and of its mirror, which runs backwards."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    relative = lowest + column  # y - x - offset, minus the distance
+    index = n - 1 - relative if SIGNED else tl.abs(relative)
+    size = 2 * n - 1 if SIGNED else n
+    is_inside = (index >= 0) & (index < size) & (column < width)
+    value = tl.load(table_ptr + head * stride_h + index.to(tl.int64) * stride_n, mask=is_inside, other=0.0)
+    tl.store(bias_ptr + head * width + column, value * LOG2E, mask=column < width)
+    if HAS_MIRROR:
+        tl.store(mirror_ptr + head * width + (width - 1 - column), value * LOG2E, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["n", "lowest", "width"])
+def _bias_kernel(table_ptr, bias_ptr, n, lowest, width, stride_h, stride_n,
+                 SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    write_bias(tl.program_id(0), head, table_ptr, bias_ptr, bias_ptr, n, lowest, width, stride_h, stride_n,
+               SIGNED, False, BLOCK)  # fmt: skip
+
+
+def width_of(reach):
+    """(width, lowest) of the padded table: PADDING columns on both sides, and rows that begin at 16 bytes."""
+    lowest, highest = reach[0] - PADDING, reach[1] + PADDING
+    return (highest - lowest + 4) // 4 * 4, lowest
+
+
+def pad_bias(table, signed, reach):
+    """(bias (heads, width), zero): log2(e) * table over y - x - offset, whose value 0 is in column `zero`.
+
+    reach: the least and the largest y - x - offset of any pair.
+    """
+    width, lowest = width_of(reach)
+    heads = table.shape[0]
+    bias = empty((heads, width), torch.float32, table.device)
+    n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
+    launch(
+        _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),
+        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
+    return bias, -lowest
+
+
+@triton.jit(do_not_specialize=["j", "width"])
+def _key_bias_kernel(key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLOCK: tl.constexpr):
+    index = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = column - KEY_PADDING
+    is_key = (y >= 0) & (y < j)
+    value = tl.load(key_bias_ptr + index * stride_b + y.to(tl.int64) * stride_y, mask=is_key, other=float("-inf"))
+    tl.store(padded_ptr + index * width + column, value * LOG2E, mask=column < width)
+
+
+def pad_key_bias(key_bias):
+    """log2(e) * key_bias, with -inf on both sides of the keys for what a tile has beyond them: (batch, width)."""
+    batch, j = key_bias.shape
+    width = j + 2 * KEY_PADDING.value
+    padded_bias = empty((batch, width), torch.float32, key_bias.device)
+    launch(
+        _key_bias_kernel, (cdiv(width, BIAS_BLOCK), batch),
+        key_bias, padded_bias, j, width, *key_bias.stride(), BLOCK=BIAS_BLOCK,
+    )  # fmt: skip
+    return padded_bias
+
+
+settle(globals())

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""What the attention kernels share: the padded bias table, the scores of a tile, its masks, its dropout.
+
+    bias tile of the queries x0 … and the keys y0 …        rows from the last query to the first
+              y ->                                          a = 0 is x0 + BLOCK_M - 1
+        a     b0 b1 b2 b3                                   its values are those of a row of the padded table,
+        |     b1 b2 b3 b4                                   at (first + a + c): a sum of the row's place and
+        v     b2 b3 b4 b5                                   the column's place
+
+The bias depends on y - x only. One padded table a call, bias[h, c] = log2(e) * table[h, |(c - zero)|], holds it for
+every y - x - offset that a tile may touch, so a tile's loads need neither an absolute value nor a bounds check.
+Query rows run backwards inside a tile: the place of an element is then the sum of what the row and what the column
+add. In an accumulator's layout both are a lane's part plus a constant, so the compiler keeps one pointer a lane, puts
+the constants into the instructions, and loads the elements of one diagonal once: 34 loads for the 64 elements that a
+thread holds of 128 x 128. With rows forwards, where the row's place is subtracted, it finds 64 (`python -m bench
+codegen --kernel attention` counts them). dkdv holds keys in its rows: there the keys run backwards, and the table that
+it reads is mirrored. A plain tl.load here would be copied through shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+from ...launching.keys import settle
+from ...launching.launch import IS_INTERPRETED
+
+INTERPRETED = tl.constexpr(IS_INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+CHUNK = tl.constexpr(64)
+KEY_PADDING = tl.constexpr(256)  # of the key bias on both sides: two of the largest blocks
+
+
+@triton.jit
+def load_bias(ptrs):
+    """The elements at `ptrs`, each thread for itself, in the layout in which they are used."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return tl.load(ptrs)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [ptrs], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def load_state(ptr, first_x, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
+    """(largest, 1 / l, delta / l) of the queries first_x … + COUNT - 1, as backward's prologue wrote them, (i, 4).
+
+    Loaded as the bias is, each thread for itself, a query in one access: Triton's pipeliner would copy them 4 bytes at
+    a time through shared memory, and with those copies in flight ptxas waits for every product of the loop (its
+    warning C7515). Queries beyond i get what lies there: whoever asks for them selects the pairs that count.
+    """
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    ptrs = (ptr + 4 * tl.cast(first_x, tl.int64)) + 4 * index
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return tl.load(ptrs), tl.load(ptrs + 1), tl.load(ptrs + 2)
+    else:
+        largest, inverse, delta, _ = tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [ptrs],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return largest, inverse, delta
+
+
+@triton.jit
+def opaque(x):
+    """int32 x, about whose value the compiler learns nothing.
+
+    A mask that shares its columns with the bias tile makes LLVM compute them once for both, and with that the bias tile
+    loses its constants: 62 loads instead of 34.
+    """
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """X rounded to `dtype`. The interpreter would truncate to bfloat16: there the rounding is done on the bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """A @ b in float32. The interpreter would multiply bfloat16's bit patterns."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """A @ b + acc."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def has_nan(tile, is_row):
+    """Whether a NaN is among the rows `is_row` of a tile [rows, columns]; the others may hold anything."""
+    return tl.max(((tile != tile) & is_row[:, None]).to(tl.int32)) > 0
+
+
+@triton.jit
+def dot_of_pairs(a, b, mask, acc, COUNT: tl.constexpr):
+    """A [M, COUNT] @ b [COUNT, columns] + acc over the pairs of `mask` [M, COUNT]; b's other rows may hold NaN and Inf.
+
+    In a product of matrices a pair that does not count is a zero, and zero times NaN is NaN. This is an outer product a
+    row of b, so slow: for the tiles of a program whose product came out NaN.
+    """
+    index = tl.arange(0, COUNT)
+    for c in range(0, COUNT):
+        is_here = index == c
+        weight = tl.sum(tl.where(is_here[None, :], a.to(tl.float32), 0.0), 1)
+        counts = tl.max(tl.where(is_here[None, :] & mask, 1, 0), 1)
+        row = tl.sum(tl.where(is_here[:, None], b.to(tl.float32), 0.0), 0)
+        acc += tl.where(counts[:, None] > 0, weight[:, None] * row[None, :], 0.0)
+    return acc
+
+
+@triton.jit
+def key_bias_of(ptr, row, width, first_key_row):
+    """Where the key bias of a sequence lies in what `pad_key_bias` wrote: that of its first key."""
+    return ptr + (row * width + (first_key_row + KEY_PADDING))
+
+
+@triton.jit
+def load_key_bias(ptr, first_y, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
+    """The key bias of the keys first_y … + COUNT - 1, in units of log2; -inf for none."""
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    return load_bias(ptr + first_y + index)
+
+
+@triton.jit
+def sequence(seqlens_ptr, index, i, j, offset, IS_PACKED: tl.constexpr):
+    """(first query, i, first key, j, offset) of the packed sequence `index`; of a dense batch (0, i, 0, j, offset)."""
+    if IS_PACKED:
+        seqlens_ptr += index * 5
+        first_query = tl.load(seqlens_ptr).to(tl.int64)
+        first_key = tl.load(seqlens_ptr + 2).to(tl.int64)
+        return first_query, tl.load(seqlens_ptr + 1), first_key, tl.load(seqlens_ptr + 3), tl.load(seqlens_ptr + 4)
+    else:
+        zero = tl.full([], 0, tl.int64)
+        return zero, tl.full([], 0, tl.int32) + i, zero, tl.full([], 0, tl.int32) + j, offset
+
+
+@triton.jit
+def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
+    """Where the rows first + index of a matrix (rows, DIM) lie: [rows, offs_d].
+
+    Rows of a multiple of 8 elements begin at multiples of 16 bytes: the launchers see to it (`whole_rows`). Triton sees
+    it by itself only where the stride is a multiple of 16, and loads 2 bytes at a time elsewhere. A hint on an argument
+    gets lost on the way; what a shift and a product say does not.
+    """
+    stride = tl.full([], 0, tl.int32) + stride
+    if DIM % 8 == 0:
+        stride = (stride >> 3) * 8
+        ptr = tl.multiple_of(ptr + first * tl.cast(stride, tl.int64), 16)
+    else:
+        ptr += first * tl.cast(stride, tl.int64)
+    # unsigned: an offset then takes one register, not two
+    return ptr + (index[:, None].to(tl.uint32) * tl.cast(stride, tl.uint32) + offs_d[None, :].to(tl.uint32))
+
+
+@triton.jit
+def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+              IS_REVERSED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """Rows first … first + COUNT - 1 of a matrix (rows, DIM), zeros outside of it: [COUNT, BLOCK]."""
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    offs_d = tl.arange(0, BLOCK)
+    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
+    if IS_MASKED:
+        row = first + index
+        mask = (row >= 0) & (row < rows)
+        if DIM >= BLOCK:
+            return tl.load(ptrs, mask=mask[:, None], other=0.0)
+        else:
+            return tl.load(ptrs, mask=mask[:, None] & (offs_d < DIM)[None, :], other=0.0)
+    elif DIM >= BLOCK:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
+    """A matrix among those at `source`: a pointer moves there, a descriptor is told at each load."""
+    if IS_DESCRIBED:
+        return source
+    else:
+        return source + offset
+
+
+@triton.jit
+def stream_rows(source, at, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+                IS_MASKED: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
+    """`load_rows` of what a loop reads tile by tile, by pointers or by a descriptor of (batch, heads, rows, DIM).
+
+    at: (batch, head), which a descriptor needs. It gives zeros outside by itself.
+    """
+    if IS_DESCRIBED:
+        return tl.reshape(source.load([at[0], at[1], first, 0]), [COUNT, BLOCK])
+    else:
+        return load_rows(source, first, rows, stride, COUNT, DIM, BLOCK, False, IS_MASKED)
+
+
+@triton.constexpr_function
+def is_wide(block, precision):
+    """Whether rows of `block` columns are multiplied in chunks.
+
+    float32's three products of tf32 keep two copies of an operand in registers, and whole rows beyond 64 would spill.
+    """
+    return precision != "tf32" and block > CHUNK.value
+
+
+@triton.jit
+def dot_of_rows(x_ptr, first_x, i, stride_x, y_ptr, first_y, j, stride_y, M: tl.constexpr, N: tl.constexpr,
+                DIM: tl.constexpr, PRECISION: tl.constexpr, IS_REVERSED: tl.constexpr, IS_X_MASKED: tl.constexpr,
+                IS_MASKED: tl.constexpr):  # fmt: skip
+    """The products of the rows first_x … of x with the rows first_y … of y, CHUNK columns at a time: [M, N].
+
+    IS_REVERSED: the rows of x run backwards.
+    """
+    acc = tl.zeros([M, N], tl.float32)
+    for start in tl.static_range(0, DIM, CHUNK):
+        x = load_rows(x_ptr + start, first_x, i, stride_x, M, DIM - start, CHUNK, IS_REVERSED, IS_X_MASKED)
+        y = load_rows(y_ptr + start, first_y, j, stride_y, N, DIM - start, CHUNK, False, IS_MASKED)
+        acc = dot_add(x, tl.trans(y), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def store_rows(ptr, tile, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+               IS_REVERSED: tl.constexpr):  # fmt: skip
+    """The transpose of `load_rows`: rounds to the matrix' dtype."""
+    index = tl.arange(0, COUNT)
+    if IS_REVERSED:
+        index = COUNT - 1 - index
+    offs_d = tl.arange(0, BLOCK)
+    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
+    mask = (first + index < rows)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(ptrs, narrow(tile, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
+
+    Those in [enter, leave) hold a key that some of the queries see, those in [inside, outside) none that some do not
+    see. Nobody sees the keys from `end` on. With the roles swapped (i and j, left and right, -offset) the query blocks
+    of a block of keys.
+    Negative numerators are clamped first: `//` truncates toward zero.
+    """
+    begin = tl.zeros([], tl.int32)
+    end = begin + j
+    whole_begin, whole_end = begin, end
+    if HAS_LEFT:
+        begin = tl.maximum(first_x + offset - left, 0)
+        whole_begin = tl.maximum(first_x + BLOCK_M - 1 + offset - left, 0)
+    if HAS_RIGHT:
+        end = tl.minimum(tl.maximum(tl.minimum(first_x + BLOCK_M, i) + offset + right, 0), j)
+        whole_end = tl.minimum(tl.maximum(first_x + 1 + offset + right, 0), j)
+    enter = begin // BLOCK_N
+    leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
+    inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)
+    outside = tl.minimum(tl.maximum(whole_end // BLOCK_N, inside), leave)
+    return enter, inside, outside, leave, end
+
+
+@triton.jit
+def is_allowed(x, first_y, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+               BLOCK_N: tl.constexpr):  # fmt: skip
+    """Which of the keys first_y … + BLOCK_N - 1, of j, the queries x [BLOCK_M] may see: [BLOCK_M, BLOCK_N].
+
+    The roles may be swapped as in `visible_blocks`.
+    """
+    column = opaque(tl.arange(0, BLOCK_N))[None, :]
+    end = tl.zeros(x.shape, tl.int32) + (j - first_y)
+    if HAS_RIGHT:
+        end = tl.minimum(end, x + (offset + right + 1 - first_y))
+    if HAS_LEFT:
+        begin = x + (offset - left - first_y)
+        return (column < end[:, None]) & (column >= begin[:, None])
+    else:
+        return column < end[:, None]
+
+
+@triton.jit
+def tanh_of(u):
+    """The tanh to float32's rounding: 1 - 2 / (1 + exp(2 u)), near 0, where that cancels, Cephes' polynomial.
+
+    The hardware's tanh.approx keeps 11 bits.
+    """
+    square = u * u
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = (near * square - 3.33332819422e-1) * square * u + u
+    return tl.where(tl.abs(u) < 0.625, near, 1.0 - 2.0 / (1.0 + tl.exp2(u * (2.0 * LOG2E))))
+
+
+@triton.jit
+def add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP: tl.constexpr):
+    """Scores in units of log2, and the derivative of the cap (1.0 without one). scale and cap_out hold log2(e)."""
+    if HAS_SOFTCAP:
+        tanh = tanh_of(qk * cap_in)
+        return tanh * cap_out + bias, 1.0 - tanh * tanh
+    else:
+        return qk * scale + bias, 1.0
+
+
+@triton.jit
+def mix(h):
+    """A bijection of 32 bits that spreads every bit over all (Wellons' lowbias32)."""
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, row):
+    """Two 32-bit keys of every row (int64) for `is_kept`."""
+    seed = tl.load(seed_ptr)
+    low = (row & 0xFFFFFFFF).to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    golden = tl.full([], 0x9E3779B9, tl.uint32)
+    key = mix(mix(low) + high + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32) * golden)
+    return key, mix(key ^ tl.full([], 0x6A09E667, tl.uint32))
+
+
+@triton.jit
+def is_kept(first_key, second_key, y, threshold):
+    """Whether dropout keeps a score: a function of the row's keys and of y, whatever the tiles."""
+    bits = mix((y.to(tl.uint32) ^ first_key) * tl.full([], 0x9E3779B1, tl.uint32) + second_key)
+    return bits >= threshold.to(tl.uint32)
+
+
+settle(globals())

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""The operators `dpb_triton::attention_forward` and `…_backward`: schemas, fake kernels, who implements which.
+
+`backends.py` says which operator each backend has. csrc/ has none of these, and float64 on a GPU is torch's.
+
+`key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
+Its gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where
+packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j, offset) each; the batch is 1 then, and
+`offset` is not looked at. `longest_query` and `longest_key` are the largest i and j. `left` and `right` bound the keys
+of a query, x + offset - left <= y <= x + offset + right; None does not. `seed`, one int64, says which scores dropout
+drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward computes probabilities from again: of each
+query the largest score, in units of log2, and the sum of exp2(score - largest). Where scores are large, their logarithm
+lse swallows that sum. `is_part` says that the keys are a part of those that `out`, `state` and `dlse` belong to, as in
+context parallelism: the gradients are then this part's terms of the whole's. Outputs lie in memory as (batch, length,
+heads, head_dim), which is what the projection behind an attention wants.
+"""
+
+import torch
+
+from .. import backends
+from . import torch_path
+
+_OPTIONS = (
+    "Tensor? seqlens, Tensor? seed, SymInt longest_query, SymInt longest_key, SymInt offset, bool signed, "
+    "SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
+)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor table, Tensor? key_bias"
+_FORWARD = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor state)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor state, {_OPTIONS}, bool is_part, bool needs_dq, "
+    "bool needs_dkv, bool needs_dtable, bool needs_dkey_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, "
+    "Tensor dkey_bias)"
+)
+BACKENDS = ("torch", "triton")
+
+
+def _triton_forward(query, *args):
+    from .kernels import forward as kernels
+
+    with torch.cuda.device_of(query):
+        return kernels.forward(query, *args)
+
+
+def _triton_backward(dout, *args):
+    from .kernels import backward as kernels
+
+    with torch.cuda.device_of(dout):
+        return kernels.backward(dout, *args)
+
+
+def _fake_forward(query, key, value, table, key_bias, *options):
+    accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[:3], dtype=accumulator)
+    return torch_path.like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
+
+
+def _fake_backward(dout, dlse, query, key, value, table, *args):
+    needs_dq, needs_dkv, needs_dtable, needs_dkey_bias = args[-4:]
+    return (
+        torch_path.like(query) if needs_dq else query.new_empty((0,)),
+        torch_path.like(key) if needs_dkv else key.new_empty((0,)),
+        torch_path.like(value) if needs_dkv else value.new_empty((0,)),
+        table.new_empty(table.shape) if needs_dtable else table.new_empty((0,)),
+        table.new_empty(key.shape[:3] if needs_dkey_bias else (0,)),
+    )
+
+
+def _on_cuda(by_torch, by_triton):
+    def implementation(tensor, *args):
+        # tensor cores multiply float64 only at the price of the whole kernel's shape; torch's products serve it
+        return (by_torch if tensor.dtype == torch.float64 else by_triton)(tensor, *args)
+
+    return implementation
+
+
+for _name, _schema, _fake, _by_torch, _by_triton in (
+    ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward),
+    ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward),
+):
+    backends.define(
+        _name, _schema, fake=_fake, by_torch=_by_torch, by_triton=_by_triton, served_by=BACKENDS,
+        on_cuda=_on_cuda(_by_torch, _by_triton),
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""The operator library: who can serve a call, why the others cannot, and the way from a call to an operator.
+
+    op            keys
+    name          CUDA: Triton, else csrc/'s kernels    CPU: csrc/'s, if built    otherwise: torch
+    name_torch    every device: torch                                             backend="torch"
+    name_triton   every device: Triton (on the CPU its interpreter)               backend="triton"
+    name_cuda     CUDA: csrc/'s kernels                                           backend="cuda"
+
+Each slice defines its operators with `define`, and their derivatives with `define_autograd`. All are opaque to
+torch.compile: one node for all lengths, nothing of the body traced. Only torch is imported here, Triton on first use.
+"""
+
+import functools
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from .checks import constant_under_compile
+
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+# A backend's operators; "" is the dispatcher's choice, which on the CPU is "cpp" whenever that is available.
+SUFFIXES = {"torch": "_torch", "triton": "_triton", "cuda": "_cuda", "cpp": ""}
+
+LIBRARY = torch.library.Library("dpb_triton", "DEF")
+OPERATORS = {}
+# {(operator, device type): the function in Python that the dispatcher would come to}
+DIRECT = {}
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = _TENSORS | {int, float, bool, torch.dtype, type(None)}
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether the kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1 when they were first imported)."""
+    from .launching.launch import IS_INTERPRETED
+
+    return IS_INTERPRETED
+
+
+def reason_left() -> str:
+    """What `setup.py` left beside the package for what it did not build, behind a colon; or nothing."""
+    path = Path(__file__).with_name("_C.txt")
+    return f": {path.read_text().strip()}" if path.exists() else ""
+
+
+def load_csrc() -> str | None:
+    """Load the compiled half (csrc/). None, or why it is not there: the reason that `setup.py` left, if it did."""
+    try:
+        importlib.import_module("dpb_triton._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and reason_left():
+            return "the compiled extension was not built" + reason_left()
+        return f"the compiled extension is not loaded: {error}"
+    return None
+
+
+# The compiled kernels claim the CPU key of `expand` and `reduce` and the CUDA key of `…_cuda` when they are loaded.
+CSRC_ERROR = load_csrc()
+
+
+@functools.cache
+def why_no_csrc(backend: str) -> str | None:
+    """None if the compiled half holds `backend` ("cpp" or "cuda"), else the reason."""
+    key = {"cpp": "CPU", "cuda": "CUDA"}[backend]
+    if CSRC_ERROR or torch._C._dispatch_has_kernel_for_dispatch_key(f"dpb_triton::expand{SUFFIXES[backend]}", key):
+        return CSRC_ERROR
+    return f"the compiled extension was built without {key} kernels{reason_left()}"
+
+
+@constant_under_compile
+def why_not(backend: str, device_type: str) -> str | None:
+    """None if `backend` can serve tensors on `device_type`, else the reason, for people."""
+    if backend == "torch":
+        return None
+    if backend in ("cpp", "cuda"):
+        needed = {"cpp": "cpu", "cuda": "cuda"}[backend]
+        if device_type != needed:
+            return f"serves {needed} tensors only"
+        return why_no_csrc(backend)
+    if not has_triton():
+        return "Triton is not installed (pip install 'dpb_triton[triton]')"
+    if device_type != "cuda" and not is_interpreting():
+        return "serves cuda tensors only, unless TRITON_INTERPRET=1 is set before the first use"
+    return None
+
+
+def check_backend(backend: str | None, device_type: str, served_by: tuple[str, ...] = BACKENDS) -> str:
+    """The suffix of `backend`'s operators; "" for None, which leaves the choice to the dispatcher.
+
+    served_by: the backends that have the operator.
+    """
+    if backend is None:
+        return ""
+    if backend not in served_by:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, served_by))}, got {backend!r}")
+    if why_not(backend, device_type) is not None:
+        reasons = "; ".join(f"{name!r} {why_not(name, device_type) or 'is available'}" for name in served_by)
+        raise ValueError(f"backend={backend!r} is not available for {device_type} tensors: {reasons}")
+    return SUFFIXES[backend]
+
+
+def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cuda=None):
+    """Define the operator `name`, once as the dispatcher chooses and once for each backend that has another.
+
+    fake: the fake kernel. by_torch, by_triton: the functions. on_cuda: instead of by_triton for tensors of a GPU where
+    nobody asks for a backend.
+    """
+    for suffix in dict.fromkeys(("", *(SUFFIXES[backend] for backend in served_by))):
+        LIBRARY.define(name + suffix + schema)
+        torch.library.register_fake(f"dpb_triton::{name}{suffix}", fake, lib=LIBRARY)
+        OPERATORS[name + suffix] = getattr(torch.ops.dpb_triton, name + suffix).default
+    LIBRARY.impl(name, by_torch, "CompositeExplicitAutograd")
+    LIBRARY.impl(name + "_torch", by_torch, "CompositeExplicitAutograd")
+    LIBRARY.impl(name + "_triton", by_triton, "CompositeExplicitAutograd")
+    for device_type in ("cpu", "cuda"):
+        DIRECT[name + "_triton", device_type] = by_triton
+    if has_triton():
+        DIRECT[name, "cuda"] = on_cuda or by_triton
+        LIBRARY.impl(name, DIRECT[name, "cuda"], "CUDA")
+    elif "cuda" in served_by and why_no_csrc("cuda") is None:
+        LIBRARY.impl(name, OPERATORS[name + "_cuda"], "CUDA")
+
+
+def define_autograd(name, differentiable):
+    """Have the operators of `name` differentiated by differentiable(suffix, *args), also where a graph calls them.
+
+    Which torch.export's do, and a user's. torch's default would be a gradient that is silently missing.
+    """
+    for suffix in dict.fromkeys(("", *SUFFIXES.values())):
+        if name + suffix in OPERATORS:
+            kernel = _autograd_kernel(differentiable, OPERATORS[name + suffix], suffix)
+            LIBRARY.impl(name + suffix, kernel, "Autograd", with_keyset=True)
+
+
+def _autograd_kernel(differentiable, operator, suffix):
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            return differentiable(suffix, *args)
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+def call(name: str, suffix: str, *args):
+    """An operator of a backend, below autograd, which the caller has seen to.
+
+    Not through autograd's key, whose kernel is in Python: that detour costs as much as a small operator. And where
+    nobody but us would see the operator, not through the dispatcher either, which takes 7 to 15 microseconds to turn 15
+    to 30 arguments into its own values and back.
+    """
+    if torch.compiler.is_compiling():
+        return OPERATORS[name + suffix](*args)
+    function = DIRECT.get((name + suffix, args[0].device.type))
+    with torch._C._AutoDispatchBelowAutograd():
+        if function is None or _is_seen(args):
+            function = OPERATORS[name + suffix]
+        return function(*args)
+
+
+def _is_seen(args):
+    """Whether a mode, a transform, a trace, a profiler or a tensor's class wants to know of operators.
+
+    Or a tensor's memory holds its negative, as that of `z.conj().imag` does: the dispatcher negates it.
+    """
+    if (
+        not _PLAIN.issuperset(map(type, args))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    for arg in args:  # noqa: SIM110 (`any` takes three times as long)
+        if type(arg) in _TENSORS and arg.is_neg():
+            return True
+    return False

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""The operators `dpb_triton::expand` and `dpb_triton::reduce`: schemas, fake kernels, who implements which.
+
+`backends.py` says which operator each backend has; csrc/ implements `expand`, `reduce` on the CPU and `…_cuda`. Their
+derivatives are in `autograd.py`.
+"""
+
+import torch
+
+from .. import backends
+from . import torch_path
+
+
+def _triton_expand(table, i, j, offset, signed, dtype):
+    from . import triton_kernels as kernels
+
+    with torch.cuda.device_of(table):
+        return kernels.expand(table, i, j, offset, signed, dtype)
+
+
+def _triton_reduce(dbias, n, offset, signed, dtype):
+    from . import triton_kernels as kernels
+
+    with torch.cuda.device_of(dbias):
+        return kernels.reduce(dbias, n, offset, signed, dtype)
+
+
+def _fake_expand(table, i, j, offset, signed, dtype):
+    return table.new_empty((table.shape[0], i, j), dtype=dtype)
+
+
+def _fake_reduce(dbias, n, offset, signed, dtype):
+    # 2 n - 1 columns, none for n = 0; a symbolic n is never 0 (torch specialises 0 and 1)
+    width = 2 * n - 1 if signed and not (isinstance(n, int) and n == 0) else n
+    return dbias.new_empty((dbias.shape[0], width), dtype=dtype)
+
+
+backends.define(
+    "expand", "(Tensor table, SymInt i, SymInt j, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
+    fake=_fake_expand, by_torch=torch_path.expand, by_triton=_triton_expand,
+)  # fmt: skip
+backends.define(
+    "reduce", "(Tensor dbias, SymInt n, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
+    fake=_fake_reduce, by_torch=torch_path.reduce, by_triton=_triton_reduce,
+)  # fmt: skip

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""The Triton attention kernels with small tiles: small grids then have edges, whole tiles, several bands and chunks."""
+
+from functools import partial
+
+import pytest
+import torch
+from attention_oracle import Case, check
+
+from dpb_triton import bias_attention
+from dpb_triton.backends import why_not
+
+blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks", reason="Triton is not installed")
+replay = pytest.importorskip("dpb_triton.launching.replay")
+
+TILES = [
+    {"forward": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dtable": (16, 16, 4, 1)},
+    {"forward": (32, 16, 4, 1), "dkdv": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dtable": (16, 32, 4, 1)},
+    {"forward": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dtable": (32, 64, 4, 1)},
+]
+CASES = {
+    "plain": Case(i=65, j=85),
+    "causal": Case(i=70, j=70, options={"is_causal": True}),
+    "window": Case(i=50, j=81, options={"window": (21, 18), "signed": True}),
+    "left": Case(i=50, j=81, options={"window": (40, None)}),
+    "right, before the keys": Case(i=80, j=50, options={"window": (None, 20), "offset": -40}),
+    "bf16, grouped, batch": Case(batch=2, heads=2, kv_heads=1, i=40, j=40, dtype=torch.bfloat16, layout="transposed"),
+    "huge": Case(i=40, j=57, table="huge", options={"softcap": 2.0}),
+    "masked": Case(i=40, j=57, table="masked", options={"is_causal": True, "offset": 9}),
+    # float32 rows beyond 64 columns, which are multiplied in chunks of 64: the last one full, short, one element
+    "wide": Case(i=40, j=57, head_dim=128, value_dim=65, options={"is_causal": True}),
+    "wide values": Case(heads=4, kv_heads=2, i=33, j=33, head_dim=40, value_dim=100, options={"window": (9, 9)}),
+    "wide keys": Case(i=33, j=50, head_dim=136, value_dim=24, layout="sliced"),
+}
+# By tensor descriptors: dense batches of 2-byte types; the others of these fall back to pointers
+DESCRIBED = {
+    "causal": Case(batch=2, i=70, j=70, head_dim=40, dtype=torch.bfloat16, options={"is_causal": True}),
+    "window, grouped": Case(
+        heads=4, kv_heads=2, i=50, j=81, head_dim=16, value_dim=72, dtype=torch.float16, layout="transposed",
+        options={"window": (21, 18)},
+    ),
+    "dropout": Case(i=40, j=57, head_dim=64, dtype=torch.bfloat16, layout="transposed", options={"dropout_p": 0.3}),
+    "float32": Case(i=40, j=57, head_dim=128),
+    "odd": Case(i=40, j=57, head_dim=33, dtype=torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.fixture(params=TILES, ids=["16", "tall", "wide"])
+def small_tiles(request, set_tiles):
+    set_tiles(request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_tiles(name, small_tiles, device):
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    check(partial(bias_attention, backend="triton"), CASES[name], device)
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_rows_by_descriptors(name, monkeypatch, device):
+    """The same results, and descriptors where the case allows them."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
+    modules = [
+        pytest.importorskip(f"dpb_triton.kernels.attention_{name}") for name in ("forward", "backward", "dtable")
+    ]
+    made = []
+
+    def describe(*arguments):
+        made.append(launch.describe(*arguments))
+        return made[-1]
+
+    for module in modules:
+        monkeypatch.setattr(module, "describe", describe)
+    for constants in (blocks.BLOCKS, blocks.FLOAT32):
+        for generation in constants:
+            tiles = {kernel: ((*tile, True),) * 3 for kernel, tile in TILES[1].items()}
+            monkeypatch.setitem(constants, generation, tiles)
+    check(partial(bias_attention, backend="triton"), DESCRIBED[name], device)
+    assert len(made) >= 4  # forward, dq, and two of dtable
+    assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
+
+
+def test_constants_fit_the_kernels():
+    """dtable's skew wants BLOCK_M <= BLOCK_N; the padding of the bias table, both within 256, that of the rows 128."""
+    for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
+        for kernel, widths in kernels.items():
+            for block_m, block_n, *_ in widths:
+                assert block_m + block_n <= 256
+                assert block_m <= 128
+                assert kernel != "dtable" or block_m <= block_n

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: MIT
+"""NaN and Inf: a pair that is masked says nothing, whatever its numbers are; a pair that is seen passes them on.
+
+Against the loops of the definition, which never read a masked pair. Forward, lse and all gradients.
+"""
+
+import itertools
+from functools import partial
+
+import attention_oracle
+import pytest
+import torch
+from attention_oracle import Case
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from dpb_triton import bias_attention, bias_attention_varlen
+from dpb_triton.attention import torch_grid as attention_cpu_grid
+from dpb_triton.attention import torch_products as attention_cpu_products
+from dpb_triton.backends import why_not
+
+BACKENDS = ("torch", "triton")
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def attend(attention_backend, device, request):
+    if attention_backend == "triton" and device == "cpu":
+        request.getfixturevalue("small_tiles")
+    return attention_of(attention_backend, device)
+
+
+@pytest.fixture
+def small_tiles(set_tiles):
+    """Tiles that some pairs of which are masked are then computed pair by pair in less of the interpreter's time."""
+    set_tiles(dict.fromkeys(("forward", "dkdv", "dq", "dtable"), (16, 16, 4, 1)))
+
+
+def attention_of(backend, device):
+    if why_not(backend, device):
+        pytest.skip(f"backend {backend}: {why_not(backend, device)}")
+    return partial(bias_attention, backend=backend)
+
+
+def mask(*rows):
+    """One string a batch element: . is seen, # is not."""
+    return torch.tensor([[letter == "#" for letter in row] for row in rows])
+
+
+def set_numbers(tensors, numbers):
+    """Write numbers into query, key, …: (name, index, number) each. Layouts stay as they are."""
+    for name, index, number in numbers:
+        tensors[name][index] = number
+
+
+def assert_same(actual, exact, tolerance, only_nan=True):
+    """Near where the definition is finite, and not finite where it is not; NaN there where nothing else can be."""
+    for name, (expected, _) in exact.items():
+        ours, theirs = actual[name].double().cpu(), expected
+        if name == "lse":
+            assert torch.equal(ours.isneginf(), theirs.isneginf()), "lse: other rows see nothing"
+            ours, theirs = (x.masked_fill(expected.isneginf(), 0) for x in (ours, theirs))
+        wrong = ours.isfinite() != theirs.isfinite()
+        assert not wrong.any(), f"{name}: {wrong.nonzero()[:5].tolist()} {ours[wrong][:5]} for {theirs[wrong][:5]}"
+        if only_nan:
+            assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: Inf"
+        finite = theirs.isfinite()
+        torch.testing.assert_close(
+            ours[finite], theirs[finite], atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def check(function, case, numbers, device, keep=None):
+    tensors = dict(zip(("query", "key", "value", "table", "dout", "dlse"), case.draw(device), strict=True))
+    options = case.options | ({"enable_gqa": True} if case.kv_heads not in (None, case.heads) else {})
+    if options.get("key_padding_mask") is not None:
+        options["key_padding_mask"] = tensors["mask"] = options["key_padding_mask"].to(device, copy=True)
+    set_numbers(tensors, numbers)
+    tensors.pop("mask", None)
+    exact = attention_oracle.attention(*tensors.values(), options=options, keep=keep)
+    with attention_oracle.poison():
+        actual = attention_oracle.run(function, *tensors.values(), **options)
+    tolerance = 1e-4 if case.dtype == torch.float32 else 6e-2
+    assert_same(actual, exact, tolerance, only_nan=all(number != number for *_, number in numbers))
+
+
+# Each has masked pairs, seen ones, and, but for two, keys and queries that meet both.
+HOLES = mask("#..#....#.........##", "...##..........#....")
+ENDS = mask("." * 9 + "#" * 11, "#" * 9 + "." * 11)
+CASES = {
+    "dense": Case(i=13, j=20),
+    "causal": Case(i=20, j=20, options={"is_causal": True}),
+    "beyond the last seen key": Case(i=3, j=20, options={"is_causal": True, "offset": 11}),
+    "window": Case(i=13, j=20, options={"window": (4, 2)}),
+    "left": Case(i=13, j=20, options={"window": (4, None), "signed": True}),
+    "rows that see nothing": Case(i=20, j=20, options={"is_causal": True, "offset": -7}),
+    "mask": Case(batch=2, i=13, j=20, options={"key_padding_mask": HOLES}),
+    "mask and causality": Case(batch=2, i=20, j=20, options={"key_padding_mask": HOLES, "is_causal": True}),
+    "mask at the ends": Case(batch=2, i=13, j=20, options={"key_padding_mask": ENDS}),
+    "all of one hidden": Case(batch=2, i=13, j=20, options={"key_padding_mask": mask("#" * 20, "." * 20)}),
+    "float mask": Case(batch=2, i=13, j=20, options={"key_padding_mask": torch.linspace(-2, 2, 40).view(2, 20)}),
+    "float mask with -inf": Case(
+        batch=2, i=13, j=20, options={"key_padding_mask": torch.zeros(2, 20).masked_fill(HOLES, -INF), "window": (6, 1)}
+    ),
+    "grouped heads": Case(heads=4, kv_heads=2, i=20, j=20, options={"is_causal": True}),
+    "grouped heads and mask": Case(batch=2, heads=4, kv_heads=2, i=13, j=20, options={"key_padding_mask": HOLES}),
+    "softcap": Case(batch=2, i=20, j=20, options={"is_causal": True, "softcap": 2.0, "key_padding_mask": HOLES}),
+    "value_dim": Case(i=20, j=20, head_dim=8, value_dim=3, options={"is_causal": True}),
+    "bfloat16": Case(i=20, j=20, dtype=torch.bfloat16, options={"is_causal": True}),
+    "table of -inf": Case(i=20, j=20, table="masked", options={"is_causal": True}),
+}  # fmt: skip
+# Of these the interpreter takes a second each. Not there: rows that are dead because all their scores are -inf, whose
+# dout and query the kernels do not leave out.
+ON_TRITON = (
+    "causal", "window", "rows that see nothing", "mask and causality", "float mask with -inf", "grouped heads and mask",
+    "softcap", "value_dim", "bfloat16",
+)  # fmt: skip
+
+
+def on_backends(first=None):
+    """Cases of CASES on each backend; on Triton the `first` of ON_TRITON."""
+    pairs = [(name, "torch") for name in CASES] + [(name, "triton") for name in ON_TRITON[:first]]
+    return pytest.mark.parametrize(
+        ("case", "attention_backend"), [(CASES[name], backend) for name, backend in pairs], ids=map("-".join, pairs)
+    )
+
+
+PLACES = {  # of each tensor: in the middle, at an end
+    "query": [(0, 1, 7, 3), (-1, 0, 0, 0)],
+    "key": [(0, 1, 8, 3), (-1, 0, 0, 0)],
+    "value": [(0, 1, 8, 2), (-1, 0, -1, 0)],
+    "table": [(1, 3), (0, 0)],
+    "dout": [(0, 1, 7, 2), (-1, 0, 0, 0)],
+    "dlse": [(0, 1, 7), (-1, 0, 0)],
+    "mask": [(0, 4), (-1, 0)],
+}
+
+
+def places(case, name):
+    """Those that there are."""
+    if name == "mask":
+        keys = case.options.get("key_padding_mask")
+        return PLACES[name] if keys is not None and keys.is_floating_point() else []
+    last = case.i - 1
+    return [
+        (*index[:2], min(index[2], last), *index[3:]) if name in ("query", "dout", "dlse") else index
+        for index in PLACES[name]
+    ]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@on_backends()
+def test_one_nan(case, name, attention_backend, attend, device):
+    numbers = [(name, index, NAN) for index in places(case, name)]
+    # the interpreter is slow: all in one call
+    for part in [[number] for number in numbers] if attention_backend == "torch" else [numbers]:
+        check(attend, case, part, device)
+
+
+@on_backends()
+def test_whole_keys_hold_nothing_else(case, attention_backend, attend, device):
+    """Rows of key and value, of every head, masked for some queries or for all."""
+    for number in (NAN, INF, -INF)[: 3 if attention_backend == "torch" else 1]:
+        rows = [(name, (slice(None), slice(None), y), number) for name in ("key", "value") for y in (0, 3, 8, 19)]
+        check(attend, case, rows, device)
+
+
+@pytest.mark.parametrize("names", [("query",), ("key",), ("value", "dout")], ids="-".join)
+@on_backends(4)
+def test_one_inf(case, names, attend, device):
+    check(attend, case, [(name, places(case, name)[0], INF) for name in names], device)
+
+
+@on_backends()
+def test_everything_is_nan(case, attend, device):
+    """A model that diverged."""
+    check(attend, case, [(name, ..., NAN) for name in ("query", "key", "value", "dout")], device)
+
+
+def test_infinite_values_give_infinity_not_nan(device):
+    """As a product does: +Inf, -Inf, NaN where both meet; of rows that see them."""
+    attend = attention_of("torch", device)
+    query, key, value, table, *_ = Case(i=6, j=6).draw(device)
+    value[0, 0, 2, 0], value[0, 0, 4, 0], value[0, 0, 3, 1] = INF, -INF, -INF
+    out = attend(query, key, value, table, is_causal=True)[0, 0]
+    assert out[:, 0].tolist()[2:4] == [INF, INF] and out[4:, 0].isnan().all() and out[:2].isfinite().all()
+    assert (out[3:, 1] == -INF).all() and out[:3, 1].isfinite().all() and out[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("attention_backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "dout"])
+def test_dropout(name, options, attend, device):
+    case = Case(batch=2, i=20, j=20, options=options | {"dropout_p": 0.4, "key_padding_mask": HOLES})
+    torch.manual_seed(11)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device).item()
+    keep = attention_oracle.dropout_keep(seed, 2, 2, 20, 20, 0.4)
+    torch.manual_seed(11)
+    check(attend, case, [(name, (0, 1, 8, 2), NAN), (name, (1, 0, 3, 1), NAN)], device, keep=keep)
+
+
+@pytest.mark.parametrize("attention_backend", BACKENDS)
+@pytest.mark.parametrize("tensor", ["query", "key", "value", "dout"])
+def test_packed_sequences(tensor, attention_backend, device):
+    """NaN in a sequence is in that one alone, and there as in a call of its own."""
+    attention_of(attention_backend, device)
+    lengths, offsets = [(5, 9), (7, 7), (0, 3), (6, 4)], (4, 0, 1, -2)
+    starts = [(sum(i for i, _ in lengths[:n]), sum(j for _, j in lengths[:n])) for n in range(5)]
+    case = Case(heads=4, kv_heads=2, i=18, j=23, options={"is_causal": True, "enable_gqa": True})
+    tensors = dict(zip(("query", "key", "value", "table", "dout", "dlse"), case.draw(device), strict=True))
+    tensors[tensor][0, 1, 8] = NAN
+    cu = [torch.tensor(column, dtype=torch.int32, device=device) for column in zip(*starts, strict=True)]
+
+    def packed(query, key, value, table, return_lse, **options):
+        out, lse = bias_attention_varlen(
+            *(x[0].transpose(0, 1) for x in (query, key, value)), table, *cu, return_lse=return_lse,
+            offsets=torch.tensor(offsets, dtype=torch.int32, device=device), backend=attention_backend, **options,
+        )  # fmt: skip
+        return out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
+
+    actual = attention_oracle.run(packed, *tensors.values(), **case.options)
+    rows, keys = ("query", "dout", "dlse"), ("key", "value")
+    total = torch.zeros(tensors["table"].shape, dtype=torch.float64)
+    for (i, j), (x, y), offset in zip(lengths, starts[:-1], offsets, strict=True):
+        part = {name: t[:, :, x : x + i] if name in rows else t for name, t in tensors.items()}
+        part = {name: t[:, :, y : y + j] if name in keys else t for name, t in part.items()}
+        exact = attention_oracle.attention(*part.values(), options=case.options | {"offset": offset})
+        total += exact.pop("dtable")[0]
+        ours = {
+            name: actual[name][:, :, y : y + j] if name in ("dk", "dv") else actual[name][:, :, x : x + i]
+            for name in exact
+        }
+        assert_same(ours, exact, 1e-4)
+    assert_same(actual, {"dtable": (total, None)}, 1e-4)
+
+
+@pytest.mark.parametrize("tile", [1, 600])
+@pytest.mark.parametrize("name", ["mask and causality", "grouped heads", "softcap", "rows that see nothing"])
+def test_cut_into_tiles(name, tile, monkeypatch, device):
+    """In plain torch: several blocks of heads and rows, a number in one of them."""
+    monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
+    monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
+    for tensor in ("query", "value"):
+        check(attention_of("torch", device), CASES[name], [(tensor, (0, 1, 8, 2), NAN)], device)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_where_the_numbers_would_have_to_be_waited_for(case, monkeypatch, device):
+    """In plain torch on other devices nobody asks whether there is a NaN."""
+    monkeypatch.setattr(attention_cpu_products, "is_at_hand", lambda tensor: False)
+    monkeypatch.setattr(attention_cpu_products, "has_nan", None)
+    for name, number in (("query", NAN), ("key", INF), ("value", NAN), ("value", INF), ("dout", NAN), ("mask", NAN)):
+        check(attention_of("torch", device), case, [(name, at, number) for at in places(case, name)], device)
+
+
+@pytest.mark.parametrize("length", [300, 1500])
+def test_long_rows_of_every_kernel(length):
+    """Torch's own kernels on the CPU pass a NaN on, wherever it is in their vectors and blocks."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, length, 8)
+    table = torch.randn(1, length)
+    clean = bias_attention(query, key, value, table, is_causal=True, backend="torch")
+    for y in (0, 15, 16, 255, length - 1):
+        for tensors in (
+            (query, poisoned(key, y), value),
+            (query, key, poisoned(value, y)),
+            (poisoned(query, y), key, value),
+        ):
+            out = bias_attention(*tensors, table, is_causal=True, backend="torch")[0, 0]
+            rows = torch.arange(length) >= y if tensors[0] is query else torch.arange(length) == y
+            assert torch.equal(out.isnan().any(1), rows)
+            torch.testing.assert_close(out[~rows], clean[0, 0, ~rows], atol=1e-5, rtol=1e-5)
+
+
+def poisoned(tensor, y):
+    tensor = tensor.clone()
+    tensor[0, 0, y, 5] = NAN
+    return tensor
+
+
+# Anything
+
+SIDES = st.none() | st.integers(0, 12) | st.sampled_from([2**31 - 1, 2**31, 2**62, 2**63 - 1])
+FAR = st.sampled_from([2**31 - 1, -(2**31), 2**32 + 5, 2**60, -(2**60)])
+
+
+@st.composite
+def calls(draw, kinds=(NAN, INF, -INF), tables=("normal", "masked")):
+    """(case, numbers): odd layouts, extreme integers, NaN and Inf anywhere, where masks hide them or not."""
+    i, j = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    heads, kv_heads = draw(st.sampled_from([(1, None), (2, None), (4, 2), (3, 1)]))
+    options = {name: True for name in ("is_causal", "signed") if draw(st.booleans())}
+    options["window"] = (draw(SIDES), draw(SIDES))
+    options["offset"] = draw(st.integers(-12, 20))
+    if draw(st.booleans()):
+        options["softcap"] = 1.5
+    kind = draw(st.sampled_from(["none", "bool", "float"]))
+    if kind != "none":
+        keys = torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=j, max_size=j), min_size=2, max_size=2)))
+        floats = torch.linspace(-2, 2, 2 * j).view(2, j).masked_fill(keys, -INF)
+        options["key_padding_mask"] = keys if kind == "bool" else floats
+    case = Case(
+        batch=2, heads=heads, kv_heads=kv_heads, i=i, j=j, head_dim=draw(st.integers(1, 9)),
+        value_dim=draw(st.none() | st.integers(1, 9)), layout=draw(st.sampled_from(attention_oracle.LAYOUTS)),
+        table=draw(st.sampled_from(tables)), options=options,
+    )  # fmt: skip
+    numbers = []
+    for name in draw(st.lists(st.sampled_from(("query", "key", "value", "table", "dout", "dlse")), max_size=3)):
+        index = tuple(draw(st.integers(0, 15)) for _ in range({"table": 2, "dlse": 3}.get(name, 4)))
+        numbers.append((name, index, draw(st.sampled_from(kinds))))
+    return case, numbers, draw(st.none() | FAR)
+
+
+def check_call(call, backend, device):
+    case, numbers, far = call
+    attend = attention_of(backend, device)
+    shapes = {
+        name: x.shape for name, x in zip(("query", "key", "value", "table", "dout", "dlse"), case.draw(), strict=True)
+    }
+    numbers = [
+        (name, tuple(k % size for k, size in zip(index, shapes[name], strict=True)), number)
+        for name, index, number in numbers
+    ]
+    check(attend, case, numbers, device)
+    left, right = case.options["window"]
+    right = 0 if case.options.get("is_causal") else right
+    side = None if far is None else left if far > 0 else right
+    if side is None or side > 12:
+        return
+    # so far away that nothing is seen
+    *tensors, dout, dlse = case.draw(device)
+    options = case.options | {"offset": far, "enable_gqa": True}
+    results = attention_oracle.run(attend, *tensors, dout, dlse, **options)
+    assert (results.pop("lse") == -INF).all()
+    assert all((tensor == 0).all() for tensor in results.values())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(call=calls())
+def test_random_calls_torch(call, device):
+    check_call(call, "torch", device)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(call=calls((NAN,), ("normal",)))
+def test_random_calls_triton(call, device):
+    check_call(call, "triton", device)
+
+
+@st.composite
+def packed_calls(draw):
+    """(lengths, options, numbers): sequences side by side, NaN and Inf anywhere."""
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(-9, 9)), min_size=1, max_size=4)
+    )
+    options = {"is_causal": draw(st.booleans()), "window": (draw(SIDES), draw(SIDES))}
+    places = st.tuples(
+        st.sampled_from(("query", "key", "value")), st.integers(0, 40), st.sampled_from([NAN, INF, -INF])
+    )
+    return lengths, options, draw(st.lists(places, max_size=3))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(call=packed_calls())
+def test_random_packed_sequences(call, device):
+    """Each is what it is alone, whatever its neighbours hold, forward and backward."""
+    lengths, options, numbers = call
+    total = [sum(length[side] for length in lengths) for side in (0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(rows, 2, 4, generator=generator)
+        for name, rows in (("query", total[0]), ("key", total[1]), ("value", total[1]))
+    }
+    for name, row, number in numbers:
+        if len(tensors[name]):
+            tensors[name][row % len(tensors[name]), 1, 2] = number
+    query, key, value = (x.to(device).requires_grad_() for x in tensors.values())
+    table = torch.randn(2, 19, generator=generator).to(device)
+    cu = [
+        torch.tensor([0, *itertools.accumulate(length[side] for length in lengths)], dtype=torch.int32, device=device)
+        for side in (0, 1)
+    ]
+    offsets = torch.tensor([length[2] for length in lengths], dtype=torch.int32, device=device)
+    out, lse = bias_attention_varlen(query, key, value, table, *cu, offsets=offsets, return_lse=True, **options)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    for n, (i, j, offset) in enumerate(lengths):
+        x, y = slice(cu[0][n], cu[0][n] + i), slice(cu[1][n], cu[1][n] + j)
+        parts = [t[rows].detach().requires_grad_() for t, rows in ((query, x), (key, y), (value, y))]
+        alone, its_lse = bias_attention(
+            *(part.transpose(0, 1)[None] for part in parts), table, offset=offset, return_lse=True, **options
+        )
+        expected = torch.autograd.grad(alone.sum(), parts)
+        close = partial(torch.testing.assert_close, equal_nan=True, atol=1e-5, rtol=1e-4)
+        close(out[x], alone[0].transpose(0, 1))
+        close(lse[x], its_lse[0].transpose(0, 1))
+        for grad, part, rows in zip(grads, expected, (x, y, y), strict=True):
+            close(grad[rows], part)

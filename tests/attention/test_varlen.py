@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Packed sequences are each sequence alone, whatever lies beside it: values, lse, gradients."""
+
+from functools import partial
+
+import attention_oracle
+import pytest
+import torch
+from attention_oracle import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpb_triton import bias_attention_varlen, reference
+from dpb_triton.backends import why_not
+
+
+def cumulative(lengths, device):
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def draw(case, q_lengths, k_lengths, offsets, device):
+    """query (total_q, heads, head_dim), key, value, table, dout, dlse (total_q, heads)."""
+    reach = [max(i + o, j - o, 1) for i, j, o in zip(q_lengths, k_lengths, offsets, strict=True) if i and j]
+    n = max(reach, default=1)
+    sizes = {"batch": 1, "i": sum(q_lengths), "j": sum(k_lengths)}
+    options = case.options | {"offset": 0}  # the table is redrawn below
+    query, key, value, _, dout, dlse = Case(**vars(case) | sizes | {"options": options}).draw(device)
+    *_, table, _, _ = Case(**vars(case) | {"i": n, "j": n}).draw(device)
+    query, key, value, dout = (tensor[0].transpose(0, 1) for tensor in (query, key, value, dout))
+    return query, key, value, table, dout, dlse[0].transpose(0, 1)
+
+
+def alone(query, key, value, table, q_lengths, k_lengths, offsets, **options):
+    """Each sequence by the definition in plain torch, in float32 or more."""
+    outs, lses = [], []
+    sequences = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), offsets, strict=True)
+    for q, k, v, offset in sequences:
+        accumulator = torch.promote_types(query.dtype, torch.float32)
+        q, k, v = (tensor.to(accumulator).transpose(0, 1)[None] for tensor in (q, k, v))
+        out, lse = reference.attention(q, k, v, table, offset=offset, return_lse=True, **options)
+        outs.append(out[0].transpose(0, 1).to(query.dtype))
+        lses.append(lse[0].transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def assert_packed_is_alone(case, q_lengths, k_lengths, backend, device, offsets=None, **more):
+    q_lengths, k_lengths = list(q_lengths), list(k_lengths)
+    places = [j - i for i, j in zip(q_lengths, k_lengths, strict=True)] if offsets is None else list(offsets)
+    query, key, value, table, dout, dlse = draw(case, q_lengths, k_lengths, places, device)
+    options = case.options | {"enable_gqa": case.kv_heads is not None}
+    if offsets is not None:
+        more["offsets"] = torch.tensor(offsets, dtype=torch.int32, device=device)
+
+    def packed(*tensors, return_lse):
+        cu = cumulative(q_lengths, device), cumulative(k_lengths, device)
+        return bias_attention_varlen(*tensors, *cu, return_lse=return_lse, backend=backend, **options, **more)
+
+    def single(*tensors, return_lse):
+        return alone(*tensors, q_lengths, k_lengths, places, **options)
+
+    with attention_oracle.poison():
+        ours = attention_oracle.run(packed, query, key, value, table, dout, dlse)
+    theirs = attention_oracle.run(single, query, key, value, table, dout, dlse)
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[case.dtype]
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape and tensor.dtype == theirs[name].dtype
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=tolerance, rtol=tolerance, msg=lambda message, name=name: f"{name}: {message}"
+        )
+
+
+OPTIONS = {
+    "plain": Case(),
+    "causal": Case(options={"is_causal": True}),
+    "signed": Case(options={"signed": True}),
+    "softcap and scale": Case(options={"softcap": 1.5, "scale": 0.7}),
+    "window": Case(options={"window": (5, 2)}),
+    "grouped heads": Case(heads=4, kv_heads=2),
+    "sizes": Case(head_dim=24, value_dim=40),
+    "bf16": Case(dtype=torch.bfloat16, options={"is_causal": True}),
+    "masked": Case(table="masked"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
+def test_options(case, attention_backend, device):
+    assert_packed_is_alone(case, (5, 1, 19), (5, 9, 23), attention_backend, device)
+
+
+LENGTHS = {
+    "one": ((7,), (9,)),
+    "empty ones": ((0, 5, 0, 0, 3, 0), (0, 5, 2, 0, 4, 7)),
+    "all empty": ((0, 0), (0, 0)),
+    "blocks": ((64, 65, 1), (64, 130, 65)),
+    "no query": ((0, 0), (5, 8)),
+}
+
+
+@pytest.mark.parametrize(("q_lengths", "k_lengths"), LENGTHS.values(), ids=LENGTHS)
+def test_lengths(q_lengths, k_lengths, attention_backend, device):
+    assert_packed_is_alone(Case(), q_lengths, k_lengths, attention_backend, device)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (4, 4), "signed": True}], ids=str)
+def test_offsets(options, attention_backend, device):
+    """Each sequence its own: before, within and beyond its keys; more queries than keys, no key at all."""
+    lengths = (6, 5, 9, 4, 3), (4, 11, 9, 7, 0)
+    assert_packed_is_alone(Case(options=options), *lengths, attention_backend, device, offsets=(-9, 2, 0, 30, 4))
+
+
+def test_no_sequence(attention_backend, device):
+    tensors = draw(Case(), (), (), (), device)
+    cu = cumulative((), device)
+
+    def function(query, key, value, table, return_lse):
+        return bias_attention_varlen(query, key, value, table, cu, cu, return_lse=return_lse, backend=attention_backend)
+
+    results = attention_oracle.run(function, *tensors)
+    assert results["out"].shape == (0, 2, 16) and results["lse"].shape == (0, 2)
+    assert (results["dtable"] == 0).all()
+
+
+def test_longest_lengths_may_be_more(attention_backend, device):
+    assert_packed_is_alone(Case(), (5, 3), (6, 9), attention_backend, device, max_seqlen_q=8, max_seqlen_k=70)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "dim first"])
+def test_layouts(layout, attention_backend, device):
+    assert_packed_is_alone(Case(layout=layout), (5, 13), (8, 13), attention_backend, device)
+
+
+def test_results_are_contiguous(attention_backend, device):
+    query, key, value, table, *_ = draw(Case(), (5, 3), (6, 9), (1, 6), device)
+    cu = cumulative((5, 3), device), cumulative((6, 9), device)
+    out = bias_attention_varlen(query, key, value, table, *cu, backend=attention_backend)
+    assert out.shape == query.shape and out.is_contiguous()
+
+
+def test_a_neighbour_is_not_read(attention_backend, device):
+    """NaN in one sequence stays in it."""
+    tensors = draw(Case(), (5, 7, 6), (9, 7, 6), (4, 0, 0), device)
+    query, key, value, *_ = tensors
+    for tensor, start, length in ((query, 5, 7), (key, 9, 7), (value, 9, 7)):
+        tensor[start : start + length] = torch.nan
+    cu = cumulative((5, 7, 6), device), cumulative((9, 7, 6), device)
+    attend = partial(bias_attention_varlen, backend=attention_backend)
+
+    def function(query, key, value, table, return_lse):
+        return attend(query, key, value, table, *cu, return_lse=return_lse)
+
+    results = attention_oracle.run(function, *tensors)
+    for name in ("out", "lse", "dq"):
+        assert results[name][:5].isfinite().all() and results[name][12:].isfinite().all(), name
+    for name in ("dk", "dv"):
+        assert results[name][:9].isfinite().all() and results[name][16:].isfinite().all(), name
+
+
+def test_repeats_bit_for_bit(attention_backend, device):
+    tensors = draw(Case(dtype=torch.bfloat16), (65, 3, 20), (70, 40, 20), (5, 37, 0), device)
+    cu = cumulative((65, 3, 20), device), cumulative((70, 40, 20), device)
+
+    def function(query, key, value, table, return_lse):
+        return bias_attention_varlen(query, key, value, table, *cu, return_lse=return_lse, backend=attention_backend)
+
+    first, second = (attention_oracle.run(function, *tensors) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@st.composite
+def packs(draw):
+    """(case, lengths of queries, of keys, offsets or None)."""
+    has_offsets = draw(st.booleans())
+    sequences = draw(
+        st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(-8, 25)), min_size=1, max_size=5)
+    )
+    if not has_offsets:
+        sequences = [(min(i, j), max(i, j), 0) for i, j, _ in sequences]
+    q_lengths, k_lengths, offsets = zip(*sequences, strict=True)
+    options = {name: True for name in ("is_causal", "signed") if draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = tuple(draw(st.none() | st.integers(0, 20)) for _ in range(2))
+    if draw(st.booleans()):
+        options["softcap"] = 1.5
+    heads, kv_heads = draw(st.sampled_from([(1, None), (2, None), (4, 2), (3, 1)]))
+    dim, layout = draw(st.integers(1, 30)), draw(st.sampled_from(["contiguous", "transposed", "sliced"]))
+    table = draw(st.sampled_from(["normal", "masked", "steep"]))
+    case = Case(heads=heads, kv_heads=kv_heads, head_dim=dim, options=options, layout=layout, table=table)
+    return case, q_lengths, k_lengths, offsets if has_offsets else None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(pack=packs())
+def test_random_packs_torch(pack, device):
+    case, q_lengths, k_lengths, offsets = pack
+    assert_packed_is_alone(case, q_lengths, k_lengths, "torch", device, offsets=offsets)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(pack=packs())
+def test_random_packs_triton(pack, device):
+    if why_not("triton", device):
+        pytest.skip(why_not("triton", device))
+    case, q_lengths, k_lengths, offsets = pack
+    assert_packed_is_alone(case, q_lengths, k_lengths, "triton", device, offsets=offsets)

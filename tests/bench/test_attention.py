@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""The attention bench: what it checks, what it leaves out and why, what it says of memory."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the bench needs the extra `bench`")
+
+from click.testing import CliRunner  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
+
+from bench.__main__ import cli  # noqa: E402
+from bench.attention import cells as attention_cells  # noqa: E402
+from bench.attention import command as bench_attention  # noqa: E402
+from bench.attention import memory as attention_memory  # noqa: E402
+from bench.attention import providers as attention_providers  # noqa: E402
+from bench.attention.providers import EAGER, PEERS, Provider, forward, limit_providers, training  # noqa: E402
+from bench.attention.shapes import Shape, inputs, seen_of  # noqa: E402
+from bench.report import tables  # noqa: E402
+from bench.report_memory import NO_ROOM  # noqa: E402
+from dpb_triton import bias_attention, reference  # noqa: E402
+
+SHAPE = Shape("fp32", 2, 2, 24, 8, "causal")
+QUICK = ["attention", "--smoke", "--device", "cpu", "--seq", "24", "--heads", "2"]
+
+
+def test_smoke_run_writes_json_table_and_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    options = ["--mask", "causal", "--mask", "full", "--dtype", "bf16", "--batch", "2"]
+    paths = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    done = CliRunner().invoke(cli, [*QUICK, *options, *paths])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "r.json").read_text())
+    seen = {(record["mask"], record["direction"], record["provider"]) for record in result["records"]}
+    names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # no FlexAttention in a smoke run
+    expected = {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
+    assert seen == expected | {(mask, "training", "dpb torch frozen") for mask in ("causal", "full")}
+    for record in result["records"]:
+        assert record["wrong"] is None
+        assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
+        assert record["of_limit"]["no bias"] > 0
+        assert "tflop_s" not in record  # of a GPU only
+    assert tables(result).strip() in done.output
+    assert "absent: triton: " in done.output
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def _seen(shape):
+    return seen_of(shape, shape.batch, "cpu")
+
+
+MASKED = [
+    SHAPE,
+    replace(SHAPE, mask="full"),
+    replace(SHAPE, mask="window", window=5),
+    replace(SHAPE, mask="padded", batch=3),
+    replace(SHAPE, mask="causal", queries=3),
+    replace(SHAPE, mask="full", queries=1),
+    replace(SHAPE, mask="window", window=5, queries=7),
+]
+NO_BIAS, *_ = limit_providers("cpu", "fp32")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("shape", MASKED, ids=lambda shape: f"{shape.mask}-{shape.i}")
+@pytest.mark.parametrize("provider", [*PEERS.values(), NO_BIAS], ids=lambda provider: provider.name)
+def test_every_provider_computes_the_definition(provider, shape, monkeypatch):
+    *tensors, dout = inputs(shape, "cpu")
+    seen = _seen(shape)
+    # without their compiler, which takes long
+    monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention_providers, "_compiled_eager", lambda: EAGER.attend)
+    out = forward(provider, *tensors, dout, seen)
+    options = seen.options()
+    if provider is NO_BIAS:
+        options["key_padding_mask"] = None
+        with torch.no_grad():
+            tensors[3].zero_()
+    expected = reference.attention(*tensors, **options)
+    torch.testing.assert_close(out, expected.detach())
+    if "flex" in provider.name:
+        with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+            training(provider, *tensors, dout, seen)
+        return
+    gradients = training(provider, *tensors, dout, seen)
+    assert len(gradients) == (4 if provider.trains_table else 3)
+    exact = torch.autograd.grad(expected, tensors, dout)
+    for actual, wanted in zip(gradients, exact, strict=False):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", MASKED, ids=lambda shape: f"{shape.mask}-{shape.i}")
+def test_pairs_are_those_that_are_seen(shape):
+    seen = _seen(shape)
+    visible = seen.is_seen(reference.distance(shape.i, shape.n, shape.n - shape.i))
+    visible = visible.expand(shape.batch, -1, -1)
+    if seen.padding is not None:
+        visible = visible & ~seen.padding[:, None]
+    assert shape.pairs(shape.batch) == shape.heads * visible.sum()
+
+
+def test_a_batch_of_copies_is_checked_in_whole(monkeypatch):
+    """Two entries have a reference, six are measured; an error in the last of them shows, as does one of the table."""
+    shape = replace(SHAPE, batch=6, mask="padded")
+    monkeypatch.setitem(attention_cells.CHECK_PAIRS, "cpu", 2 * shape.heads * shape.n**2)
+    cells = attention_cells.Cells(shape, "cpu")
+    assert cells.distinct == 2
+    assert not torch.equal(cells.inputs[0][0], cells.inputs[0][1])
+    assert torch.equal(cells.inputs[0][1], cells.inputs[0][5])
+    assert cells.wrong("forward", EAGER) is None
+    assert cells.wrong("training", EAGER) is None
+
+    def last_is_wrong(*arguments):
+        out = EAGER.attend(*arguments)
+        return torch.cat((out[:5], out[5:] * 1.001))
+
+    assert "out off by" in cells.wrong("forward", Provider("wrong", last_is_wrong))
+    table_only = Provider("wrong", lambda q, k, v, table, s: EAGER.attend(q, k, v, _ScaledGradient.apply(table), s))
+    assert "dtable off by" in cells.wrong("training", table_only)
+    nan = Provider(
+        "nan", lambda *arguments: torch.cat((EAGER.attend(*arguments)[:5], torch.full((1, 2, 24, 8), torch.nan)))
+    )
+    assert "out off by nan" in cells.wrong("forward", nan)
+
+
+def test_the_check_in_parts_is_the_check_in_one(monkeypatch):
+    monkeypatch.setitem(attention_cells.CHECK_BYTES, "cpu", 5 * SHAPE.batch * SHAPE.heads * SHAPE.n * 8)  # 5 rows
+    cells = attention_cells.Cells(SHAPE, "cpu")
+    *tensors, dout = (tensor.detach().double() for tensor in cells.inputs)
+    out = reference.attention(*(tensor.requires_grad_() for tensor in tensors), is_causal=True)
+    whole = dict(zip(("out", "dq", "dk", "dv", "dtable"), (out, *torch.autograd.grad(out, tensors, dout)), strict=True))
+    exact = cells._exact()
+    assert exact.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(exact[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def _refuses(*_):
+    raise NotImplementedError("not on this device")
+
+
+def _breaks(*_):
+    raise RuntimeError("no kernel\nat all")
+
+
+WRONG = [
+    Provider("dpb out", lambda *args: EAGER.attend(*args) * 1.001),
+    Provider("dpb table", lambda q, k, v, table, c: EAGER.attend(q, k, v, _ScaledGradient.apply(table), c)),
+    Provider("refuses", _refuses),
+    Provider("breaks", _breaks),
+]
+
+
+def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
+    monkeypatch.setattr(bench_attention, "providers", lambda *_: ([EAGER, *WRONG], {}))
+    done = CliRunner().invoke(cli, QUICK)
+    assert done.exit_code == 1
+    lines = {p.name: [line for line in done.output.splitlines() if f" {p.name} " in line] for p in WRONG}
+    assert [("FAIL" in line, "off by" in line) for line in lines["dpb out"]] == [(True, True)] * 2
+    fine, wrong = lines["dpb table"]
+    assert "FAIL" not in fine and "FAIL  dtable off by" in wrong
+    assert ["RuntimeError: no kernel" in line for line in lines["breaks"]] == [True, True]
+    assert not lines["refuses"]
+    assert "absent: refuses, forward: not on this device" in done.output
+    assert "absent: refuses, training: not on this device" in done.output
+
+
+def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu(monkeypatch):
+    def hides_the_reason(*_, **__):
+        raise torch._dynamo.exc.Unsupported("Observed exception")
+
+    monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: hides_the_reason)
+    done = CliRunner().invoke(cli, [*QUICK, "--peer", "flex trained table", "--backend", "torch"])
+    assert done.exit_code == 0, done.output
+    assert "absent: flex trained table, training: FlexAttention does not support backward on CPU" in done.output
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_flex_attention_stays_compiled_after_a_refusal():
+    """Dynamo may run a function uncompiled once it failed, and eager would then be measured as FlexAttention."""
+    *tensors, dout = inputs(SHAPE, "cpu")
+    provider = PEERS["flex fixed table"]
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        training(provider, *tensors, dout, _seen(SHAPE))
+    before = counters["stats"]["unique_graphs"]
+    forward(provider, *tensors, dout, _seen(SHAPE))
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def _peak(provider, n, budget=4096, **limits):
+    shape = {"dtype": "fp32", "batch": 1, "heads": 2, "n": n, "head_dim": 16, "mask": "causal"}
+    job = {"shape": shape, "device": "cpu", "provider": provider, "backend": None, "budget": budget}
+    return attention_memory.peak_of_child(job, **limits)
+
+
+def test_a_child_is_measured_from_outside():
+    record = _peak("eager", 1024)
+    scores = 2 * 1024**2 * 4 / 2**20
+    assert record["stopped"] is None
+    assert 4 * scores < record["peak_mib"] < 12 * scores
+    assert record["seconds"] > 0
+
+
+def test_a_child_that_fails_harms_nobody():
+    assert _peak("eager", 16384, budget=64) == {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
+    assert _peak("eager", 16384, seconds=0.5)["stopped"] == "over 0.5 s"
+
+
+def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+
+    def peak(job):
+        n = job["shape"]["n"]
+        assert job["budget"] == 100
+        if job["provider"] == "refuses":
+            return {"peak_mib": None, "seconds": None, "stopped": "NotImplementedError: not on this device"}
+        if job["provider"] == "breaks":
+            return {"peak_mib": None, "seconds": None, "stopped": "no kernel"}
+        if job["provider"] == "eager" and n == 2048:
+            return {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
+        if job["provider"] == "slow" and n == 512:
+            return {"peak_mib": None, "seconds": None, "stopped": "over 300 s"}
+        return {"peak_mib": n / 16 if job["provider"] == "eager" else 1.0, "seconds": 0.1, "stopped": None}
+
+    found = [EAGER, Provider("slow", bias_attention), Provider("refuses", _refuses), Provider("breaks", _breaks)]
+    monkeypatch.setattr(attention_memory, "peak_of_child", peak)
+    monkeypatch.setattr(bench_attention, "providers", lambda *_: (found, {}))
+    options = ["--memory", "100", "--memory", "20", "--dtype", "fp32", "--longest", "4096"]
+    paths = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    done = CliRunner().invoke(cli, ["attention", "--device", "cpu", *options, *paths])
+    assert done.exit_code == 0, done.output
+    rows = {line.split()[0]: line.split() for line in done.output.splitlines() if line.split()[1:]}
+    assert rows["eager"][1:] == ["16", "32", "64", "too", "much", "256", "1024"]
+    assert rows["slow"][1:] == ["1", "over", "300", "s", ">=", "256", ">=", "256"]
+    assert rows["breaks"][1:] == ["no", "kernel", ">=", "0", ">=", "0"]
+    assert rows["no"][-4:] == [">=", "4096", ">=", "4096"]
+    assert "absent: refuses: not on this device" in done.output
+    assert tables(json.loads((tmp_path / "r.json").read_text())).strip() in done.output
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--mask", "diagonal"], "diagonal"),
+        (["--head-dim", "257"], "257"),
+        (["--batch", "0"], "0"),
+        (["--backend", "cpp"], "cpp"),
+        (["--memory", "0"], "0"),
+        (["--memory", "9", "--seq", "64"], "--longest"),
+        (["--peer", "flash"], "flash"),
+        (["--queries", "9", "--seq", "8"], "--queries 9"),
+        (["--queries", "1", "--memory", "9"], "--queries"),
+        (["--errors", "--memory", "9"], "--errors"),
+        (["--batch", "3", "--tokens", "99"], "--tokens 99"),
+        (["--cell", "door"], "door"),
+        (["--device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_bad_options_are_named(arguments, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(cli, ["attention", *arguments])
+    assert done.exit_code == 2
+    assert words in done.output

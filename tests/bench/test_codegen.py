@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""The kernels as each GPU would get them: compiled offline in a process of its own (`python -m bench codegen`)."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock  # torch requires it
+
+pytest.importorskip("triton", reason="compiling needs the extra `triton`")
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the command needs the extra `bench`")
+
+from bench.codegen import exceptions  # noqa: E402
+from bench.codegen import matrix as codegen_matrix  # noqa: E402
+from bench.codegen import promises as codegen_promises  # noqa: E402
+from bench.codegen.attention import KERNELS  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+MATRIX = codegen_matrix.cases()
+STREAMS = {"_expand_kernel": "store.128", "_reduce_kernel": "load.128"}
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "bench", "codegen", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    """{(op, layout, dtype, arch): the records of its kernels}, compiled once for all of pytest-xdist's workers"""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path = shared / "codegen.json"
+    with FileLock(shared / "codegen.lock"):
+        if not path.exists():
+            done = run("--no-check", "--json", path)
+            assert done.returncode == 0, done.stderr
+    found = {}
+    for record in json.loads(path.read_text())["records"]:
+        found.setdefault(tuple(record[name] for name in ("op", "layout", "dtype", "arch")), []).append(record)
+    return found
+
+
+def name_of(case):
+    return f"{case.op}-{case.layout.replace(' ', '_')}-{case.dtype}-{case.arch}"
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=name_of)
+def test_keeps_its_promises(records, case):
+    """Counted here from what the disassembler printed; `broken` must come to the same end."""
+    kernels = records[case.op, case.layout, case.dtype, case.arch]
+    assert all("error" not in record for record in kernels), kernels[0]["error"]
+    has_mask = {"_key_bias_kernel"} if case.layout.endswith(" mask") else set()
+    assert {record["kernel"] for record in kernels} - has_mask == {
+        "expand": {"_expand_kernel"},
+        "reduce": {"_reduce_kernel", "_fold_kernel"},
+        "attention": {"_bias_kernel", "_forward_kernel"},
+        "attention backward": {
+            "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel", "_fold_dtable_kernel",
+        },
+    }[case.op]  # fmt: skip
+    for record in kernels:
+        allowed = exceptions.of(record)
+        assert record["spills"] <= allowed.get("spills", 0)
+        if not case.arch.startswith("gfx"):  # which may spill into registers of another kind
+            assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
+        assert record["scalar_spills"] == 0 or "attention" in case.op
+        assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
+        assert "serialised" in allowed or not record["serialised"]
+        if case.is_wide and record["kernel"] in STREAMS:
+            access = STREAMS[record["kernel"]]
+            assert record["interior"]["counts"] == {access: record["interior"]["counts"][access]}  # and nothing else
+            assert record["interior"]["predicated"] == 0
+        assert record["broken"] == []
+
+
+def test_the_matrix_is_complete(records):
+    assert len(records) == len(MATRIX)
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for dtype in ("bf16", "fp16", "fp32"):
+            for op in ("expand", "reduce"):
+                assert {(op, "aligned", dtype, arch), (op, "ragged", dtype, arch)} <= set(records)
+        assert {("expand", "one key", "bf16", arch), ("reduce", "one query", "bf16", arch)} <= set(records)
+
+
+def test_attention_multiplies_on_tensor_cores_and_shares_bias_loads(records):
+    """Head_dim 64 in bf16: of an accumulator's elements on one diagonal a thread loads the bias once."""
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for op in ("attention", "attention backward"):
+            for record in records[op, "d64 causal", "bf16", arch]:
+                if record["kernel"] in KERNELS:
+                    assert record["interior"]["counts"]["tensor"] >= 4
+    found = records["attention", "d64 causal", "bf16", "sm_90"]
+    (forward,) = (record for record in found if record["kernel"] == "_forward_kernel")
+    scores = forward["constants"]["BLOCK_M"] * forward["constants"]["BLOCK_N"] / forward["threads"]
+    assert forward["interior"]["counts"]["load.32"] == scores / 2 + 2  # a diagonal more than half, of either parity
+    for record in records["attention backward", "d64 causal", "bf16", "sm_90"]:
+        assert not {name for name in record["counts"] if name.startswith("atomic")}  # hence the same bits in every run
+
+
+def test_ints_that_are_one_stay_arguments(records):
+    """Else each of i = 1, j = 1 is one more binary, and `.to` on it does not compile."""
+    for layout in ("one key", "one query", "one pair"):
+        for op, kernel in (("expand", 0), ("reduce", 0), ("reduce", 1)):
+            signature = records[op, layout, "bf16", "sm_90"][kernel]["signature"]
+            kinds = {kind for name, kind in signature.items() if name.islower() and not name.endswith("_ptr")}
+            assert kinds == {"i32"}, (op, layout, signature)
+
+
+def test_a_spilling_window_fails_the_command():
+    """A window of 128 x 256, which does not fit the registers, is noticed and named."""
+    done = run("--block", 128, 256, "--kernel", "expand", "--arch", "sm_80", "--dtype", "bf16", "--layout", "ragged")
+    assert done.returncode == 1, done.stderr
+    assert "spills" in done.stdout
+    assert "1 break a promise" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda record: record.update(spills=3), "3 spills"),
+        (lambda record: record.update(stack=8), "8 bytes of local memory"),
+        (lambda record: record.update(shared=1 << 20), "shared memory"),
+        (lambda record: record.update(registers=255, threads=1024), "do not fit"),
+        (lambda record: record.update(interior=None), "no loop with 16-byte stores"),
+        (lambda record: record["interior"].update(predicated=1), "under a predicate"),
+        (lambda record: record["interior"]["counts"].update({"store.16": 2}), "2 store.16"),
+        (lambda record: record["interior"]["counts"].update({"load.128": 1}), "1 load.128"),
+        (lambda record: record["interior"]["counts"].update({"barrier": 1}), "1 barrier"),
+        (lambda record: record.update(error="CompilationError: at 1:1\nno"), "does not compile: no"),
+    ],
+)
+def test_a_broken_promise_is_named(records, change, words):
+    record = copy.deepcopy(records["expand", "aligned", "bf16", "sm_90"][0])
+    assert codegen_promises.broken(record) == []
+    change(record)
+    (sentence,) = codegen_promises.broken(record)
+    assert words in sentence
+
+
+def test_bad_arguments_are_named():
+    for arguments, words in (
+        (("--arch", "h100"), "expected sm_NN or gfxNNN, got 'h100'"),
+        (("--dtype", "int8"), "'int8' is not one of"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert words in done.stderr

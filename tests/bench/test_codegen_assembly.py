@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""Reading machine code: instructions, loops, accesses, products, from short texts."""
+
+import subprocess
+
+import pytest
+
+from bench.codegen.assembly import innermost_loops, parse_amdgcn, parse_sass, ptxas_notes, serialising_note
+from bench.codegen.products import opcode_flops
+
+
+def sass(*lines):
+    """Lines of SASS at addresses 0x0, 0x10, … as cuobjdump prints them."""
+    return "".join(f"        /*{16 * n:04x}*/        {line} ;      /* 0x0 */\n" for n, line in enumerate(lines))
+
+
+def test_sass_counts_by_width_and_predicate():
+    (loop,) = innermost_loops(
+        parse_sass(
+            sass(
+                "LDG.E.U16 R1, [R2.64]",  # outside
+                "@P1 LDG.E.LTC128B.128.CONSTANT R4, desc[UR4][R2.64]",  # 0x10
+                "LDG.E R8, [R2.64+0x10]",
+                "@!PT LDS RZ, [RZ]",  # never executed
+                "STG.E.64 [R2.64], R4",
+                "@!P0 STG.E.U8 [R2.64], R4",
+                "STL.64 [R1], R4",
+                "LDGSTS.E.BYPASS.128 [R1], [R2.64]",
+                "HGMMA.64x128x16.F32.BF16 R4, gdesc[UR4], R4",
+                "SHFL.BFLY PT, R1, R2, 0x1, 0x1f",
+                "BAR.SYNC.DEFER_BLOCKING 0x0",
+                "@P2 BRA 0x10",
+                "EXIT",
+                "BRA 0xd0",  # the trap behind the end is no loop
+                "NOP",
+            )
+        )
+    )
+    assert loop.counts == {
+        "load.128": 1, "load.32": 1, "store.64": 1, "store.8": 1, "local": 1, "copy.128": 1, "tensor": 1,
+        "shuffle": 1, "barrier": 1,
+    }  # fmt: skip
+    assert loop.predicated == 2
+    assert loop.instructions == 10
+
+
+def test_sass_loops_are_found_in_the_graph():
+    """An inner loop whose cold block lies behind the outer one, with a condition among the operands of a branch."""
+    instructions = parse_sass(
+        sass(
+            "MOV R1, R2",
+            "STG.E.U16 [R2.64], R1",  # 0x10, outer loop only
+            "BSSY B0, 0x60",
+            "@P0 BRA 0xa0",  # to the cold block
+            "STG.E.128 [R2.64], R4",  # 0x40, inner loop
+            "BSYNC B0",  # 0x50
+            "@P1 BRA 0x20",
+            "BRA.U UP0, 0x10",
+            "EXIT",
+            "BRA 0x90",
+            "STG.E [R2.64], R1",  # 0xa0, the cold block
+            "BRA 0x50",
+        )
+    )
+    assert instructions[7].successors == [1, 8]
+    (loop,) = innermost_loops(instructions)
+    assert loop.counts == {"store.128": 1, "store.32": 1}
+    assert (loop.begin, loop.instructions) == (2, 7)
+
+
+AMDGCN = """
+	.type	_kernel,@function
+_kernel:                                ; @_kernel
+.Lfunc_begin0:
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+.LBB0_1:                                ; outer
+	buffer_load_ushort v1, v2, s[4:7], 0 offen
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=2
+	{select}
+	global_load_dwordx4 v[4:7], v[2:3], off
+	buffer_store_dwordx4 v[4:7], v9, s[4:7], 0 offen
+	global_store_b64 v[2:3], v[4:5], off
+	ds_read2_b32 v[4:5], v1
+	ds_bpermute_b32 v1, v2, v3
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+	s_cbranch_scc1 .LBB0_2
+	s_cbranch_vccnz .LBB0_1
+	s_endpgm
+.Lfunc_end0:
+	.size	_kernel, .Lfunc_end0-_kernel
+"""
+
+
+@pytest.mark.parametrize(
+    ("select", "predicated"),
+    [
+        ("s_and_b64 vcc, exec, vcc", 0),  # reads the lane mask
+        ("s_and_saveexec_b64 s[0:1], vcc", 3),
+        ("s_and_b64 exec, exec, vcc", 3),
+        ("v_cndmask_b32_e32 v9, v8, v7, vcc", 1),  # sends the lanes of one access outside the buffer
+    ],
+)
+def test_amdgcn_counts_by_width_and_predicate(select, predicated):
+    (loop,) = innermost_loops(parse_amdgcn(AMDGCN.format(select=select)))
+    assert loop.counts == {
+        "load.128": 1, "store.128": 1, "store.64": 1, "shared_load": 1, "shuffle": 1, "tensor": 1,
+    }  # fmt: skip
+    assert loop.predicated == predicated
+    assert loop.instructions == 8
+
+
+def test_sass_products_exp2_and_waits():
+    """By opcode, without what follows in the operands; the waits of wgmma are those of WARPGROUP.DEPBAR."""
+    (loop,) = innermost_loops(
+        parse_sass(
+            sass(
+                "WARPGROUP.ARRIVE",
+                "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, !UPT",  # 0x10
+                "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24, gsb0",
+                "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+                "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+                "MUFU.EX2 R4, R5",
+                "MUFU.RCP R4, R5",
+                "UTMALDG.2D [UR8], [UR4]",
+                "@P0 BRA 0x10",
+                "EXIT",
+            )
+        )
+    )
+    assert loop.products == {"HGMMA.64x64x16.F32.BF16": 2, "HMMA.16816.F32.BF16": 1}
+    assert loop.counts == {"tensor": 3, "wait": 1, "exp2": 1, "bulk": 1}
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flops"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 / 4),  # four warps share it
+        ("HGMMA.64x16x8.F32.TF32", 2 * 64 * 16 * 8 / 4),
+        ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
+        ("v_mfma_f32_32x32x8_bf16_1k", 2 * 32 * 32 * 8),
+        ("v_mfma_f32_16x16x16_bf16", 2 * 16 * 16 * 16),
+        ("v_mfma_f32_4x4x4_16b_f16", 2 * 4 * 4 * 4 * 16),
+        ("v_mfma_f32_16x16x4_f32", 2 * 16 * 16 * 4),
+        ("UTCHMMA", None),  # its shape is in a register
+    ],
+)
+def test_products_are_read_from_the_opcode(opcode, flops):
+    assert opcode_flops(opcode) == flops
+
+
+LOG = """
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 2402 by compiler to allow use of registers in GMMA
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function '_dkdv_kernel' for 'sm_90a'
+{}    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+SERIALISED = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized …\n"
+WAIT = "ptxas info    : (C7517) warpgroup.wait is injected in around line 15 by compiler to allow use of registers …\n"
+
+
+@pytest.mark.parametrize(("line", "number"), [("", None), (SERIALISED, "(C7515)"), (WAIT, "(C7517)")])
+def test_ptxas_remarks_that_serialise(line, number):
+    note = serialising_note(ptxas_notes(LOG.format(line)))
+    assert (note and note[:7]) == number
+
+
+ACCUMULATOR, DESCRIPTORS = "{%f1, %f2, %f3, %f4}", "%rd2, %rd2"
+WGMMA = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {ACCUMULATOR}, {DESCRIPTORS}, 1, 1, 1, 0, 0;"
+PTX = f"""
+.version 8.4
+.target sm_90a
+.address_size 64
+.visible .entry _kernel(.param .u64 out, .param .u64 descriptor, .param .u32 n)
+{{
+  .reg .b32 %r<2>; .reg .b64 %rd<3>; .reg .f32 %f<5>; .reg .pred %p;
+  ld.param.u64 %rd1, [out];
+  ld.param.u64 %rd2, [descriptor];
+  ld.param.u32 %r1, [n];
+  mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+  wgmma.fence.sync.aligned;
+  {WGMMA}
+  wgmma.commit_group.sync.aligned;
+loop:
+  add.f32 %f1, %f1, 0f3F800000;
+  {WGMMA}
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 1;
+  sub.u32 %r1, %r1, 1;
+  setp.ne.u32 %p, %r1, 0;
+  @%p bra loop;
+  wgmma.wait_group.sync.aligned 0;
+  st.global.v4.f32 [%rd1], {ACCUMULATOR};
+  ret;
+}}
+"""
+
+
+def test_ptxas_still_says_so(tmp_path):
+    """An accumulator that is changed while a wgmma writes it: if ptxas' words change, no serialised kernel is seen."""
+    triton = pytest.importorskip("triton", reason="ptxas comes with Triton")
+    source, target = tmp_path / "serialised.ptx", tmp_path / "serialised.o"
+    source.write_text(PTX)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "serialized" in serialising_note(ptxas_notes(done.stderr))

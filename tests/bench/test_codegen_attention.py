@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""What the attention kernels promise: each promise is broken, by hand in a record and by tiles that are compiled."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling needs the extra `triton`")
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the command needs the extra `bench`")
+
+from bench.codegen import exceptions  # noqa: E402
+from bench.codegen.attention_promises import broken_lines, findings  # noqa: E402
+from bench.codegen.matrix import cases  # noqa: E402
+from bench.codegen.products import blocks_a_multiprocessor  # noqa: E402
+from bench.codegen.promises import broken  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+# Forward of head_dim 64 on sm_90: a tile of 128 x 64, 64 scores a thread.
+FORWARD = {
+    "op": "attention", "layout": "d64 causal", "dtype": "bf16", "arch": "sm_90", "is_wide": False, "triton": "0.0.0",
+    "kernel": "_forward_kernel", "threads": 128, "registers": 253, "spills": 0, "scalar_spills": 0, "stack": 0,
+    "shared": 65536, "stages": 3, "serialised": None, "counts": {"load.128": 8, "load.32": 98, "copy.128": 48},
+    "constants": {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_V": 64, "HEAD_DIM": 64, "HAS_SOFTCAP": False},
+    "interior": {
+        "begin": 0, "instructions": 613, "predicated": 0, "products": {"HGMMA.64x64x16.F32.BF16": 16},
+        "counts": {"exp2": 68, "tensor": 16, "wait": 1, "load.32": 34, "copy.128": 8},
+    },
+}  # fmt: skip
+NOTE = "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+
+
+def counts(**changed):
+    return lambda record: record["interior"]["counts"].update({k.replace("_", "."): v for k, v in changed.items()})
+
+
+def products(**changed):
+    return lambda record: record["interior"].update(products=changed["of"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda record: record.update(spills=3, stack=8), "3 spills, 8 bytes a thread"),
+        (lambda record: record.update(stack=8), "0 spills, 8 bytes a thread"),
+        (lambda record: record.update(serialised=NOTE), "wgmma serialised (C7515)"),
+        (lambda record: record.update(interior=None), "no loop with tensor-core instructions"),
+        (lambda record: record["counts"].update({"load.16": 64}), "rows by single elements: 64 load.16"),
+        (lambda record: record["counts"].update({"store.16": 1}), "rows by single elements: 1 store.16"),
+        (counts(local=2), "main loop: 2 accesses of local memory"),
+        (counts(exp2=132), "132 exp2 for 64 scores: computed more than once"),
+        (counts(load_32=99), "99 loads of single elements for 64 scores"),
+        (counts(copy_128=7), "7 of the 8 vectors of 16 bytes of its rows"),
+        (products(of={"HGMMA.64x64x16.F32.BF16": 32}), "2.00 times the products"),
+        (products(of={"HGMMA.64x64x16.F32.BF16": 12}), "0.75 times the products"),
+        (products(of={"HMMA.16816.F32.BF16": 64, "HGMMA.64x64x16.F32.BF16": 16}), "1.50 times the products"),
+    ],
+)
+def test_a_broken_promise_is_named(change, words):
+    record = copy.deepcopy(FORWARD)
+    assert broken(record) == []
+    change(record)
+    (sentence,) = broken(record)
+    assert words in sentence
+
+
+def test_softcap_needs_a_second_exp2_and_registers_that_say_nothing_are_left_out():
+    record = copy.deepcopy(FORWARD)
+    record["interior"]["counts"]["exp2"] = 132
+    record["constants"]["HAS_SOFTCAP"] = True
+    assert broken(record) == []
+    record["interior"]["products"] = {"UTCHMMA": 8}
+    assert broken(record) == []
+
+
+def test_float32_multiplies_three_times():
+    """Tf32x3: eight TF32 products of 8 where bf16 has four of 16, and three of each."""
+    record = copy.deepcopy(FORWARD) | {"dtype": "fp32"}
+    record["interior"]["counts"]["copy.128"] = 16
+    for count, times in ((96, None), (32, "0.33"), (192, "2.00")):
+        record["interior"]["products"] = {"HGMMA.64x64x8.F32.TF32": count}
+        found = broken(record)
+        assert found == ([] if times is None else [f"main loop: {times} times the products that its tile needs"])
+
+
+def test_a_bulk_copy_stands_for_the_rows():
+    """TMA moves whole tiles: no vectors to count."""
+    record = copy.deepcopy(FORWARD)
+    del record["interior"]["counts"]["copy.128"]
+    assert len(broken(record)) == 1
+    record["interior"]["counts"]["bulk"] = 2
+    assert broken(record) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "words"),
+    [
+        ("_dkdv_kernel", {"instructions": 431}, "431 instructions, more than 430"),
+        ("_dkdv_kernel", {"instructions": 430}, None),
+        ("_dkdv_kernel", {"waits": 16}, "16 waits"),
+        ("_dq_kernel", {"instructions": 302}, "302 instructions, more than 301"),
+        ("_dq_kernel", {"instructions": 301, "waits": 16}, None),
+    ],
+)
+def test_floors_of_the_loops(kernel, changes, words):
+    """Triton 3.6.0, head_dim 64, a tile of 64 x 64 by four warps: 32 scores a thread."""
+    record = copy.deepcopy(FORWARD) | {"triton": "3.6.0", "kernel": kernel}
+    record["constants"]["BLOCK_M"] = 64
+    number = {"_dkdv_kernel": 16, "_dq_kernel": 12}[kernel]
+    record["interior"] |= {"instructions": changes.get("instructions", 400 if kernel == "_dkdv_kernel" else 287)}
+    record["interior"]["products"] = {"HGMMA.64x64x16.F32.BF16": number}
+    record["interior"]["counts"] |= {"exp2": 32, "wait": changes.get("waits", 2)}
+    found = broken(record)
+    assert found == [] if words is None else (len(found) == 1 and words in found[0]), found
+
+
+def test_exceptions_bound_what_they_allow_and_must_be_needed(monkeypatch):
+    record = copy.deepcopy(FORWARD) | {"triton": "3.7.1", "spills": 18, "stack": 40}
+    text = "# a comment\n3.6.0,3.7.1  sm_90  bf16  d64 causal  forward  spills  18\n"
+    monkeypatch.setattr(exceptions, "_listed", lambda: exceptions.parse(text))
+    assert broken(record) == []
+    assert broken(record | {"triton": "3.6.0"}) == []
+    assert broken(record | {"spills": 19}) == ["19 spills, 40 bytes a thread, more than the 18 that are listed"]
+    for other in ({"triton": "3.8.0"}, {"arch": "sm_80"}, {"layout": "d64 full"}, {"is_trial": True}):
+        assert broken(record | other) == ["18 spills, 40 bytes a thread"], other
+    (sentence,) = broken(record | {"spills": 0, "stack": 0})
+    assert "allows 18 spills, there are none" in sentence
+
+
+def test_the_line_that_would_allow_it_is_printed():
+    record = copy.deepcopy(FORWARD) | {"spills": 18, "stack": 40}
+    record["interior"]["counts"]["local"] = 4
+    lines = "\n".join(broken_lines(record))
+    found = exceptions.parse(lines)
+    assert found == {("0.0.0", "sm_90", "bf16", "d64 causal", "_forward_kernel"): {
+        "spills": 18, "spills in the loop": 4}}  # fmt: skip
+    with pytest.raises(ValueError, match="line 2: expected triton, arch"):
+        exceptions.parse("#\n3.6.0 sm_90 bf16 d64 causal forward spills 18\n")
+
+
+def test_the_list_of_exceptions_names_cases_that_are_compiled():
+    """A line for a launch that no matrix has would never be noticed."""
+    known = {(case.arch, case.dtype, case.layout) for case in cases(is_full=True)}
+    for _, arch, dtype, layout, _ in exceptions.parse(exceptions.PATH.read_text()):
+        assert (arch, dtype, layout) in known
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks"),
+    [
+        ({}, 2),  # 253 registers of 128 threads
+        ({"registers": 128}, 3),  # 64 KB and 1 of 228
+        ({"shared": 0, "registers": 32}, 16),
+        ({"threads": 256}, 1),
+        ({"arch": "gfx942"}, None),
+    ],
+)
+def test_blocks_a_multiprocessor(change, blocks):
+    assert blocks_a_multiprocessor(FORWARD | change) == blocks
+
+
+def test_options_that_people_train_with_are_in_the_matrix():
+    """Sm_90: every option set at 64 and 128, every head_dim; with is_full all of all; the other GPUs the plain sets."""
+    for is_full, head_dims in ((False, (64, 128)), (True, (40, 64, 72, 80, 96, 128, 256))):
+        layouts = {(case.op, case.layout) for case in cases(["sm_90"], is_full=is_full)}
+        for op in ("attention", "attention backward"):
+            for name in ("causal", "full", "dropout", "gqa", "window", "softcap", "varlen", "qkv"):
+                assert {(op, f"d{head_dim} {name}") for head_dim in head_dims} <= layouts
+            assert {(op, f"d{head_dim} causal") for head_dim in (40, 72, 80, 96, 256)} <= layouts
+            assert {(op, "d40 3 heads"), (op, "d72 3 heads")} <= layouts
+    for arch in ("sm_80", "sm_100", "gfx942"):
+        layouts = {case.layout for case in cases([arch], ops=["attention"])}
+        assert {"d64 causal", "d128 causal", "d256 causal"} <= layouts
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "bench", "codegen", "--arch", "sm_90", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("op", "head_dim", "tile", "words"),
+    [
+        # eight warps, 64 rows of scores: both warpgroups hold all of them
+        ("attention backward", 128, "dq=64,64,8,2", ["times the products", "computed more than once"]),
+        ("attention", 64, "forward=128,128,4,3", ["spills"]),  # 128 scores a thread
+        ("attention", 36, "forward=64,64,4,2", ["rows by single elements", "vectors of 16 bytes"]),  # rows of 72 bytes
+    ],
+)
+def test_a_tile_that_breaks_a_promise_is_reported(tmp_path, op, head_dim, tile, words):
+    kernel, path = tile.split("=")[0], tmp_path / "records.json"
+    done = run("--kernel", op, "--head-dim", head_dim, "--tile", tile, "--only", kernel, "--jobs", 1, "--json", path)
+    assert done.returncode == 1, done.stderr
+    assert "1 kernels, 1 break a promise" in done.stdout
+    (record,) = json.loads(path.read_text())["records"]
+    assert record["kernel"] == f"_{kernel}_kernel"  # and no other was compiled
+    sentences = " ".join(finding.sentence for finding in findings(record))
+    for word in words:
+        assert word in sentences
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tile", "dkdv=64,64"), "expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got 'dkdv=64,64'"),
+        (("--tile", "rows=1,2,3,4"), "got 'rows=1,2,3,4'"),
+        (("--kernel", "attention", "--layout", "d65 causal"), "no kernel that is asked for has d65 causal"),
+        (("--options", "acausal"), "'acausal' is not one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+REPAIRS = """
+import sys, torch
+from bench.codegen.attention import launch_backward, launch_forward
+from bench.codegen.compile import compile_launches
+
+for launch in (launch_forward, launch_backward):
+    options = {"head_dim": 64, "has_mask": True}
+    for report in compile_launches(lambda: launch(torch.bfloat16, **options), sys.argv[1], repairs=True):
+        print(report.kernel, report.registers)
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "gfx942"])
+def test_the_second_launch_compiles(arch, tmp_path):
+    """That of the programs which met a NaN; no promise but that it can be launched."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", REPAIRS, arch], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert set(found) == {"_forward_kernel", "_dkdv_kernel", "_dq_kernel"}
+    assert all(0 < int(registers) <= 512 for registers in found.values())

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""The benches' GPU paths, rehearsed: every branch runs here once, so that a slip of the pen costs no GPU time."""
+
+import pytest
+import torch
+
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the bench needs the extra `bench`")
+
+from click.testing import CliRunner  # noqa: E402
+from recorded_cuda import QUICK, REPLAY_MS, TORCH  # noqa: E402
+from torch.nn.attention import SDPBackend  # noqa: E402
+
+from bench import timing  # noqa: E402
+from bench.__main__ import cli  # noqa: E402
+from bench.attention import cells as attention_cells  # noqa: E402
+from bench.attention import command as bench_attention  # noqa: E402
+from bench.attention.limits import FLASH  # noqa: E402
+from bench.attention.providers import EAGER, Provider  # noqa: E402
+from bench.attention.shapes import Seen, Shape  # noqa: E402
+from bench.report import times_table  # noqa: E402
+
+CASES = [
+    ("triton", "bf16", "causal"),
+    ("torch", "fp32", "full"),
+    ("torch", "bf16", "window"),
+    ("torch", "fp32", "padded"),
+]
+
+
+@pytest.mark.parametrize("backend_name, dtype, mask", CASES)
+def test_attention_beside_its_peers_and_limits(gpu, bench, backend_name, dtype, mask):
+    """Backend "triton" is our kernels in their interpreter."""
+    options = ["--dtype", dtype, "--mask", mask, "--window", "5", "--tokens", "48", "--backend", backend_name]
+    code, output, records = bench(*QUICK, *options)
+    assert code == 0, output
+    assert "batch 48 / seq" in output
+    limits = {"fp32": ["efficient"], "bf16": ["flash", "cudnn"]}[dtype]
+    if mask == "window" and dtype == "bf16":  # no CPU has FlashAttention's own operator
+        assert "absent: limit: no bias flash, forward: Could not run 'aten::_flash_attention_forward'" in output
+        assert "absent: limit: no bias cudnn, training: scaled_dot_product_attention has no window" in output
+        limits = []
+    for direction in ("forward", "training"):
+        names = ["eager", "sdpa with bias", f"dpb {backend_name}"]
+        for name in names + [f"limit: no bias {limit}" for limit in limits]:
+            record = records[direction, name]
+            assert (record["batch"], record["wrong"], record["ms"] > 0) == (2, None, True)
+            assert record["tflop_s"] > 0
+            assert record["graph_ms"] == pytest.approx(REPLAY_MS / 2)  # two calls in it
+            assert record.get("of_limit", {}).keys() == {f"no bias {limit}" for limit in limits}
+            assert record["x_eager"] > 0 and record["graph_x_eager"] == pytest.approx(1)
+            assert name.startswith("limit") or record["peak_mib"] == 2
+    trained, frozen = (records["training", f"dpb {backend_name}{more}"] for more in ("", " frozen"))
+    assert (trained["gradients"], frozen["gradients"]) == ("q k v table", "q k v")
+    assert trained["over_frozen"] > 0 and trained["graph_over_frozen"] == pytest.approx(1)
+    assert "over_frozen" not in frozen
+    assert "trained / frozen" in output and "nothing flushes the L2 cache" in output
+    assert SDPBackend.EFFICIENT_ATTENTION in gpu.backends
+    assert (SDPBackend.CUDNN_ATTENTION in gpu.backends) == (dtype == "bf16" and mask != "window")
+
+
+def test_decoding_reads_keys_and_values(gpu, bench):
+    code, output, records = bench(*QUICK, *TORCH, "--dtype", "bf16", "--cell", "decode", "--batch", "2")
+    assert code == 0, output
+    assert {direction for direction, _ in records} == {"forward"}
+    ours = records["forward", "dpb torch"]
+    assert (ours["queries"], ours["mask"], ours["heads"]) == (1, "full", 2)
+    assert ours["gb_s"] == pytest.approx(2 * 2 * 2 * 24 * 16 * 2 / ours["ms"] / 1e6)
+    assert ours["of_limit"].keys() == {"no bias flash", "no bias cudnn", "copy"}
+
+
+def test_the_cells_are_the_published_shapes(gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_attention, "run", lambda make, shapes, *_: seen.extend(shapes))
+    for name in ("window", "decode"):
+        assert CliRunner().invoke(cli, ["attention", "--device", "cuda", "--cell", name]).exit_code == 0
+    assert seen[0] == Shape("bf16", 600, 8, 4600, 16, "window", None, 128)
+    assert seen[1:] == [Shape("bf16", 16, 32, n, 128, "full", 1) for n in (4096, 8192, 16384, 32768, 65536)]
+    assert bench_attention.Cells(seen[0], "cuda").distinct == 25
+    assert [bench_attention.Cells(shape, "cuda").distinct for shape in seen[1:]] == [16, 8, 4, 2, 1]
+    seen.clear()
+    assert CliRunner().invoke(cli, ["attention", "--device", "cuda", "--dtype", "bf16"]).exit_code == 0
+    assert [(shape.n, shape.batch, shape.heads) for shape in seen] == [
+        (2048, 8, 16), (4096, 4, 16), (8192, 2, 16), (16384, 1, 16)
+    ]  # fmt: skip
+    for shape in seen:
+        assert shape.batch * shape.heads * shape.n // 128 >= 4 * 132
+        assert bench_attention.Cells(shape, "cuda").distinct == shape.batch
+
+
+def test_flash_attentions_window_is_differentiable():
+    """On meta tensors, which have the operator's shapes and its derivative and no kernel."""
+    query, key, value = (
+        torch.empty((2, 3, 40, 16), dtype=torch.bfloat16, device="meta").requires_grad_() for _ in "qkv"
+    )
+    out = FLASH(query, key, value, None, Seen(window=8))
+    assert out.shape == query.shape
+    gradients = torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+    assert [gradient.shape for gradient in gradients] == [query.shape] * 3
+
+
+def test_float32_is_held_against_sdpa_on_the_gpu(gpu, monkeypatch):
+    """Three TF32 products on tensor cores have an accumulator that eager's float32 products do not have."""
+    shape = Shape("fp32", 2, 2, 24, 16, "causal")
+    sdpa = Provider("sdpa", lambda *arguments: EAGER.attend(*arguments) * (1 + 2e-5))
+    monkeypatch.setattr(attention_cells, "SDPA", sdpa)
+    coarse = Provider("coarse", lambda *arguments: EAGER.attend(*arguments) * (1 + 3e-5))
+    coarser = Provider("coarser", lambda *arguments: EAGER.attend(*arguments) * (1 + 1e-4))
+    for direction in ("forward", "training"):
+        assert attention_cells.Cells(shape, "cuda").wrong(direction, coarse) is None
+        assert "off by" in attention_cells.Cells(shape, "cuda").wrong(direction, coarser)
+        assert "off by" in attention_cells.Cells(shape, "cpu").wrong(direction, coarse)
+
+
+def test_float32_is_held_against_eager_where_sdpa_has_no_room(gpu, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention_cells, "SDPA", Provider("sdpa", no_room))
+    shape = Shape("fp32", 2, 2, 24, 16, "causal")
+    assert attention_cells.Cells(shape, "cuda").wrong("training", EAGER) is None
+    coarse = Provider("coarse", lambda *arguments: EAGER.attend(*arguments) * (1 + 3e-5))
+    assert "off by" in attention_cells.Cells(shape, "cuda").wrong("forward", coarse)
+
+
+def test_errors_are_printed_as_numbers(gpu, bench, monkeypatch):
+    code, output, records = bench(*QUICK, "--errors", "--mask", "window")
+    assert code == 0, output
+    assert {provider for _, provider in records} == {"eager", "sdpa with bias", "dpb triton"}
+    for record in records.values():
+        assert record["errors"].keys() == record["largest"].keys() == {"out", "dq", "dk", "dv", "dtable"}
+        assert 0 < record["errors"]["out"] < 1e-5 < record["largest"]["out"]
+    assert "fp32, window 128" in output
+
+
+def test_a_round_is_long_enough_and_a_graph_holds_many_short_calls(gpu):
+    calls = []
+    found = timing.measure({"a": lambda: calls.append(gpu.is_capturing)}, "graph", 2, 0.01)
+    assert found["a"].rounds == [pytest.approx(REPLAY_MS / 2)] * 2  # two calls in the graph, of which one replay
+    assert calls == [False, False, True, True, True]
+
+
+def test_the_clocks_are_warmed_for_a_while(gpu, monkeypatch):
+    products = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: products.append(1))
+    timing.warm_clocks()
+    assert products
+
+
+def test_expand_on_a_gpu(gpu, bench):
+    code, output, records = bench("expand", "--device", "cuda", "--smoke", "--peer", "eager", "--backend", "triton",
+                                  "--heads", "2", "--seq", "17", "--dtype", "bf16")  # fmt: skip
+    assert code == 0, output
+    assert records["forward", "dpb triton"]["graph_ms"] and records["backward", "dpb triton"]["graph_ms"]
+    assert "graph_ms" not in records["module", "dpb triton"] and "graph_ms" not in records["forward", "eager"]
+    assert records["forward", "limit: fill"]["graph_gb_s"] > 0
+    assert records["backward", "dpb triton"]["graph_of_limit"].keys() == {"sum"}
+
+
+def test_defaults_of_a_gpu(gpu, monkeypatch):
+    seen = {}
+
+    def providers(device, peers, backends):
+        seen.update(peers=list(peers), backends=backends)
+        return [], {}
+
+    monkeypatch.setattr(bench_attention, "providers", providers)
+    monkeypatch.setattr(bench_attention, "run", lambda *arguments: seen.update(common=arguments[-1]))
+    monkeypatch.setattr(bench_attention, "measure_memory", lambda *_: None)
+    assert CliRunner().invoke(cli, ["attention"]).exit_code == 0
+    assert (seen["common"].rounds, seen["common"].seconds, seen["common"].heads) == (5, 0.05, 16)
+    assert seen["backends"] == ("triton",)
+    assert seen["peers"] == ["eager", "sdpa with bias", "flex fixed table", "flex trained table"]
+    assert CliRunner().invoke(cli, ["attention", "--memory", "80000"]).exit_code == 0
+    assert seen["peers"] == ["eager", "sdpa with bias"]
+    assert CliRunner().invoke(cli, ["attention", "--peer", "compiled eager"]).exit_code == 0
+    assert seen["peers"] == ["compiled eager"]
+
+
+def test_the_table_says_how_far_a_run_came(gpu):
+    record = {"dtype": "bf16", "n": 8, "mask": "causal", "direction": "forward", "provider": "eager", "wrong": None}
+    result = {"bench": "attention", "environment": {}, "absent": {}, "records": [record]}
+    assert "checked, not timed" in times_table(result)

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench sweep`: candidates, the list of what compiles, the GPU's part with recorders in place of CUDA."""
+
+import ast
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for module in ("triton", "click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the command needs the extras `triton` and `bench`")
+
+from click.testing import CliRunner  # noqa: E402
+
+from bench.codegen.promises import shared_limit  # noqa: E402
+from bench.sweep import command  # noqa: E402
+from bench.sweep import gpu as sweep_gpu  # noqa: E402
+from bench.sweep import offline as sweep_offline  # noqa: E402
+from bench.sweep.candidates import KERNELS, Candidate, candidates, elements  # noqa: E402
+
+GROUP = ("dkdv", 64, "bf16", "sm_90")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_group_has_candidates_that_fit(kernel, width, dtype, arch):
+    found = candidates(kernel, width, dtype, arch)
+    assert len(set(found)) == len(found) >= 1
+    for candidate in found:
+        registers, stage, _ = elements(candidate, width)
+        lanes = candidate.warps * (64 if arch == "gfx942" else 32)
+        assert registers / lanes < (512 if arch == "gfx942" else 255)
+        assert stage * (4 if dtype == "fp32" else 2) <= shared_limit(arch)
+        assert kernel != "dtable" or candidate.block_m <= candidate.block_n
+
+
+def test_the_first_candidates_are_large_tiles():
+    """The tile with the shortest measured loop of dkdv at 64 must not come last."""
+    first = [candidate.blocks for candidate in candidates(*GROUP)][:12]
+    assert (64, 64, 4, 2) in first
+
+
+def result(candidate, problems=(), estimate=100.0, issue=None):
+    found = {
+        "kernel": candidate.kernel,
+        "blocks": list(candidate.blocks),
+        "width": 64,
+        "dtype": "bf16",
+        "arch": "sm_90",
+    }
+    found["problems"] = list(problems)
+    clocks = {"tensor": estimate, "issue": issue or estimate, "exp2": 1.0}
+    options = {"registers": 128, "shared": 0, "blocks": 1, "instructions": 99, "clocks": clocks}
+    return found if problems else found | dict.fromkeys(("causal", "full"), options | {"estimate": estimate})
+
+
+def listed(*entries):
+    return {sweep_offline.key_of(sweep_offline.candidate_of(entry), 64, "bf16", "sm_90"): entry for entry in entries}
+
+
+def test_the_best_have_no_problem_and_the_least_clocks():
+    slow, fast, full, wrong = (Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2, 3, 4))
+    other = Candidate("dq", 64, 64, 4, 2)
+    results = listed(
+        result(slow, estimate=90), result(wrong, ["causal: 3 spills"]), result(fast, estimate=80, issue=80),
+        result(full, estimate=80, issue=70), result(other, estimate=1),
+    )  # fmt: skip
+    found = [sweep_offline.candidate_of(entry) for entry in sweep_offline.best(results, GROUP)]
+    assert found == [full, fast, slow]
+    assert len(sweep_offline.best(results, GROUP, 2)) == 2
+
+
+def test_a_list_is_gone_on_with_until_kernels_or_compiler_change(tmp_path, monkeypatch):
+    path = tmp_path / "list.json"
+    assert sweep_offline.load(path) == {}
+    results = listed(result(Candidate("dkdv", 64, 64, 4, 2, (True,))))
+    sweep_offline.save(path, results)
+    assert sweep_offline.load(path) == results
+    (entry,) = results.values()
+    assert sweep_offline.candidate_of(entry) == Candidate("dkdv", 64, 64, 4, 2, (True,))
+    monkeypatch.setattr(sweep_offline, "fingerprint", lambda: {"kernels": "others", "triton": "3.6.0"})
+    assert sweep_offline.load(path) == {}
+    assert sweep_offline.load(path, is_old_welcome=True) == results
+
+
+class Threads(ThreadPoolExecutor):
+    """In place of processes."""
+
+    def __init__(self, jobs, mp_context):
+        super().__init__(jobs)
+
+
+def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
+    """Every group's best first; what computes twice not with other stages, nothing larger than what spills a lot."""
+    asked = []
+
+    def compile_one(candidate, width, dtype, arch):
+        asked.append(candidate)
+        if (candidate.block_m, candidate.block_n, candidate.warps) == first[:3]:
+            return result(candidate, ["causal: main loop: 2.00 times the products that its tile needs"])
+        is_crowded = candidate.kernel == "dq" and candidate.block_m * candidate.block_n >= 4096
+        return result(candidate, ["causal: 99 spills"]) | {"spills": 99} if is_crowded else result(candidate)
+
+    first = candidates(*GROUP)[0].blocks
+    monkeypatch.setattr(sweep_offline, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(sweep_offline, "compile_candidate", compile_one)
+    wanted = [GROUP, ("dq", *GROUP[1:])]
+    results = {}
+    assert sweep_offline.compile_candidates(wanted, results, 1, 0) > 100  # no time: none
+    assert not asked
+    assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
+    assert [candidate.kernel for candidate in asked[:6]] == ["dkdv", "dq"] * 3
+    assert len([c for c in asked if c.kernel == "dkdv" and (c.block_m, c.block_n, c.warps) == first[:3]]) == 1
+    crowded = [c for c in asked if c.kernel == "dq" and c.block_m * c.block_n >= 4096]
+    assert crowded
+    for one, two in itertools.combinations(crowded, 2):
+        is_larger = two.block_m >= one.block_m and two.block_n >= one.block_n
+        assert not (is_larger and (two.warps, two.more) == (one.warps, one.more))
+    count = len(asked)
+    assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
+    assert len(asked) == count
+
+
+def test_a_compilation_says_why_not_and_stops_there(monkeypatch):
+    """With a problem when causal, the other options are not compiled."""
+    seen = []
+
+    def compile_case(case):
+        seen.append(case)
+        return [{"error": "OutOfResources: shared memory\nRequired: 300000"}]
+
+    monkeypatch.setattr(sweep_offline, "compile_case", compile_case)
+    found = sweep_offline.compile_candidate(Candidate("dq", 64, 64, 4, 2, (True,)), *GROUP[1:])
+    assert found["problems"] == ["causal: does not compile: Required: 300000"]
+    (case,) = seen
+    assert case.op == "attention backward"
+    assert (case.layout, case.only) == ("d64 causal", ("_dq_kernel",))
+    assert case.options == {"head_dim": 64, "blocks": {"dq": (64, 64, 4, 2, True)}}
+
+
+def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
+    """One candidate for real, in a child: the table, the file and the lines have its registers and clocks."""
+    path, lines = tmp_path / "list.json", tmp_path / "lines.jsonl"
+    arguments = ["--kernel", "forward", "--head-dim", "64", "--limit", "0.5", "--jobs", "1", "--list", str(path)]
+    done = CliRunner().invoke(command.sweep, [*arguments, "--lines", str(lines)], catch_exceptions=False)
+    assert done.exit_code == 0
+    (entry, *_) = json.loads(path.read_text())["results"].values()
+    assert entry["arch"] == "sm_90"
+    if not entry["problems"]:
+        assert 32 <= entry["causal"]["registers"] <= 255
+        m, n, *_ = entry["blocks"]
+        assert entry["causal"]["clocks"]["tensor"] == 64  # 4 * 1024 * 64 / 4096
+        assert entry["full"]["estimate"] >= 64
+        assert f"{m},{n}," in done.output
+    events = [json.loads(line)["event"] for line in lines.read_text().splitlines()]
+    assert (events[0], events[1], events[-1]) == ("start", "compiled", "end")
+
+
+def test_the_launches_that_are_timed():
+    """In the interpreter: other constants give the same, and each call launches one kernel's part."""
+    calls = sweep_gpu.calls_of(16, "fp32", 40, 1, 2, "cpu")
+    for kernel, call in calls.items():
+        first, second = (call(Candidate(kernel, *tile, 4, 1)) for tile in ((16, 16), (16, 32)))
+        assert sweep_gpu.difference(second, first) < 1e-5
+        assert all(tensor.abs().sum() > 0 for tensor in first)
+        assert len(first) == (2 if kernel == "dkdv" else 1)
+
+
+def test_differences():
+    x = torch.tensor([3.0, 4.0])
+    assert sweep_gpu.difference([x], [x]) == 0
+    assert sweep_gpu.difference([x, x * 1.1], [x, x]) == pytest.approx(0.1, rel=1e-5)
+    assert sweep_gpu.difference([x * float("nan")], [x]) == float("inf")
+    assert sweep_gpu.difference([x / 0], [x]) == float("inf")
+
+
+class Recorder:
+    """Stands for CUDA: a candidate's replay takes as long as `costs` says; every capture and measurement is kept."""
+
+    def __init__(self, costs):
+        self.costs, self.captured, self.measured = costs, [], []
+
+    def capture(self, call):
+        (out,) = call()
+        self.captured.append(int(out[1]))
+        return lambda: int(out[1])
+
+    def milliseconds(self, replay, count):
+        self.measured.append(replay())
+        return self.costs[replay()]
+
+
+def launch_of(tiles, wrong=(), raises=()):
+    """A launcher whose result says which candidate it was, without changing it."""
+
+    def launch(candidate):
+        number = tiles.index(candidate)
+        if candidate in raises:
+            raise RuntimeError(f"out of resources: {candidate.name}\nhint")
+        return [torch.tensor([1e9 * (2 if candidate in wrong else 1), number])]
+
+    return launch
+
+
+def test_a_group_is_checked_then_timed_in_turn():
+    tiles = [Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2, 3, 4)]
+    clock, written = Recorder([2.0, 1.0, 9.0, 9.0]), []
+    times = sweep_gpu.time_group(
+        launch_of(tiles, wrong=[tiles[2]], raises=[tiles[3]]), tiles, 1e-2, clock,
+        lambda event, **facts: written.append((event, facts)), float("inf"), 3, seconds=0.01,
+    )  # fmt: skip
+    assert times == {tiles[0]: [2.0] * 3, tiles[1]: [1.0] * 3}
+    assert clock.captured == [0, 1]
+    assert clock.measured[-6:] == [0, 1] * 3  # interleaved
+    checked = {facts["candidate"]: facts for event, facts in written if event == "checked"}
+    assert [facts["is_right"] for facts in checked.values()] == [True, True, False, False]
+    assert checked[tiles[2].name]["difference"] == pytest.approx(1)
+    assert checked[tiles[3].name]["error"] == f"RuntimeError: out of resources: {tiles[3].name}"
+    assert [event for event, _ in written] == ["checked"] * 4 + ["timed"] * 6
+    assert written[-1][1] == {"candidate": tiles[1].name, "ms": 1.0, "rounds": [1.0] * 3}
+    assert sweep_gpu.faster(times, tiles[0]) == (tiles[1], 2.0)
+    assert sweep_gpu.faster({tiles[0]: [1.0], tiles[1]: [0.995]}, tiles[0]) == (tiles[0], 1.0)
+
+
+def test_without_the_constants_of_today_nothing_is_compared():
+    tiles = [Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2)]
+    written = []
+    found = sweep_gpu.time_group(
+        launch_of(tiles, raises=tiles[:1]), tiles, 1e-2, Recorder([1.0, 1.0]),
+        lambda event, **facts: written.append(facts), float("inf"), 1,
+    )  # fmt: skip
+    assert found == {}
+    assert "out of resources" in written[0]["error"]
+
+
+def test_a_group_ends_at_its_deadline():
+    """After the first round, which every candidate that was captured has."""
+    tiles = [Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2)]
+    found = sweep_gpu.time_group(launch_of(tiles), tiles, 1e-2, Recorder([1.0, 1.0]), lambda *_, **__: None, 0, 5)
+    assert found == {tiles[0]: [1.0]}
+
+
+def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
+    """Recorders in place of CUDA: what is launched, in which order, and the rows that are printed."""
+    today = {kernel: command.constants_of((kernel, *GROUP[1:])) for kernel in ("dkdv", "dq")}
+    better = {kernel: Candidate(kernel, 32, 64, 4, 1) for kernel in today}
+    path, lines = tmp_path / "list.json", tmp_path / "lines.jsonl"
+    slower = [Candidate("dkdv", 32, 32, 4, stages) for stages in (1, 2, 3)]
+    sweep_offline.save(path, listed(
+        *(result(candidate, estimate=50) for candidate in better.values()),
+        *(result(candidate, estimate=60) for candidate in slower),
+        *(result(candidate, estimate=55) for candidate in today.values()),
+    ))  # fmt: skip
+    launched, prefilled = [], []
+
+    def calls_of(width, dtype, seq, batch, heads, device):
+        assert (width, dtype, seq, batch, heads, device) == (64, "bf16", 8192, 2, 16, "cuda")
+
+        def launch(candidate):
+            launched.append(candidate)
+            return [torch.tensor([1e9, 1 if candidate in today.values() else 0])]
+
+        return dict.fromkeys(("dkdv", "dq"), launch)
+
+    monkeypatch.setattr(command, "_arch_here", lambda archs: "sm_90")
+    monkeypatch.setattr(sweep_gpu, "calls_of", calls_of)
+    monkeypatch.setattr(sweep_gpu, "prefill", lambda jobs, processes: prefilled.extend(jobs))
+    monkeypatch.setattr(sweep_gpu, "Graphs", lambda: Recorder([1.0, 1.5]))
+    arguments = ["--device", "cuda", "--head-dim", "64", "--kernel", "dkdv", "--kernel", "dq", "--best", "2"]
+    arguments += ["--list", path, "--lines", lines]
+    done = CliRunner().invoke(command.sweep, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0
+    offered = [today["dkdv"], better["dkdv"], slower[0], today["dq"], better["dq"]]
+    assert [job[0] for job in prefilled] == offered  # two at most beside today's
+    assert prefilled[0][1:] == ("sm_90", 64, "bf16", 8192, 2, 16)
+    assert list(dict.fromkeys(launched)) == offered
+    body = done.output[done.output.index("{") :]
+    rows = ast.literal_eval(body)
+    assert rows["dkdv"][0] == better["dkdv"].blocks
+    assert rows["dkdv"][1] == command.constants_of(("dkdv", 128, "bf16", "sm_90")).blocks
+    assert rows["forward"][0] == command.constants_of(("forward", 64, "bf16", "sm_90")).blocks
+    assert "64: 1.50 times as fast" in body
+    events = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [event for event, _ in itertools.groupby(events, lambda event: event["event"])] == [
+        "start", "checked", "timed", "checked", "timed", "end",
+    ]  # fmt: skip
+    timed = next(event for event in events if event["event"] == "timed")
+    assert timed.items() >= {"kernel": "dkdv", "width": 64, "dtype": "bf16", "arch": "sm_90", "ms": 1.5}.items()
+
+
+def test_no_gpu_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = CliRunner().invoke(command.sweep, ["--device", "cuda"])
+    assert done.exit_code == 2
+    assert "torch sees no GPU here" in done.output
+
+
+@pytest.mark.parametrize(
+    ("hip", "name", "expected"), [(None, "NVIDIA H200", "sm_90"), ("7.0", "gfx942:sramecc+:xnack-", "gfx942")]
+)
+def test_the_architecture_of_this_gpu(hip, name, expected, monkeypatch):
+    """torch 2.11 has the card's name where AMD's have the architecture."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(major=9, minor=0, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert command._arch_here(()) == expected

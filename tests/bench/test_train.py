@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""`bench train`: the variants agree, a killed run ends with the numbers of one that was not, the files are safe."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("click", reason="the bench needs the extra `bench`")
+
+from click.testing import CliRunner
+
+from bench.__main__ import cli
+from bench.train import checkpoint, text
+from bench.train.report import plot_training, training_table
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--dim", "32", "--layers", "1", "--heads", "2", "--seq", "32", "--batch", "2", "--evaluate", "32",
+         "--evaluate", "128", "--device", "cpu"]  # fmt: skip
+
+
+def command(*options):
+    return [sys.executable, "-m", "bench", "train", *SIZES, *options]
+
+
+def run(*options, expect=0):
+    done = subprocess.run(command(*options), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of all variants that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run("--steps", "12", "--json", str(folder / "run.json"), "--plot", str(folder / "run.png"))
+    assert (folder / "run.png").stat().st_size > 10_000
+    return json.loads((folder / "run.json").read_text()), done.stdout
+
+
+def test_fused_and_eager_agree(whole):
+    result, _ = whole
+    losses = {name: torch.tensor(values) for name, values in result["losses"].items()}
+    assert all(len(values) == 12 and values.isfinite().all() for values in losses.values())
+    torch.testing.assert_close(losses["fused"], losses["eager"], atol=1e-4, rtol=1e-4)
+    assert (losses["no position"] - losses["eager"]).abs().max() > 1e-4
+    assert losses["fused"][-1] < losses["fused"][0]
+    assert result["parameters"]["fused"] == result["parameters"]["eager"] > result["parameters"]["no position"]
+
+
+def test_longer_texts(whole):
+    result, _ = whole
+    found = {(record["name"], record["seq"]): record["loss"] for record in result["extrapolation"]}
+    assert set(found) == {("eager", 32)} | {(n, s) for n in ("fused", "fused log", "no position") for s in (32, 128)}
+    assert found["eager", 32] == pytest.approx(found["fused", 32], abs=1e-4)
+    assert all(0 < loss < 6 for loss in found.values())
+
+
+def test_report(whole):
+    result, output = whole
+    assert training_table(result).strip() in output
+    assert {(record["batch"], record["seq"]) for record in result["steps_compared"]} == {(2, 32), (1, 64)}
+    assert all(len(record["seconds"]) == 5 for record in result["steps_compared"])
+    markdown = training_table(result, "github")
+    assert "| no position |" in markdown and "1 x 64" in markdown
+    assert len(plot_training(result).axes) == 2
+
+
+def test_killed_and_resumed(whole, tmp_path):
+    """Twice, at whatever moment it is then."""
+    names = "eager", "fused"
+    options = ("--steps", "12", "--checkpoint", str(tmp_path / "state.pt"), "--every", "1")
+    options += tuple(word for name in names for word in ("--variant", name))
+    seen = 0
+    for _ in range(2):
+        process = subprocess.Popen(command(*options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "state.pt").exists():
+                step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
+                if step >= seen + 2:
+                    seen = step
+                    break
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it was killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run(*options, "--json", str(tmp_path / "run.json"))
+    assert "going on from step" in done.stdout
+    result, expected = json.loads((tmp_path / "run.json").read_text()), whole[0]
+    assert result["losses"] == {name: expected["losses"][name] for name in names}
+    assert result["extrapolation"] == [record for record in expected["extrapolation"] if record["name"] in names]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    options = ("--variant", "no position", "--checkpoint", str(tmp_path / "state.pt"), "--steps", "2")
+    run(*options)
+    done = run(*options, "--seed", "3", expect=1)
+    assert "checkpoint of another run: seed is 0, not 3" in done.stderr
+
+
+def test_a_failing_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "state.pt"
+    checkpoint.save(path, {"step": 1})
+    with pytest.raises(AttributeError, match="local"):  # a function has no place in a file: it fails half-way
+        checkpoint.save(path, {"step": 2, "tensor": torch.ones(1000), "function": lambda: None})
+    assert checkpoint.load(path) == {"step": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["state.pt"]
+
+
+def test_what_a_killed_save_leaves_is_removed(tmp_path):
+    (tmp_path / "state.ptabc.tmp").write_bytes(b"half")
+    assert checkpoint.load(tmp_path / "state.pt") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Malicious()}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+        checkpoint.load(tmp_path / "state.pt")
+    assert not Path("ran").exists()
+
+
+class Malicious:
+    """What a pickle may do."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_text():
+    training, validation = text.load_text()
+    assert len(training) > 5_000_000 and 100_000 < len(validation) < len(training) / 5
+    assert b"PYTHON SOFTWARE FOUNDATION LICENSE" in training.numpy().tobytes() + validation.numpy().tobytes()
+    options = {"batch": 3, "seq": 50, "seed": 1}
+    inputs, targets = text.batch_of(training, 7, **options)
+    assert inputs.shape == (3, 50) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(inputs, text.batch_of(training, 7, **options)[0])
+    assert not torch.equal(inputs, text.batch_of(training, 8, **options)[0])
+    assert not torch.equal(inputs, text.batch_of(training, 7, **options | {"seed": 2})[0])
+    inputs, targets = text.windows(validation, 1000, 96)
+    assert inputs.shape == (10, 96) and torch.equal(inputs.flatten()[1:], targets.flatten()[:-1])
+    assert text.fingerprint(training) != text.fingerprint(validation)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dim", "30", "--heads", "4"], "--dim must be a multiple of --heads, got 30 and 4"),
+        (["--evaluate", "99999999"], "ask for 99999999 bytes of validation"),
+        (["--variant", "rotary"], "rotary"),
+        (["--seq", "1"], "--seq"),
+    ],
+)
+def test_bad_options(options, words):
+    done = CliRunner().invoke(cli, ["train", "--device", "cpu", *options])
+    assert done.exit_code == 2 and words in done.output

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""csrc/: the CUDA kernels' threads run on the host, the CPU kernels under sanitizers, the compilers' warnings and code.
+
+The agreement of the backends is in the tests that take the fixture `backend`.
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpb_triton import expand_bias
+from dpb_triton.backends import why_not
+from dpb_triton.expand import ops
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+SETUP = runpy.run_path(str(ROOT / "setup.py"))  # its constants
+CXX = os.environ.get("CXX", "c++")
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX})")
+
+
+def run(*command, **environment):
+    command = [str(part) for part in command]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"[-6000:]
+    return done.stdout
+
+
+def build_extension(folder, *flags):
+    """A copy of the package with its extension compiled with `flags`; returns what PYTHONPATH needs."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    package = folder / "dpb_triton"
+    shutil.copytree(ROOT / "dpb_triton", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    includes = [*include_paths(), sysconfig.get_paths()["include"]]
+    options = [
+        *SETUP["CXX_FLAGS"], *(f"-D{name}={value}" for name, value in SETUP["MACROS"]),
+        "-fPIC", "-DPy_LIMITED_API=0x030a0000", *WARNINGS, *flags,
+        *(part for path in includes for part in ("-isystem", path)),
+    ]  # fmt: skip
+    sources = sorted(CSRC.glob("*.cpp"))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda source: run(CXX, *options, "-c", source, "-o", folder / f"{source.stem}.o"), sources))
+    libraries = [part for path in library_paths() for part in ("-L", path)]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    run(CXX, "-shared", *flags, *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", package / "_C.abi3.so")
+    return str(folder)
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_thread_of_the_cuda_kernels_on_the_host(tmp_path, seed):
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    run(CXX, "-std=c++17", "-O2", *WARNINGS, *sanitizers, f"-I{CSRC}", ROOT / "tests/csrc/band_test.cpp", "-o",
+        tmp_path / "band_test")  # fmt: skip
+    assert run(tmp_path / "band_test", seed) == "2844 cases\n"
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's AddressSanitizer")
+def test_random_calls_under_address_sanitizer(tmp_path):
+    path = build_extension(
+        tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"
+    )
+    preload = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    out = run(
+        sys.executable, ROOT / "tests/csrc/fuzz.py", 10_000, 7,
+        PYTHONPATH=path, LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
+    )  # fmt: skip
+    accepted, _, calls = out.split()[:3]
+    assert calls == "10000" and 3000 < int(accepted) < 9000, out
+
+
+SAME_BITS = """
+import sys, torch
+from dpb_triton import ops
+torch.manual_seed(0)
+found = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for shape in ((3, 65, 130), (8, 300, 301), (1, 1200, 77)):
+        for dbias in (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).mT.contiguous().mT):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(ops.OPERATORS["reduce"](dbias, 1300, shape[2] - shape[1], True, dtype))
+torch.save(found, sys.argv[1])
+"""
+
+
+@needs_compiler
+def test_same_bits_with_any_threads_and_instruction_set(tmp_path):
+    """The machine's own instruction set against the baseline of its architecture, 1 thread against 2."""
+    results = []
+    for name, flags in (("host", []), ("baseline", ["-DDPB_BASELINE"])):
+        (tmp_path / name).mkdir()
+        path = build_extension(tmp_path / name, *flags)
+        run(sys.executable, "-c", SAME_BITS, tmp_path / f"{name}.pt", PYTHONPATH=path)
+        results.append(torch.load(tmp_path / f"{name}.pt"))
+    host, baseline = results
+    assert len(host) == 48
+    for ours, theirs in zip(host, baseline, strict=True):
+        assert torch.equal(ours, theirs)
+    for one, two in zip(host[::2], host[1::2], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.fixture
+def cpp():
+    reason = why_not("cpp", "cpu")
+    if reason is not None:
+        pytest.skip(f"backend cpp: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("expand", (torch.ones(3), 2, 2, 0, False, torch.float32), "table must have 2 dimensions, got 1"),
+        ("expand", (torch.ones(1, 3).int(), 2, 2, 0, False, torch.float32), "table must be float16"),
+        ("expand", (torch.ones(1, 3), -2, 2, 0, False, torch.float32), "i must be between 0 and 2^60, got -2"),
+        ("expand", (torch.ones(1, 3), 2, 2, 0, False, torch.int64), "dtype must be float16"),
+        ("expand", (torch.ones(1, 3), 2, 4, 2, False, torch.float32), "need distances up to 3, the table holds 0 to 2"),
+        ("expand", (torch.ones(1, 4), 2, 2, 0, True, torch.float32), "odd number of columns (2 n - 1), got 4"),
+        ("expand", (torch.ones(1, 3), 2, 2, -(2**62), False, torch.float32), "offset must be between"),
+        ("expand", (torch.ones(1, 1).expand(1, 2**40), 2**40, 2**40, 0, False, torch.float32), "more than memory can"),
+        ("expand", (torch.ones(16, 3), 2**60, 0, 0, False, torch.float32), "more than memory can"),
+        ("expand", (torch.ones(0, 2**60), 2**60, 2**60, 0, False, torch.float32), "more than memory can"),
+        ("expand", (torch.ones(1, 1).expand(1, 2**30), 2**30, 2**30, 0, False, torch.float32), "cannot allocate 46116"),
+        ("reduce", (torch.ones(1, 3, 3), 2**60, 0, False, torch.float64), "more than memory can"),
+        ("reduce", (torch.ones(3, 3), 3, 0, False, torch.float32), "dbias must have 3 dimensions, got 2"),
+        ("reduce", (torch.ones(1, 3, 3), 2, 0, False, torch.float32), "need distances up to 2, the table holds 0 to 1"),
+        ("reduce", (torch.ones(1, 3, 3), -1, 0, False, torch.float32), "n must be between"),
+    ],
+)
+def test_a_direct_call_with_nonsense_is_refused(cpp, name, arguments, words):
+    with pytest.raises(RuntimeError) as caught:
+        ops.OPERATORS[name](*arguments)
+    assert words in str(caught.value)
+
+
+def test_a_freed_storage_is_refused(cpp):
+    table = torch.ones(2, 5)
+    table.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has its storage been freed"):
+        expand_bias(table, 3, 3)
+
+
+def test_half_conversions_are_exact(cpp):
+    """Every float16 there is, each alone on a distance."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    dtable = ops.OPERATORS["reduce"](every.view(1, 1, -1), 2**16, 0, False, torch.float32)
+    assert torch.equal(dtable[0].nan_to_num(7.0), every.float().nan_to_num(7.0))
+    assert torch.equal(dtable[0].isnan(), every.isnan())
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    pytest.importorskip("triton", reason="its wheel has the disassembler")
+    from bench.codegen import cuda as codegen_cuda
+
+    if codegen_cuda.nvcc() is None:
+        pytest.skip("no nvcc: set CUDA_HOME")
+    return codegen_cuda
+
+
+def test_cuda_kernels_compile_link_and_keep_their_promises(nvcc, tmp_path):
+    """No spill, 16-byte accesses alone in the interior loops; sm_120 is in no default list."""
+    from bench.codegen.promises import broken
+
+    records = nvcc.compile_cuda(["sm_80", "sm_90", "sm_100", "sm_120"], 2)
+    assert not [record for record in records if "error" in record], records[0]
+    assert len(records) == 4 * (3 + 14 + 8)
+    for record in records:
+        assert (record["spills"], record["stack"]) == (0, 0), record
+        if record["streams"]:
+            access = record["streams"] + ".128"
+            assert record["interior"]["counts"] == {access: record["interior"]["counts"][access]}, record
+        assert broken(record) == []
+
+    run(*nvcc.compile_command(tmp_path / "band.o", "-c", "-arch=sm_90"))
+    home = Path(nvcc.nvcc()).resolve().parents[1]
+    home = home if (home / "include/cuda_runtime.h").exists() else Path("/usr/local/cuda")
+    run(CXX, "-shared", tmp_path / "band.o", f"-L{home}/lib64", "-lcudart", "-o", tmp_path / "band.so")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Several processes against one: torchrun starts them twice, as 2 and as 4, and every case is run in each launch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("torch is built without torch.distributed and gloo", allow_module_level=True)
+
+import distributed_worker
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """size -> ({case: {"failure": str, "seconds": float}}, what the processes printed); one launch each."""
+    launches = {}
+
+    def results(size):
+        if size not in launches:
+            path = tmp_path_factory.mktemp("distributed") / "results.json"
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
+                *(str(TESTS / "distributed_worker.py"), str(path)),
+            ]
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+                "TRITON_INTERPRET": "1",  # the processes are on the CPU
+            }
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            launches[size] = json.loads(path.read_text()) if path.exists() else {}, done.stdout + done.stderr
+        return launches[size]
+
+    return results
+
+
+CASES = [(size, name) for size in (2, 4) for name in distributed_worker.names_for(size)]
+
+
+@pytest.mark.parametrize(("size", "name"), CASES, ids=lambda value: str(value))
+def test_several_processes(size, name, launch):
+    results, output = launch(size)
+    assert name in results, f"not reached:\n{output[-4000:]}"
+    assert not results[name]["failure"], results[name]["failure"]
+
+
+def test_shifts_without_work_are_left_out():
+    from dpb_triton.distributed.ring import _shifts
+
+    assert _shifts((8, 8, 8, 8), None, None) == [0, 1, 2, 3]
+    assert _shifts((8, 8, 8, 8), 8, 0) == [0, 1]  # a causal window of a slice
+    assert _shifts((8, 8, 8, 8), 9, 0) == [0, 1, 2]  # the first query of a slice sees two behind
+    assert _shifts((8, 8, 8, 8), 3, 3) == [0, 1, 3]
+    assert _shifts((8, 8, 8, 8), 0, 0) == [0]
+    assert _shifts((8, 0, 8, 8), 3, 0) == [0, 1, 2]  # across a rank without positions

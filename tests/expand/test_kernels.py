@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""The Triton launchers with small tiles, so that a small grid meets every edge of the band algorithms."""
+
+import oracle
+import pytest
+import torch
+
+from dpb_triton import reference
+
+kernels = pytest.importorskip("dpb_triton.expand.triton_kernels", reason="Triton is not installed")
+
+TILES = [
+    {"block_m": 8, "block_n": 32, "rows": 16},
+    {"block_m": 16, "block_n": 32, "rows": 32},
+    {"block_m": 16, "block_n": 256, "rows": 64},
+]
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+@pytest.mark.parametrize("grid", oracle.GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_both_directions(tiles, grid, dtype, device, poisoned):
+    heads, i, j, offset, signed, spare = grid
+    offset = j - i if offset is None else offset
+    n = oracle.length(i, j, offset) + spare
+    table = oracle.draw_table(grid, dtype, device)
+    bias = kernels.expand(table, i, j, offset, signed, dtype, **tiles)
+    assert torch.equal(bias.cpu().double(), oracle.expand(table, i, j, offset, signed))
+
+    dbias = torch.randn(heads, i, j, device=device).to(dtype)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    dtable = kernels.reduce(dbias, n, offset, signed, accumulator, **tiles)
+    eager = reference.reduce(dbias, n, offset=offset, signed=signed, dtype=accumulator)
+    oracle.assert_within_budget(dtable, oracle.reduce(dbias, n, offset, signed), eager)
+
+
+@pytest.mark.parametrize("misalignment", range(8))
+@pytest.mark.parametrize("width", [40, 41, 44])
+def test_misaligned_rows(misalignment, width, device, poisoned):
+    """Every phase of the 16-byte boundary, for rows inside wider rows."""
+    memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()[misalignment:]
+    dbias = memory.as_strided((2, 20, width), (20 * 48, 48, 1))
+    dtable = kernels.reduce(dbias, width, width - 20, False, torch.float32, **TILES[0])
+    eager = reference.reduce(dbias, width, dtype=torch.float32)
+    oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
+
+
+def test_rows_per_program_depends_on_the_shape_alone():
+    assert kernels.rows_per_program(8, 64, 64) == 64
+    assert kernels.rows_per_program(8, 8192, 8192) == 1024
+    assert kernels.rows_per_program(1, 8192, 8192) == 128
+    assert kernels.rows_per_program(64, 65536, 65536) == 1024

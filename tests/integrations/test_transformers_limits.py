@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: MIT
+"""What bias_attention does not compute for a transformers model: eager's numbers or an exception."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import transformers
+from hf_models import VOCAB, assert_same, decoder, padding, run, t5, tokens
+from transformers import masking_utils
+
+from dpb_triton import DynamicPositionBias, bias_attention
+from dpb_triton.integrations.transformers import NAME, add_position_bias, use_bias_attention
+from dpb_triton.integrations.transformers import attention as transformers_attention
+from dpb_triton.integrations.transformers import mask as transformers_mask
+from dpb_triton.integrations.transformers.mask import read_window
+from dpb_triton.integrations.transformers.table import place
+
+
+@pytest.fixture
+def reasons(monkeypatch):
+    """The reasons for which layers fell back to their eager attention."""
+    found, why_not = [], transformers_attention._why_not
+
+    def record(*arguments):
+        found.append(why_not(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(transformers_attention, "_why_not", record)
+    return found
+
+
+def causal_mask(i, dtype=torch.float32):
+    return torch.full((1, 1, i, i), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+
+def test_packed_sequences_fall_back(reasons):
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]])
+    assert_same(decoder("Llama"), input_ids=tokens(2, 7), position_ids=positions, use_cache=False)
+    assert "neither causal" in reasons[-1]
+
+
+def test_a_mask_of_the_callers_falls_back(reasons):
+    mask = causal_mask(7) + torch.randn(2, 4, 7, 7)
+    assert_same(decoder("Llama"), input_ids=tokens(2, 7), attention_mask=mask)
+    assert "(2, 4, 7, 7)" in reasons[-1]
+
+
+def test_a_bool_mask_is_true_for_a_seen_key():
+    model = decoder("Llama")
+    seen = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    expected, _ = run(model, "eager", input_ids=tokens(1, 7), attention_mask=causal_mask(7))
+    logits, _ = run(model, NAME, input_ids=tokens(1, 7), attention_mask=seen)
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "T5"])
+def test_attention_weights_fall_back(reasons, name):
+    model = t5() if name == "T5" else decoder(name)
+    inputs = {"input_ids": tokens(2, 7), "output_attentions": True, "attention_mask": padding(2, 7, "right")}
+    inputs |= {"decoder_input_ids": tokens(2, 3)} if name == "T5" else {}
+    weights = []
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        out = model(**inputs)
+        weights.append(out.cross_attentions + out.decoder_attentions if name == "T5" else out.attentions)
+    torch.testing.assert_close(*weights)
+    assert reasons[-1] == "output_attentions=True"
+
+
+def test_sinks_fall_back(reasons):
+    model = decoder("GptOss", sliding_window=3, num_local_experts=2, num_experts_per_tok=1)
+    mask = padding(2, 9, "left")
+    assert_same(model, mask, input_ids=tokens(2, 9), attention_mask=mask)
+    assert "more than softmax" in reasons[-1]
+
+
+def test_chunks_fall_back(reasons):
+    options = {"num_local_experts": 1, "attention_chunk_size": 3, "intermediate_size_mlp": 24, "no_rope_layers": [1, 0]}
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_hidden_layers=2,
+        intermediate_size=24, vocab_size=VOCAB, pad_token_id=0, **options,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    assert_same(model, input_ids=tokens(2, 8))
+    assert any(reason is not None and "neither causal" in reason for reason in reasons) and None in reasons
+
+
+def test_a_large_head_dim_falls_back(reasons):
+    model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=258, initializer_range=0.1)
+    assert_same(model, input_ids=tokens(2, 6))
+    assert "head_dim is 258" in reasons[-1]
+
+
+def test_the_largest_head_dim_is_fused(reasons):
+    mask = padding(2, 6, "left")
+    model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=256, initializer_range=0.1)
+    assert_same(model, mask, input_ids=tokens(2, 6), attention_mask=mask)
+    assert set(reasons) == {None}
+
+
+def test_t5_whose_bias_is_not_replaced_falls_back(reasons):
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=20, d_kv=5, num_heads=3, d_ff=16, num_layers=2, vocab_size=VOCAB)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    assert_same(model, input_ids=tokens(2, 9), decoder_input_ids=tokens(2, 4))
+    assert "no table of the distance" in reasons[-1]
+
+
+def test_encoders_and_cross_attention_are_eager(reasons):
+    torch.manual_seed(0)
+    mask = padding(2, 9, "right")
+    options = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 24}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCAB, **options)).eval()
+    assert_same(bert, mask, input_ids=tokens(2, 9), attention_mask=mask)
+    options = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+               (("layers", 1), ("attention_heads", 4), ("ffn_dim", 24))}  # fmt: skip
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=VOCAB, d_model=24, **options))
+    assert_same(bart.eval(), input_ids=tokens(2, 9), attention_mask=mask, decoder_input_ids=tokens(2, 4))
+    llama = decoder("Llama")
+    llama.config.is_causal = False  # transformers' way to make a decoder see both ways
+    assert_same(llama, mask, input_ids=tokens(2, 9), attention_mask=mask)
+    assert set(reasons) == {None}
+
+
+def test_a_model_that_computes_with_the_mask_falls_back(reasons):
+    mask = padding(2, 9, "left")
+    model = decoder("Doge", num_attention_heads=4, keep_window_size=4)
+    assert_same(model, mask, input_ids=tokens(2, 9), attention_mask=mask)
+    assert_same(model, input_ids=tokens(2, 9))
+    assert "(2, 4, 9, 9)" in reasons[-1]
+
+
+SPARSE = {  # three of DeepSeek's family: which keys a query sees is left to an attention that they do not know
+    "HYV4": {"head_dim": 16, "num_key_value_heads": 4, "o_groups": 2, "o_lora_rank": 8},
+    "DeepseekV32": {"head_dim": 8, "num_key_value_heads": 4},
+    "GlmMoeDsa": {"head_dim": 8, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["padding", "bool", "bias"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_chosen_keys_fall_back(reasons, name, kind):
+    options = {
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 16, "index_topk": 3, "n_routed_experts": 2, "num_experts_per_tok": 1,
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 8, "first_k_dense_replace": 1,
+        "num_local_experts": 2, "num_experts": 2,
+    }  # fmt: skip
+    known = getattr(transformers, f"{name}Config")()
+    model = decoder(name, **{k: v for k, v in options.items() if hasattr(known, k)}, **SPARSE[name])
+    mask = padding(2, 9, "left")
+    inputs = {"input_ids": tokens(2, 9), "attention_mask": mask}
+    if kind == "bool":
+        inputs["attention_mask"] = (mask[:, None, None] == 1) & torch.ones(9, 9, dtype=torch.bool).tril()
+    expected, _ = run(model, "eager", mask, **inputs | {"attention_mask": mask})
+    if kind == "bias":  # of zeros
+        bias = DynamicPositionBias(8, 4)
+        torch.nn.init.zeros_(bias.mlp[-1].weight)
+        torch.nn.init.zeros_(bias.mlp[-1].bias)
+        add_position_bias(model, bias)
+    logits, _ = run(model, NAME, mask, **inputs)
+    torch.testing.assert_close(logits, expected)
+    assert "its indices name" in reasons[-1]
+
+
+def test_chosen_blocks_raise():
+    layer = decoder("Llama").model.layers[0].self_attn
+    x = torch.zeros(1, 4, 5, 6)
+    with pytest.raises(ValueError, match="block_indices.*use set_attn_implementation.'eager'"):
+        transformers_attention.attend(layer, x, x, x, None, block_indices=torch.zeros(1, 4, 5, 1, dtype=torch.int64))
+
+
+LOOKS = {
+    "rows": lambda mask: mask[:, 0, 2:],
+    "keys": lambda mask: mask[..., :3],
+    "is_seen": lambda mask: mask == 0,
+    "is_hidden": lambda mask: mask != 0,
+    "less": lambda mask: mask < 0,
+    "not": lambda mask: ~(mask == 0),
+    "sum": lambda mask: torch.ones(2, 4, 5, 5) + mask + 1.0,
+    "difference": lambda mask: 1.0 - mask,
+    "factor": lambda mask: 2 * mask * torch.ones(5),
+    "minus": lambda mask: -mask,
+    "a method": lambda mask: mask.masked_fill(torch.eye(5, dtype=torch.bool), 7.0),
+    "another dtype": lambda mask: mask.to(torch.float64),
+    "device and dtype": lambda mask: mask.to("cpu", torch.float16),
+    "bool": lambda mask: mask.bool(),
+    "expanded": lambda mask: mask.expand(-1, 4, -1, -1),
+    "where": lambda mask: torch.where(mask.bool(), 1, 2),
+    "padded": lambda mask: torch.nn.functional.pad(mask, (0, 2)),
+    "concatenated": lambda mask: torch.cat([mask, torch.zeros(2, 1, 5, 1)], -1),
+    "its like": lambda mask: torch.ones_like(mask),
+    "tensor first": lambda mask: torch.add(torch.ones(5), mask),
+}
+
+
+def make_mask(i, j, offset, tokens, function=masking_utils.causal_mask_function):
+    return transformers_mask.make_mask(2, i, j, offset, mask_function=function, attention_mask=tokens)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_mask_is_a_tensor_to_who_looks_into_it(look):
+    seen = padding(2, 5, "left").bool()
+    mask = make_mask(5, 5, 0, seen)
+    expected = LOOKS[look](masking_utils.eager_mask(2, 5, 5, attention_mask=seen))
+    found = LOOKS[look](mask)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_a_mask_that_is_asked_for_its_sizes_stays_one():
+    mask = make_mask(5, 5, 0, padding(2, 5, "left").bool())
+    assert mask.shape == mask.size() == (2, 1, 5, 5)
+    assert mask.size(-1) == 5 and mask.dim() == mask.ndim == 4
+    assert mask.dtype == torch.float32 and mask.device == torch.device("cpu")
+    assert mask.to("cpu") is mask and mask.contiguous() is mask and mask.to(device="cpu") is mask
+    assert not hasattr(mask, "nonsense") and len({mask, mask}) == 1
+    assert mask._dense is None
+    assert torch.equal(copy.deepcopy(mask).dense(), mask.dense())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_dense_mask_is_transformers_own(window):
+    function = masking_utils.causal_mask_function
+    if window is not None:
+        function = masking_utils.sliding_window_causal_mask_function(window)
+    seen = padding(2, 9, "left").bool()
+    request = {"batch_size": 2, "q_length": 2, "kv_length": 5, "kv_offset": 3, "mask_function": function}
+    expected = masking_utils.eager_mask(**request, q_offset=6, attention_mask=seen)
+    for offset in (6, torch.tensor(6)):
+        mask = transformers_mask.make_mask(**request, q_offset=offset, attention_mask=seen)
+        assert torch.equal(mask.dense(), expected)
+
+
+WINDOWS = {
+    "causal": (masking_utils.causal_mask_function, (None, 0)),
+    "bidirectional": (masking_utils.bidirectional_mask_function, (None, None)),
+    "window": (masking_utils.sliding_window_causal_mask_function(4), (3, 0)),
+    "window of 1": (masking_utils.sliding_window_causal_mask_function(1), (0, 0)),
+    "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(4), (4, 4)),
+    "two windows": (masking_utils.and_masks(WINDOW := masking_utils.sliding_window_overlay(4), WINDOW), (3, None)),
+    "the caller's window": (lambda b, h, x, y: (x - y < 3) & (y < x + 2), (2, 1)),
+    # what is no window
+    "chunks": (masking_utils.chunked_causal_mask_function(4, torch.zeros(2)), None),
+    "padding": (masking_utils.padding_mask_function(torch.ones(2, 9)), None),
+    "packed": (masking_utils.packed_sequence_mask_function(torch.ones(2, 9)), None),
+    "or": (masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, x, y: y < 3), None),
+    "prefix": (lambda b, h, x, y: (y <= x) & (y < 3), None),
+    "from the first query": (lambda b, h, x, y: x >= 3, None),
+    "the diagonal only": (lambda b, h, x, y: x == y, None),
+    "not the query itself": (lambda b, h, x, y: y < x, None),
+    "by head": (lambda b, h, x, y: (y <= x) if h == 0 else (y >= 0), None),
+    "by batch": (lambda b, h, x, y: y <= x + b, None),
+    "scaled": (lambda b, h, x, y: y <= x + x, None),
+    "everywhere": (lambda b, h, x, y: True, None),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_reads_windows_and_nothing_else(name):
+    function, expected = WINDOWS[name]
+    window = read_window(function)
+    assert window == expected
+    if window is not None:
+        seen = masking_utils.sdpa_mask(1, 9, 9, mask_function=function, allow_is_causal_skip=False)[0, 0]
+        distance = torch.arange(9)[:, None] - torch.arange(9)
+        left, right = (9 if side is None else side for side in window)
+        assert torch.equal(seen, (distance <= left) & (distance >= -right))
+
+
+@pytest.mark.parametrize("window", [(None, 0), (3, 0), (None, None), (2, 1)])
+@pytest.mark.parametrize("kind", ["none", "diagonals", "module", "signed module"])
+def test_an_offset_on_the_device_is_that_number(kind, window):
+    torch.manual_seed(0)
+    i, j, offset = 3, 11, 5
+    query, key, value = (torch.randn(2, 4, n, 6) for n in (i, j, j))
+    module = DynamicPositionBias(8, 4, signed="signed" in kind) if "module" in kind else None
+    diagonals = torch.randn(4, i + j - 1) if kind == "diagonals" else None
+    outs = []
+    for where in (offset, torch.tensor(offset)):
+        table, options = place(diagonals, module, query, key, where, window)
+        outs.append(bias_attention(query, key, value, table, **options))
+    torch.testing.assert_close(*outs)
+
+
+NOT_A_MODEL, BIAS = torch.nn.Linear(2, 2), DynamicPositionBias(8, 4)
+CASES = {
+    "model": (lambda: use_bias_attention(NOT_A_MODEL), TypeError, ["model", "Linear"]),
+    "bias to no model": (lambda: add_position_bias(NOT_A_MODEL, BIAS), TypeError, ["model", "Linear"]),
+    "bias": (lambda: add_position_bias(decoder("Llama"), NOT_A_MODEL), TypeError, ["position_bias", "Linear"]),
+    "shared": (lambda: add_position_bias(decoder("Llama"), BIAS, shared=1), TypeError, ["shared", "1"]),
+    "heads": (lambda: add_position_bias(decoder("Llama"), DynamicPositionBias(8, 2)), ValueError, ["4 heads", "got 2"]),
+    "T5": (lambda: add_position_bias(t5(), DynamicPositionBias(8, 3)), ValueError, ["self-attention only", "T5"]),
+    "twice": (
+        lambda: add_position_bias(add_position_bias(decoder("Llama"), BIAS), BIAS),
+        ValueError, ["no position bias yet"],
+    ),
+    "no interface": (
+        lambda: use_bias_attention(
+            transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_head=2, n_layer=1, vocab_size=9))
+        ),
+        ValueError, ["interface", "Bloom"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_use_raises(name):
+    call, kind, words = CASES[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_unknown_positions_raise():
+    model = add_position_bias(decoder("Llama"), BIAS)
+    past = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=tokens(1, 4), past_key_values=past)
+        with pytest.raises(ValueError, match="where 1 queries stand among 5 keys is not known"):
+            model(input_ids=tokens(1, 1), past_key_values=past, attention_mask=torch.zeros(1, 1, 1, 5))
+
+
+def test_a_mask_for_other_lengths_raises():
+    model = decoder("Llama")
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="5 queries and 5 keys, as LlamaAttention has, got one for 5 and 7.*'eager'"):
+        model(input_ids=tokens(1, 5), attention_mask=padding(1, 7, None), use_cache=False)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Every kernel is launched as on an H100, down to a driver that is not there, by `launch_worker.py` in a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock  # torch requires it
+
+pytest.importorskip("triton", reason="launching needs the extra `triton`")
+
+import launch_worker
+
+ROOT = Path(__file__).parents[2]
+ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
+             "_fold_dtable_kernel"}  # fmt: skip
+EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """What the worker found, once for all of pytest-xdist's workers."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path = shared / "launches.json"
+    with FileLock(shared / "launches.lock"):
+        if not path.exists():
+            # binaries without code: not for a cache that others read
+            environment = os.environ | {"TRITON_CACHE_DIR": str(shared / "launches"), "PYTHONPATH": _python_path()}
+            environment.pop("TRITON_INTERPRET", None)
+            command = [sys.executable, "tests/support/launch_worker.py", str(path)]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+def _python_path():
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.mark.parametrize("name", launch_worker.CASES)
+def test_the_driver_is_given_what_the_call_says(results, name):
+    case = results["cases"][name]
+    assert case["error"] is None, case["error"]
+    expected = EXPAND if name.startswith("expand") else ATTENTION
+    assert set(case["launched"]) == expected | ({"_key_bias_kernel"} if "key mask" in name else set())
+    both = {"expand", "reduce"} if name.startswith("expand") else {"forward", "backward"}
+    assert {function for function, _ in case["repeated"]} == both
+    # what rounds its result by torch, or copies its input, is not
+    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both}.get(name, set())
+    assert {function for function, is_repeated in case["repeated"] if not is_repeated} == never
+
+
+def test_a_repeated_call_takes_its_tensors_one_by_one_and_is_heard(results):
+    assert results["repeated"] is None, results["repeated"]
+
+
+def test_every_kind_of_argument_takes_tritons_binary(results):
+    case = results["cases"]["every kind"]
+    assert case["error"] is None, case["error"]
+
+
+def test_named_values_are_compared(results):
+    """Else an int in another's place would pass: Triton knows no names."""
+    for kernel in ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel"):
+        assert len([name for owner, name in results["named"] if owner == kernel]) >= 12
+
+
+@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "the launcher"])
+def test_a_broken_launch_is_noticed(results, change):
+    assert results["broken"][change] is not None
+
+
+def test_the_tried_versions_are_launched_directly(results):
+    """A new minor version goes through Triton itself until somebody has run this file with it."""
+    assert results["triton"].startswith(("3.6.", "3.7.", "3.8.")) == results["is_tried"]

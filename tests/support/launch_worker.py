@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: MIT
+"""A process in which every launch is compiled for an H100, started by Triton's own C, and ends in a driver that is not
+there (`bench/fake_cuda.py`). Leaves what it found for test_launch_path.py:
+
+    python tests/support/launch_worker.py results.json
+
+A launch is made three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
+and by Triton. All three must give the driver the same binary, grid and parameters, and these must be what the call
+said, parameter by parameter, under what the binary was specialised for. Then the whole function is written down and
+repeated (`launching/replay.py`), which must give the driver the same launches but for where the tensors lie that it
+made. `ptxas` is left out: nothing runs its binaries.
+"""
+
+import importlib
+import inspect
+import itertools
+import json
+import pkgutil
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import torch
+import triton
+import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
+
+from bench import fake_cuda
+from dpb_triton import bias_attention, bias_attention_varlen, expand_bias
+from dpb_triton.attention import kernels
+from dpb_triton.attention.kernels import forward as attention_forward
+from dpb_triton.launching import launch as launching
+from dpb_triton.launching import replay
+
+PTX = {"*": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def same_bits(value, given):
+    """Whether the driver was given this argument."""
+    if isinstance(value, torch.Tensor):
+        return given == value.data_ptr()
+    if isinstance(value, float):
+        return given == torch.tensor(value, dtype=torch.float32).item()
+    return given == (value or 0)
+
+
+def check(kernel, grid, args, constants, compiled, launch):
+    """That `launch` is what the call said and what `compiled` may be given."""
+    bound = inspect.signature(kernel.fn).bind(
+        *args, **{name: value for name, value in constants.items() if name not in OPTIONS}
+    )
+    signature, attributes = compiled.src.signature, compiled.src.attrs
+    given = iter(zip(launch.types, launch.values, strict=True))
+    for place, param in enumerate(kernel.params):
+        name, value, kind = param.name, bound.arguments[param.name], signature[param.name]
+        if param.is_constexpr:
+            assert kind == "constexpr" and compiled.src.constants[place,] == value, f"{name}: {value!r}"
+            continue
+        wanted = (torch.Tensor, type(None)) if name.endswith("_ptr") else float if is_float(name) else int
+        assert isinstance(value, wanted) and not isinstance(value, bool), f"{name}: {value!r} is no {wanted}"
+        if kind == "constexpr":
+            assert value is None or (value == 1 and not param.do_not_specialize), f"{name}: {value!r} is a constant"
+            continue
+        ptx, bits = next(given)
+        assert ptx == PTX["*" if kind[0] == "*" else kind], f"{name}: {kind} is {ptx} in the kernel"
+        assert same_bits(value, bits), f"{name}: {value!r} arrives as {bits!r}"
+        if kind[0] == "*":
+            pointed = kind.removeprefix("*")
+            assert pointed == triton.runtime.jit.mangle_type(value).removeprefix("*"), f"{name}: {kind}"
+        for attribute, number in attributes.get((place,), ()):
+            assert attribute == "tt.divisibility" and bits % number == 0, f"{name}: {bits} under {attribute} {number}"
+    assert [value for _, value in given] == [0, 0], "what is left is the scratch memory of the device, none here"
+    assert launch.grid == (*grid, 1, 1)[:3]
+    assert prod(launch.grid) < 2**31, "Triton's C multiplies the grid in an int, and does not launch what overflows"
+    assert launch.threads == 32 * constants.get("num_warps", 4) == 32 * compiled.metadata.num_warps
+    assert constants.get("num_stages", compiled.metadata.num_stages) == compiled.metadata.num_stages
+    assert launch.shared == compiled.metadata.shared <= fake_cuda.SHARED_BYTES
+
+
+def is_float(name):
+    return "scale" in name or name.startswith("cap_")
+
+
+# what a repeated function may ask of torch: nothing that writes
+HARMLESS = {"empty", "empty_strided", "detach", "transpose", "view", "slice", "select", "to", "contiguous"}
+
+
+class Operators(TorchDispatchMode):
+    """The names of torch's operators within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass
+class Watch:
+    """Stands for the kernels' `launch` and checks each one, and for the functions that are repeated."""
+
+    fake: fake_cuda.FakeCuda
+    change: object = None  # breaks the forward kernel's launch on purpose
+    expected: dict = field(default_factory=dict)  # {parameter: value} by name
+    launched: list = field(default_factory=list)
+    repeated: list = field(default_factory=list)  # (function, whether it was)
+    named: set = field(default_factory=set)  # (kernel, parameter) whose value was expected and right
+    ordinary: int = 0  # launches that Triton did for the launcher
+    is_checking: bool = True
+    asked: int = 0  # launches that a function's own body asked for
+
+    def __call__(self, kernel, grid, *args, **constants):
+        self.asked += 1
+        if not self.is_checking:
+            return replay.launch(kernel, grid, *args, **constants)
+        if self.change and kernel.__name__ == "_forward_kernel":
+            args, constants = self.change(kernel.arg_names, list(args), constants)
+        self.fake.take()
+        replay.launch(kernel, grid, *args, **constants)
+        before = self.ordinary
+        compiled = replay.launch(kernel, grid, *args, **constants)
+        assert self.ordinary == before, f"{kernel}: the launcher did not know a launch again"
+        theirs = kernel[grid](*args, **constants)
+        launches = self.fake.take()
+        assert len(launches) == 3, f"{kernel}: {len(launches)} of 3 launches reached the driver"
+        assert compiled is theirs, f"{kernel}: another binary than Triton's for {args} {constants}"
+        assert launches[0] == launches[1] == launches[2], f"{kernel}: {launches}"
+        check(kernel, grid, args, constants, compiled, launches[0])
+        values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        for name in self.expected.keys() & values.keys():
+            assert values[name] == self.expected[name], f"{kernel} {name}: {values[name]}, not {self.expected[name]}"
+            self.named.add((launches[0].kernel, name))
+        self.launched.append(launches[0].kernel)
+        return compiled
+
+    def checked(self, function):
+        """In place of a repeated function: its body, each launch checked; then written down, then repeated."""
+
+        def call(*args, **options):
+            if not self.is_checking:  # a function that calls itself
+                return function(*args, **options)
+            wanted = function.__wrapped__(*args, **options)
+            self.is_checking = False
+            try:
+                replay.forget()
+                function(*args, **options)
+                self.fake.take()
+                with Operators() as operators:
+                    function(*args, **options)
+                first, asked = self.fake.take(), self.asked
+                result = function(*args, **options)
+                second = self.fake.take()
+            finally:
+                self.is_checking = True
+            is_repeated = self.asked == asked
+            self.repeated.append((function.__name__, is_repeated))
+            assert not is_repeated or operators.names <= HARMLESS, f"{function}: {operators.names}"
+            inputs = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            compare(first, second, inputs)
+            for one, other in zip(tensors(wanted), tensors(result), strict=True):
+                assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+            return result
+
+        return call
+
+
+def tensors(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def compare(first, second, inputs):
+    """The launches of a call and of its repetition, which differ in where the tensors lie that it made."""
+    assert len(first) == len(second) > 0 or not inputs
+    there = {}
+    for one, other in zip(first, second, strict=True):
+        for kind, value, again in zip(one.types, one.values, other.values, strict=True):
+            if kind == "u64" and value > 2**32 and value not in inputs:
+                assert there.setdefault(value, again) == again and again not in inputs, (one, other)
+                assert value % 16 == again % 16
+            else:
+                assert value == again, (one, other)
+        assert replace(one, values=()) == replace(other, values=())
+    assert len(set(there.values())) == len(there)
+
+
+def install():
+    """The Watch, in place of every `launch` and every repeated function of the package's kernels."""
+    fake = fake_cuda.let_cpu_tensors_through()
+    CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: b"nothing"
+    watch = Watch(fake)
+    names = [f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
+    for module in map(importlib.import_module, (*names, "dpb_triton.expand.triton_kernels")):
+        for name, value in list(vars(module).items()):
+            if value is replay.launch:
+                module.launch = watch
+            elif callable(value) and getattr(value, "__wrapped__", None) and value.__module__ == module.__name__:
+                setattr(module, name, watch.checked(value))
+
+    getitem = JITFunction.__getitem__
+
+    def counted(self, grid):
+        watch.ordinary += 1
+        return getitem(self, grid)
+
+    JITFunction.__getitem__ = counted
+    return watch
+
+
+def draw(*shape, dtype, is_misaligned=False):
+    """(batch, heads, length, dim) in memory (batch, length, heads, dim), which wants gradients."""
+    batch, heads, length, dim = shape
+    store = torch.randn(prod(shape) + 1).to(dtype)[is_misaligned : prod(shape) + is_misaligned]
+    return store.view(batch, length, heads, dim).transpose(1, 2).requires_grad_()
+
+
+def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, value_dim=None, dtype=torch.bfloat16,
+              signed=False, is_misaligned=False, uses_lse=False, batch_stride=None, mask=None, **options):  # fmt: skip
+    """Forward and backward with all gradients."""
+    query = draw(batch, heads, i, head_dim, dtype=dtype, is_misaligned=is_misaligned)
+    key = draw(batch, kv_heads, j, head_dim, dtype=dtype, is_misaligned=is_misaligned)
+    value = draw(batch, kv_heads, j, value_dim or head_dim, dtype=dtype, is_misaligned=is_misaligned)
+    if batch_stride:  # of a batch of one, so nothing lies there
+        query = torch.as_strided(query, query.shape, (batch_stride, *query.stride()[1:]))
+    n = max(i, j)
+    table = torch.randn(heads, 2 * n - 1 if signed else n).requires_grad_()
+    longest = {"longest_query": i, "longest_key": j}
+    watch.expected = {"i": i, "j": j, "offset": j - i, "heads": heads, "group": heads // kv_heads, "batch": batch}
+    watch.expected |= longest | {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim or head_dim}
+    for letter, tensor in (("q", query), ("k", key), ("v", value)):
+        for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
+            is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
+            watch.expected[f"stride_{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
+    if mask is not None:
+        mask = torch.zeros(batch, j, dtype=mask).requires_grad_(mask != torch.bool)
+    out, lse = bias_attention(
+        query, key, value, table, signed=signed, enable_gqa=heads != kv_heads, return_lse=True, backend="triton",
+        key_padding_mask=mask, **options,
+    )  # fmt: skip
+    # of the layout that a projection's gradient has, which is out's
+    grads = [torch.zeros_like(out), torch.zeros_like(lse)] if uses_lse else [torch.zeros_like(out)]
+    inputs = (query, key, value, table, *((mask,) if mask is not None and mask.requires_grad else ()))
+    torch.autograd.grad([out, lse] if uses_lse else [out], inputs, grads)
+    watch.expected = {}
+
+
+def packed(watch, *, heads=4, kv_heads=2, head_dim=64, **options):
+    """Three sequences, one of them empty."""
+    lengths = torch.tensor([0, 70, 70, 133], dtype=torch.int32)
+    query, key, value = (
+        torch.randn(133, count, head_dim, dtype=torch.bfloat16).requires_grad_()
+        for count in (heads, kv_heads, kv_heads)
+    )
+    table = torch.randn(heads, 80).requires_grad_()
+    out = bias_attention_varlen(
+        query, key, value, table, lengths, lengths, enable_gqa=True, backend="triton", **options
+    )  # fmt: skip
+    out.backward(torch.zeros_like(out))
+
+
+def expand(watch, *, i=100, j=128, signed=False, dtype=torch.float32, makes_columns=False):
+    """Expand, and reduce of its transpose too."""
+    n = max(i, j)
+    table = torch.randn(3, 2 * n - 1 if signed else n, dtype=dtype).requires_grad_()
+    bias = expand_bias(table, i, j, offset=j - i, signed=signed, backend="triton")
+    dbias = torch.randn(3, j, i, dtype=dtype).mT if makes_columns else torch.randn(3, i, j, dtype=dtype)
+    bias.backward(dbias)
+
+
+CASES = {
+    "causal": (attention, {"is_causal": True}),
+    "causal, other lengths": (attention, {"is_causal": True, "i": 65, "j": 97, "batch": 1}),
+    "causal, a batch far apart": (attention, {"is_causal": True, "batch": 1, "batch_stride": 2**31 + 16}),
+    "causal, copied": (attention, {"is_causal": True, "is_misaligned": True}),
+    "causal, odd": (attention, {"is_causal": True, "head_dim": 36}),
+    "causal, odd, misaligned": (attention, {"is_causal": True, "head_dim": 36, "is_misaligned": True}),
+    "causal, odd, aligned again": (attention, {"is_causal": True, "head_dim": 36}),
+    "full, grouped, lse used": (attention, {"kv_heads": 2, "uses_lse": True}),
+    "one key": (attention, {"i": 1, "j": 1}),
+    "one query": (attention, {"i": 1, "j": 70, "batch": 1, "kv_heads": 1}),
+    "window, signed": (attention, {"window": (40, 8), "signed": True, "i": 70, "j": 90}),
+    # its threshold needs 64 bits, that of the next one 32
+    "softcap, much dropout": (attention, {"is_causal": True, "softcap": 20.0, "dropout_p": 0.75}),
+    "key mask": (attention, {"is_causal": True, "mask": torch.bool}),
+    "added key mask": (attention, {"mask": torch.float32, "kv_heads": 2, "j": 130}),
+    "packed, window, dropout": (packed, {"window": (30, 0), "dropout_p": 0.1}),
+    "head_dim 40": (attention, {"is_causal": True, "head_dim": 40}),
+    "head_dim 128": (attention, {"is_causal": True, "head_dim": 128, "kv_heads": 1}),
+    "head_dim 256, value_dim 32": (attention, {"is_causal": True, "head_dim": 256, "value_dim": 32}),
+    "float32": (attention, {"is_causal": True, "dtype": torch.float32}),
+    "expand": (expand, {}),
+    "expand, bfloat16": (expand, {"dtype": torch.bfloat16}),
+    "expand, ragged": (expand, {"i": 33, "j": 77, "signed": True}),
+    "expand, one key": (expand, {"i": 1, "j": 1}),
+    "expand, columns": (expand, {"makes_columns": True}),
+}
+
+
+@triton.jit(do_not_specialize=["plain"])
+def _probe_kernel(x_ptr, y_ptr, stride, plain, scale, WIDTH: tl.constexpr, IS_SET: tl.constexpr):
+    value = scale + plain
+    if IS_SET:
+        value += stride
+    tl.store(x_ptr + tl.arange(0, WIDTH), value.to(x_ptr.dtype.element_ty))
+    if y_ptr is not None:
+        tl.store(y_ptr + tl.arange(0, WIDTH), value.to(y_ptr.dtype.element_ty))
+
+
+def every_kind(watch):
+    """All that a specialisation may depend on, in turn and back again."""
+    store = torch.zeros(64, dtype=torch.float32)
+    tensors = (store[:16], store[1:17], store[4:20], store.to(torch.bfloat16)[:16])
+    ints = (0, 1, 2, 15, 16, 48, -1, -16, 2**31 - 1, 2**31, 2**32, 2**40 + 1, -(2**31), -(2**31) - 1)
+    usual = {"x": tensors[0], "y": None, "stride": 3, "plain": 3, "scale": 0.5, "WIDTH": 16, "IS_SET": True}
+    others = {"x": tensors, "y": (None, *tensors), "stride": ints, "plain": ints, "scale": (1.0, 2.5)}
+    others |= {"WIDTH": (16, 8), "IS_SET": (True, False, 1, 0), "num_warps": (1, 4), "num_stages": (2, 3)}
+    kinds = [usual | {name: value} for name, values in others.items() for value in values]
+    kinds += [usual | {"stride": a, "plain": b} for a, b in itertools.product((1, 16, 2**31), repeat=2)]
+    for kind in (*kinds, *kinds):
+        x, y, stride, plain, scale, *_ = kind.values()
+        constants = {name: value for name, value in kind.items() if name.isupper() or name.startswith("num_")}
+        watch(_probe_kernel, (3, 2, 1), x, y, stride, plain, scale, **constants)
+
+
+def repeated_with_others(watch):
+    """A call that is written down with one tensor as key and value must not take it for both when they are two.
+
+    And whoever listens to launches hears of those that would be repeated.
+    """
+    forward = importlib.reload(attention_forward).forward  # as it was, with nothing in its place
+    watch.is_checking = False
+    query, key, value = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    rest = torch.randn(2, 16), None, None, None, 16, 16, 0, False, None, 0, 0.25, 0.0, 0.0
+    forward(query, key, key, *rest)
+    forward(query, key, key, *rest)
+    watch.fake.take()
+    asked = watch.asked
+    forward(query, key, value, *rest)
+    launched = watch.fake.take()
+    assert watch.asked == asked, "not repeated"
+    assert {query.data_ptr(), key.data_ptr(), value.data_ptr()} <= set(launched[-1].values)
+
+    heard = []
+    triton.knobs.runtime.launch_enter_hook.add(hear := lambda metadata: heard.append(metadata.get()["name"]))
+    forward(query, key, value, *rest)
+    triton.knobs.runtime.launch_enter_hook.remove(hear)
+    assert heard == [launch.kernel for launch in launched] == [launch.kernel for launch in watch.fake.take()]
+
+
+def dropped(names, args, constants):
+    return args[:-1], constants
+
+
+def too_many(names, args, constants):
+    return [*args, 1], constants
+
+
+def swapped_kinds(names, args, constants):
+    """The first pointer and the first int."""
+    place = next(place for place, value in enumerate(args) if type(value) is int)
+    return [args[place], *args[1:place], args[0], *args[place + 1 :]], constants
+
+
+def swapped_strides(names, args, constants):
+    """Ints that differ: Triton sees nothing wrong."""
+    one, other = names.index("stride_qh"), names.index("stride_qx")
+    args[one], args[other] = args[other], args[one]
+    return args, constants
+
+
+def float_for_int(names, args, constants):
+    return [float(value) if name == "heads" else value for name, value in zip(names, args, strict=False)], constants
+
+
+def int_for_float(names, args, constants):
+    return args, constants | {"scale": 1}
+
+
+def no_constant(names, args, constants):
+    return args, {name: value for name, value in constants.items() if name != "HAS_LEFT"}
+
+
+def renamed_constant(names, args, constants):
+    return args, {name.replace("HAS_LEFT", "IS_LEFT"): value for name, value in constants.items()}
+
+
+BROKEN = (
+    dropped, too_many, swapped_kinds, swapped_strides, float_for_int, int_for_float, no_constant, renamed_constant,
+)  # fmt: skip
+
+
+def fails(run):
+    """The error's type and text, None if there was none."""
+    try:
+        run()
+    except Exception as error:
+        return "".join(traceback.format_exception(error))[-3000:]
+    return None
+
+
+def main(path):
+    torch.set_num_threads(1)
+    watch = install()
+    results = {"triton": triton.__version__, "is_tried": launching.IS_TRIED, "cases": {}, "broken": {}}
+    for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
+        began = time.perf_counter()
+        watch.launched.clear()
+        watch.repeated.clear()
+        error = fails(lambda function=function, options=options: function(watch, **options))
+        results["cases"][name] = {
+            "error": error, "launched": sorted(set(watch.launched)), "repeated": watch.repeated.copy(),
+            "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+    results["named"] = sorted(watch.named)
+    for change in BROKEN:
+        watch.change = change
+        results["broken"][change.__name__] = fails(lambda: attention(watch, is_causal=True))
+    watch.change = None
+    launching.INT32 = 2**62  # a launcher that cannot tell 32 bits from 64
+    launching._bindings.clear()
+    results["broken"]["the launcher"] = fails(lambda: every_kind(watch))
+    results["repeated"] = fails(lambda: repeated_with_others(watch))
+    Path(path).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`launch(kernel, grid, *args, **constants)` is `kernel[grid](*args, **constants)` at a fraction of the host's time.
 
-    kernel[grid](…)   Triton looks at each of 45 arguments, writes a string of what it found, and asks a dict with it
+    kernel[grid](…)   Triton looks at each of 50 numbers and tensors, writes down what it found, asks a dict with it
     launch(…)         asks a dict with what Triton's specialisation depends on: no strings, no binding by name
 
 The first launch of a kind is Triton's own and tells which binary serves that kind; the next ones start that binary. A
@@ -57,32 +57,40 @@ def current_target():
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
 
+    An argument may be a tuple of tensors and numbers. Constants are the values of the parameters behind `args`.
     Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
         return kernel[grid](*args, **constants), None
-    values = [*args, *constants.values()]
-    call = (id(kernel), *constants, *map(type, values))
+    leaves = []
+    for arg in args:
+        if isinstance(arg, tuple):
+            leaves += arg
+        else:
+            leaves.append(arg)
+    values = constants.values()
+    call = (id(kernel), *constants, *map(type, args), *map(type, leaves), *map(type, values))
     binding = _bindings.get(call)
     if binding is None:
-        binding = _bindings[call] = _bind(kernel, len(args), tuple(constants), values)
+        binding = _bindings[call] = _bind(kernel, args, constants)
     if binding is UNKNOWN:
         return kernel[grid](*args, **constants), None
-    arguments = binding.in_order(values)
 
     active = driver.active
     device = active.get_current_device()
-    kind = [active, device, *binding.constants(values)]
+    kind = [active, device, *values]
+    pointers = []
     for place in binding.tensors:
-        tensor = values[place]
-        values[place] = pointer = tensor.data_ptr()  # the launcher takes both, and asks less about an int
+        tensor = leaves[place]
+        pointers.append(pointer := tensor.data_ptr())  # the launcher takes both, and asks less about an int
         kind += tensor.dtype, pointer % 16 == 0
-    kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(values)]
-    ints = binding.all_ints(values)
+    kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(leaves)]
+    ints = binding.all_ints(leaves)
     if ints and (max(ints) >= INT32 or min(ints) < -INT32):
         kind += [-INT32 <= value < INT32 for value in ints]
     kind = tuple(kind)
 
+    arguments = [*args, *binding.constants([*values])]
     compiled = binding.compiled.get(kind)
     if compiled is None:
         compiled = kernel[grid](*args, **constants)
@@ -90,7 +98,7 @@ def launch(kernel, grid, *args, **constants):
             return compiled, None
         binding.compiled[kind] = compiled
     else:
-        start(compiled, grid, active.get_current_stream(device), binding.in_order(values))
+        start(compiled, grid, active.get_current_stream(device), binding.pointed.fill(arguments, pointers))
     return compiled, arguments
 
 
@@ -114,20 +122,54 @@ def is_watched():
     )
 
 
-class _Binding:
-    """Where the values of a call go: places among its positional arguments and keywords, in the call's order."""
+class Pointed:
+    """Where the tensors are among arguments: at a place of their own, or in a tuple."""
 
-    def __init__(self, kernel, places, values):
-        specialised = [places[p.name] for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        runtime = [places[p.name] for p in kernel.params if not p.is_constexpr]
-        ints = [place for place in runtime if type(values[place]) is int]
+    def __init__(self, arguments):
+        self.plain, self.inside, count = [], [], 0  # places with the numbers of their tensors, in order
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                self.plain.append((place, count))
+                count += 1
+            elif isinstance(argument, tuple):
+                found = [at for at, value in enumerate(argument) if isinstance(value, torch.Tensor)]
+                if found:
+                    self.inside.append((place, [(at, count + n) for n, at in enumerate(found)]))
+                    count += len(found)
+
+    def fill(self, arguments, pointers):
+        """A copy of `arguments` with pointers, in the tensors' order, in place of the tensors."""
+        arguments = arguments.copy()
+        for place, number in self.plain:
+            arguments[place] = pointers[number]
+        for place, numbers in self.inside:
+            values = [*arguments[place]]
+            for at, number in numbers:
+                values[at] = pointers[number]
+            arguments[place] = tuple(values)
+        return arguments
+
+
+class _Binding:
+    """Where the values of a call go."""
+
+    def __init__(self, kernel, args, names):
+        specialised, ints, self.tensors, place = [], [], [], 0  # places among the leaves
+        for param, arg in zip(kernel.params, args, strict=False):
+            is_tuple = isinstance(arg, tuple)
+            for value in arg if is_tuple else (arg,):
+                if isinstance(value, torch.Tensor):
+                    self.tensors.append(place)
+                elif type(value) is int:
+                    ints.append(place)
+                    if is_tuple or not param.do_not_specialize:  # Triton looks into every tuple
+                        specialised.append(place)
+                place += 1
         self.kernel = kernel  # keeps its id from being given to another
         self.compiled = {}  # kind: the CompiledKernel
-        self.tensors = [place for place in runtime if isinstance(values[place], torch.Tensor)]
-        self.ints = _getter([place for place in ints if place in specialised])
-        self.all_ints = _getter(ints)
-        self.constants = _getter([place for place in range(len(values)) if place not in runtime])
-        self.in_order = _getter([places[p.name] for p in kernel.params])
+        self.ints, self.all_ints = _getter(specialised), _getter(ints)
+        self.constants = _getter([names.index(param.name) for param in kernel.params[len(args) :]])
+        self.pointed = Pointed(args)
 
 
 def _getter(places):
@@ -137,15 +179,17 @@ def _getter(places):
     return lambda values: tuple(values[place] for place in places)
 
 
-def _bind(kernel, n_args, names, values):
+def _bind(kernel, args, constants):
     """The _Binding of a call, UNKNOWN if this file does not know how its arguments specialise."""
-    places = {param.name: place for place, param in enumerate(kernel.params[:n_args])}
-    places |= {name: n_args + place for place, name in enumerate(names)}
-    if len(places) != len(values) or not all(param.name in places for param in kernel.params):
+    behind = kernel.params[len(args) :]
+    if len(args) > len(kernel.params) or not {param.name for param in behind} <= constants.keys():
         return UNKNOWN  # a default, or a mistake that Triton names
-    for param in kernel.params:
-        value = values[places[param.name]]
-        is_known = value is None or type(value) in (int, float) or isinstance(value, torch.Tensor)
-        if not param.is_constexpr and not is_known:
-            return UNKNOWN
-    return _Binding(kernel, places, values)
+    if any(param.name in constants for param in kernel.params[: len(args)]):
+        return UNKNOWN
+    if not all(param.is_constexpr for param in behind) or any(p.is_constexpr for p in kernel.params[: len(args)]):
+        return UNKNOWN
+    for arg in args:
+        for value in arg if isinstance(arg, tuple) else (arg,):
+            if not (value is None or type(value) in (int, float) or isinstance(value, torch.Tensor)):
+                return UNKNOWN
+    return _Binding(kernel, args, [*constants])

@@ -72,7 +72,7 @@ def test_named_values_are_compared(results):
         assert len([name for owner, name in results["named"] if owner == kernel]) >= 12
 
 
-@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "the launcher"])
+@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "pointers", "the launcher"])
 def test_a_broken_launch_is_noticed(results, change):
     assert results["broken"][change] is not None
 

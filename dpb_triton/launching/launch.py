@@ -13,6 +13,7 @@ What Triton would do besides is left to Triton: hooks and profilers, its interpr
 has tried here, arguments of other types (tensor descriptors), AMD, whose specialisation also looks at a tensor's size.
 """
 
+import itertools
 from operator import itemgetter
 
 import torch
@@ -98,6 +99,7 @@ def launch(kernel, grid, *args, **constants):
             return compiled, None
         binding.compiled[kind] = compiled
     else:
+        pointers.append(None)
         start(compiled, grid, active.get_current_stream(device), binding.pointed.fill(arguments, pointers))
     return compiled, arguments
 
@@ -123,30 +125,27 @@ def is_watched():
 
 
 class Pointed:
-    """Where the tensors are among arguments: at a place of their own, or in a tuple."""
+    """Where tensors are among arguments: at a place of their own, or in a tuple of nothing but tensors and None.
 
-    def __init__(self, arguments):
-        self.plain, self.inside, count = [], [], 0  # places with the numbers of their tensors, in order
+    numbers: of the tensors, in order, by which `fill` finds their pointers; 0, 1, … unless given.
+    """
+
+    def __init__(self, arguments, numbers=None):
+        numbers = itertools.count() if numbers is None else iter(numbers)
+        self.plain, self.inside = [], []
         for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
-                self.plain.append((place, count))
-                count += 1
-            elif isinstance(argument, tuple):
-                found = [at for at, value in enumerate(argument) if isinstance(value, torch.Tensor)]
-                if found:
-                    self.inside.append((place, [(at, count + n) for n, at in enumerate(found)]))
-                    count += len(found)
+                self.plain.append((place, next(numbers)))
+            elif isinstance(argument, tuple) and any(isinstance(value, torch.Tensor) for value in argument):
+                self.inside.append((place, _getter([-1 if value is None else next(numbers) for value in argument])))
 
     def fill(self, arguments, pointers):
-        """A copy of `arguments` with pointers, in the tensors' order, in place of the tensors."""
+        """A copy of `arguments` with pointers in place of the tensors. The last one of `pointers` is None."""
         arguments = arguments.copy()
         for place, number in self.plain:
             arguments[place] = pointers[number]
-        for place, numbers in self.inside:
-            values = [*arguments[place]]
-            for at, number in numbers:
-                values[at] = pointers[number]
-            arguments[place] = tuple(values)
+        for place, get in self.inside:
+            arguments[place] = get(pointers)
         return arguments
 
 
@@ -189,7 +188,8 @@ def _bind(kernel, args, constants):
     if not all(param.is_constexpr for param in behind) or any(p.is_constexpr for p in kernel.params[: len(args)]):
         return UNKNOWN
     for arg in args:
-        for value in arg if isinstance(arg, tuple) else (arg,):
-            if not (value is None or type(value) in (int, float) or isinstance(value, torch.Tensor)):
-                return UNKNOWN
+        values = arg if isinstance(arg, tuple) else (arg,)
+        are_numbers = all(type(value) in (int, float) for value in values)
+        if not are_numbers and not all(value is None or isinstance(value, torch.Tensor) for value in values):
+            return UNKNOWN
     return _Binding(kernel, args, [*constants])

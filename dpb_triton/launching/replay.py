@@ -143,8 +143,8 @@ class _Tape:
         slots = [self.slots.get(id(leaf)) for leaf in tensors if isinstance(leaf, torch.Tensor)]
         self.is_whole &= None not in slots
         self.kernels.append(kernel)
-        pointed = launching.Pointed(values)
-        self.launches.append((compiled, grid, pointed.fill(values, [None] * len(slots)), pointed, slots))
+        nothing = launching.Pointed(values, [-1] * len(slots)).fill(values, [None])  # keeps no tensor alive
+        self.launches.append((compiled, grid, nothing, launching.Pointed(values, slots)))
 
     def finish(self, result):
         """Whether it may be repeated."""
@@ -161,8 +161,8 @@ class _Tape:
             for size, stride, dtype, device in self.allocations
         ]
         pointers += [tensor.data_ptr() for tensor in made]
-        for compiled, grid, values, pointed, slots in self.launches:
-            values = pointed.fill(values, [pointers[slot] for slot in slots])
-            launching.start(compiled, grid, stream, values)
+        pointers.append(None)
+        for compiled, grid, values, pointed in self.launches:
+            launching.start(compiled, grid, stream, pointed.fill(values, pointers))
         made = [made[slot - self.n_inputs] for slot in self.results]
         return made[0] if self.is_single else tuple(made)

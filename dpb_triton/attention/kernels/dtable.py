@@ -35,6 +35,7 @@ from .tiles import (
     load_bias,
     load_key_bias,
     load_state,
+    move_to,
     opaque,
     place_of,
     span_of,
@@ -109,15 +110,15 @@ def _add_window(acc, own, first_x, span, scores, config: tl.constexpr, IS_MASKED
 
 
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "least", "n_bands",
-                               "n_chunks", "threshold"])  # fmt: skip
+                               "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
 def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr, layout, i, j, offset, left, right,
-                   zero, width, batch, least, n_bands, n_chunks, scores, threshold, config: tl.constexpr):  # fmt: skip
+                   zero, width, batch, least, n_bands, n_chunks, chunk_steps, scores, threshold,
+                   config: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     tl.static_assert(BLOCK_M <= BLOCK_N)  # the skew wraps around a row once
     band, chunk, head = place_of(tl.program_id(0), n_bands, n_chunks)
     band = n_bands - 1 - band  # under causality the bands of the least distances are the longest
-    chunk_steps = tl.cdiv(tl.cdiv(i, BLOCK_M), n_chunks)
     relative = least + band * BLOCK_N  # y - x - offset of the window's first column, in its first query's row
 
     a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -125,18 +126,25 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
     # loaded once, so its rows need not run backwards as in the other kernels
     bias = load_bias((bias_ptr - a)[:, None] + c[None, :])
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # the head's part of all places, once: what is added in the loop over the batch wants a register there
+    kv_head = head // layout.group
+    query_ptr = move_to(query_ptr, head * layout.qh, config.IS_DESCRIBED)
+    dout_ptr = move_to(dout_ptr, head * layout.dh, config.IS_DESCRIBED)
+    key_ptr = move_to(key_ptr, kv_head * layout.kh, config.IS_DESCRIBED)
+    value_ptr = move_to(value_ptr, kv_head * layout.vh, config.IS_DESCRIBED)
+    rows_of_head = inputs.rows + 4 * head * layout.rh
     for index in range(0, batch):
         span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
-        row, kv_head = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64), head // layout.group
-        query_rows = stream_of(query_ptr, row, head, span.first_query, span.i, layout.qb, layout.qh, layout.qx,
-                            config.IS_DESCRIBED)  # fmt: skip
-        dout_rows = stream_of(dout_ptr, row, head, span.first_query, span.i, layout.db, layout.dh, layout.dx,
-                          config.IS_DESCRIBED)  # fmt: skip
-        key_rows = stream_of(key_ptr, row, kv_head, span.first_key, span.j, layout.kb, layout.kh, layout.ky,
-                         config.IS_DESCRIBED)  # fmt: skip
-        value_rows = stream_of(value_ptr, row, kv_head, span.first_key, span.j, layout.vb, layout.vh, layout.vy,
-                           config.IS_DESCRIBED)  # fmt: skip
-        rows_ptr = inputs.rows + 4 * (row * layout.rb + head * layout.rh + span.first_query)
+        row = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64)
+        query_rows = stream_of(query_ptr, row, head, span.first_query, span.i, layout.qb, 0, layout.qx,
+                               config.IS_DESCRIBED)  # fmt: skip
+        dout_rows = stream_of(dout_ptr, row, head, span.first_query, span.i, layout.db, 0, layout.dx,
+                              config.IS_DESCRIBED)  # fmt: skip
+        key_rows = stream_of(key_ptr, row, kv_head, span.first_key, span.j, layout.kb, 0, layout.ky,
+                             config.IS_DESCRIBED)  # fmt: skip
+        value_rows = stream_of(value_ptr, row, kv_head, span.first_key, span.j, layout.vb, 0, layout.vy,
+                               config.IS_DESCRIBED)  # fmt: skip
+        rows_ptr = rows_of_head + 4 * (row * layout.rb + span.first_query)
         key_bias_ptr = a
         if config.HAS_KEY_BIAS:
             key_bias_ptr = key_bias_of(inputs.key_bias, row, j, span.first_key)
@@ -243,8 +251,9 @@ def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores,
     described = _describe(tensors, inputs.seqlens, tile) if tile.is_described else None
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,), *(described or tensors), inputs, partial, layout, *counts, least,
-        n_bands, n_chunks, scores, threshold, config=config_of(tile, *call, IS_DESCRIBED=bool(described)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        n_bands, n_chunks, cdiv(steps, n_chunks), scores, threshold,
+        config=config_of(tile, *call, IS_DESCRIBED=bool(described)), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     dtable = empty((heads, width), torch.float32, table.device)
     launch(

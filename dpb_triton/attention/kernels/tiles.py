@@ -175,12 +175,19 @@ def matrix_of(ptr, row, head, first, rows, stride_b, stride_h, stride_x):
 
 
 @triton.jit
-def stream_of(source, row, head, first, rows, stride_b, stride_h, stride_x, IS_DESCRIBED: tl.constexpr):
-    """The same of what a loop reads: a pointer moves to the rows, a descriptor is told at each load."""
+def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
+    """What lies at `source` + offset: a pointer moves there, a descriptor is told at each load."""
     if IS_DESCRIBED:
-        return Matrix(source, rows, stride_x, row.to(tl.int32), head.to(tl.int32))
+        return source
     else:
-        return matrix_of(source, row, head, first, rows, stride_b, stride_h, stride_x)
+        return source + offset
+
+
+@triton.jit
+def stream_of(source, row, head, first, rows, stride_b, stride_h, stride_x, IS_DESCRIBED: tl.constexpr):
+    """`matrix_of` of what a loop reads, by a pointer or by a descriptor."""
+    source = move_to(source, row * stride_b + head * stride_h + first * stride_x, IS_DESCRIBED)
+    return Matrix(source, rows, stride_x, row.to(tl.int32), head.to(tl.int32))
 
 
 @triton.jit

@@ -23,12 +23,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-IS_TRIED = (
-    triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
-    and torch.version.hip is None
-    and not knobs.runtime.interpret
-)
 IS_INTERPRETED = bool(knobs.runtime.interpret)  # read where kernels are decorated, in this process once
+IS_TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.version.hip is None and not IS_INTERPRETED
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)

@@ -2,7 +2,7 @@
 """A process in which every launch is compiled for an H100, started by Triton's own C, and ends in a driver that is not
 there (`bench/fake_cuda.py`). Leaves what it found for test_launch_path.py:
 
-    python tests/support/launch_worker.py results.json
+    python tests/support/launch_worker.py results.json [case …]
 
 A launch is made three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
 and by Triton. All three must give the driver the same binary, grid and parameters, and these must be what the call
@@ -464,11 +464,13 @@ def fails(run):
     return None
 
 
-def main(path):
+def main(path, *cases):
     torch.set_num_threads(1)
     watch = install()
     results = {"triton": triton.__version__, "is_tried": launching.IS_TRIED, "cases": {}, "broken": {}}
     for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
+        if name not in cases and name in CASES:
+            continue
         began = time.perf_counter()
         watch.launched.clear()
         watch.repeated.clear()
@@ -494,4 +496,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -14,7 +14,7 @@ import click
 import torch
 
 from dpb_triton import ReduceBias, reference
-from dpb_triton.backends import BACKENDS, SUFFIXES
+from dpb_triton.dispatch import BACKENDS, SUFFIXES
 
 from .cells import run
 from .environment import describe, one_line

@@ -187,8 +187,8 @@ def install():
 
 def let_cpu_tensors_through():
     """`install`, and the backend "triton" serves CPU tensors in this process; returns the FakeCuda."""
-    from dpb_triton import backends
+    from dpb_triton import dispatch
 
     fake = install()
-    backends.why_not = lambda backend, device_type: None
+    dispatch.why_not = lambda backend, device_type: None
     return fake

@@ -8,7 +8,7 @@ import torch._functorch.config
 from einops import rearrange
 
 from dpb_triton import DynamicPositionBias, expand_bias, reference
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 PEERS = ("eager", "compiled eager")
 

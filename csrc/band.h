@@ -19,7 +19,7 @@
 // is. A window's rows are dealt to the warps in turn; a lane holds one vector of every 32.
 //
 // Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host, where each store is
-// checked. The arithmetic is that of dpb_triton/kernels/expand.py.
+// checked. The arithmetic is that of dpb_triton/expand/triton_kernels.py.
 #pragma once
 
 #include <cstdint>

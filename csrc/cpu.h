@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels, as registered in module.cpp. Schemas and meaning: dpb_triton/ops.py.
+// The CPU kernels, as registered in module.cpp. Schemas and meaning: dpb_triton/expand/ops.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// dpb_triton._C: loading it registers the CPU kernels under the operators that dpb_triton/ops.py defines. Only torch's
-// stable ABI and Python's limited API are used, so that one binary serves every Python >= 3.10 and torch >= 2.10.
+// dpb_triton._C: loading it registers the CPU kernels under the operators that dpb_triton/expand/ops.py defines. Only
+// torch's stable ABI and Python's limited API are used, so that one binary serves every Python >= 3.10, torch >= 2.10.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -6,8 +6,8 @@ import platform
 
 import torch
 
-from . import __version__, backends
-from .backends import BACKENDS, why_not
+from . import __version__, dispatch
+from .dispatch import BACKENDS, why_not
 
 
 def version_of(package):
@@ -37,8 +37,8 @@ def print_backends(device_type):
 
 def main():
     """Print it."""
-    print(f"dpb_triton {__version__} in {backends.__file__.rpartition('/')[0]}")
-    triton = version_of("triton") if backends.has_triton() else "not installed"
+    print(f"dpb_triton {__version__} in {dispatch.__file__.rpartition('/')[0]}")
+    triton = version_of("triton") if dispatch.has_triton() else "not installed"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
     if torch.cuda.is_available():
         print(f"cuda: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}")

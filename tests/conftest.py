@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def backend(request, device):
     """Each backend that serves tensors on `device`, skipped where it is not built or installed."""
-    from dpb_triton.backends import why_not
+    from dpb_triton.dispatch import why_not
 
     reason = why_not(request.param, device)
     if reason is not None:
@@ -45,7 +45,7 @@ def backend(request, device):
 @pytest.fixture(params=("torch", "triton"))
 def attention_backend(request, device):
     """Each backend that serves attention on `device`, skipped where it is not installed."""
-    from dpb_triton.backends import why_not
+    from dpb_triton.dispatch import why_not
 
     reason = why_not(request.param, device)
     if reason is not None:

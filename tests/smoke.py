@@ -6,7 +6,7 @@ import runpy
 import torch
 
 import dpb_triton
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 
 def main():

@@ -23,7 +23,7 @@ ARROWS = """
     table_cache mlp
     plain_layers attention
     expand
-    backends
+    dispatch
     launching checks reference
     tracing
 """

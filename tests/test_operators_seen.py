@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators go past the dispatcher where nobody looks (`ops.call`), and through it for everyone who does."""
+"""The operators go past the dispatcher where nobody looks (`dispatch.call`), and through it for everyone who does."""
 
 from typing import ClassVar
 
@@ -8,9 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from dpb_triton import bias_attention, expand_bias
-from dpb_triton.backends import why_not
-from dpb_triton.expand import ops
+from dpb_triton import bias_attention, dispatch, expand_bias
+from dpb_triton.dispatch import why_not
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_otherwise_they_go_past_it(calls, monkeypatch):
         raise AssertionError("the dispatcher was asked")
 
     for name in NAMES:
-        monkeypatch.setitem(ops.OPERATORS, name.removeprefix("dpb_triton::"), never)
+        monkeypatch.setitem(dispatch.OPERATORS, name.removeprefix("dpb_triton::"), never)
     calls()
 
 

@@ -59,7 +59,7 @@ def test_something_is_missing(source, missing):
     assert len(lines) == 1 and words in lines[0]
     reason = (source / "out/dpb_triton/_C.txt").read_text()
     assert words in reason and reason.count("\n") == 1
-    assert (source / "out/dpb_triton/ops.py").exists() and not list(source.glob("out/dpb_triton/_C*.so"))
+    assert (source / "out/dpb_triton/expand/ops.py").exists() and not list(source.glob("out/dpb_triton/_C*.so"))
 
     done = build(source, code, DPB_TRITON_CSRC="1", **environment)
     assert done.returncode != 0

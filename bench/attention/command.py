@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import click
 
-from dpb_triton.attention.api import BACKENDS
+from dpb_triton.attention.ops import BACKENDS
 
 from ..cells import run
 from ..environment import describe, one_line

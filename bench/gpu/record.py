@@ -59,13 +59,13 @@ def replace(name, value):
 
 def let_cpu_tensors_through():
     """Backend "triton" serves tensors of the CPU, and is what no backend means."""
-    from dpb_triton import backends
+    from dpb_triton import dispatch
 
-    backends.is_interpreting = lambda: True
+    dispatch.is_interpreting = lambda: True
     for module in _modules("dpb_triton"):
         for name in {"check_backend", "check_attention_backend"} & vars(module).keys():
             setattr(module, name, _prefer_triton(getattr(module, name)))
-    assert backends.why_not("triton", "cpu") is None
+    assert dispatch.why_not("triton", "cpu") is None
 
 
 def _prefer_triton(check):

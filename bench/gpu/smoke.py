@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 from .smoke_cases import CASES
 

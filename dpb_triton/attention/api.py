@@ -4,7 +4,7 @@
 import torch
 from einops import rearrange
 
-from .. import backends, reference
+from .. import dispatch, reference
 from ..checks import is_transformed
 from ..tracing import is_in_onnx_export, is_tracing, traced_as
 from .autograd import BiasAttention
@@ -30,7 +30,7 @@ def _attend(query, key, value, table, key_bias, seqlens, longest, offset, signed
         or (key_bias is not None and key_bias.requires_grad)
     ):
         return BiasAttention.apply(*arguments, call.suffix, return_lse)[:2]
-    return backends.call("attention_forward", call.suffix, *arguments)[:2]
+    return dispatch.call("attention_forward", call.suffix, *arguments)[:2]
 
 
 @traced_as(reference.attention)

@@ -3,7 +3,7 @@
 
 import torch
 
-from .. import backends
+from .. import dispatch
 from . import ops  # noqa: F401  (defines the operators)
 
 
@@ -19,7 +19,7 @@ class BiasAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, table, key_bias, seqlens, seed, *options):
         *ctx.options, ctx.suffix, ctx.with_lse = options
         arguments = (query, key, value, table, key_bias, seqlens, seed, *ctx.options)
-        out, lse, state = backends.call("attention_forward", ctx.suffix, *arguments)
+        out, lse, state = dispatch.call("attention_forward", ctx.suffix, *arguments)
         ctx.save_for_backward(query, key, value, table, key_bias, out, state, seqlens, seed)
         ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
         ctx.set_materialize_grads(False)  # zeros for lse and state would be two fills of memory that nobody reads
@@ -36,7 +36,7 @@ class BiasAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             dq, dk, dv, dtable, dkey_bias = _Gradient.apply(ctx.suffix, *arguments)
         else:
-            dq, dk, dv, dtable, dkey_bias = backends.call("attention_backward", ctx.suffix, *arguments)
+            dq, dk, dv, dtable, dkey_bias = dispatch.call("attention_backward", ctx.suffix, *arguments)
         grads = (
             dq if needs_dq else None,
             dk if needs_dk else None,
@@ -52,7 +52,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, suffix, *arguments):
-        return backends.call("attention_backward", suffix, *arguments)
+        return dispatch.call("attention_backward", suffix, *arguments)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -62,5 +62,5 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-backends.define_autograd("attention_forward", lambda suffix, *args: BiasAttention.apply(*args, suffix, True))
-backends.define_autograd("attention_backward", lambda suffix, *args: _Gradient.apply(suffix, *args))
+dispatch.define_autograd("attention_forward", lambda suffix, *args: BiasAttention.apply(*args, suffix, True))
+dispatch.define_autograd("attention_backward", lambda suffix, *args: _Gradient.apply(suffix, *args))

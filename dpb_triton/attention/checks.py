@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import check_backend
 from ..checks import (
     FLOATING,
     check_flag,
@@ -20,6 +19,7 @@ from ..checks import (
     check_tensor,
     is_autocast,
 )
+from ..dispatch import check_backend
 from .ops import BACKENDS
 
 LARGEST_HEAD_DIM = 256

@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 
 import torch
 
-from ..backends import SUFFIXES
+from ..dispatch import SUFFIXES
 from . import ops
 
 COUNTER = "torch.utils.flop_counter"

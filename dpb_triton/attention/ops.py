@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The operators `dpb_triton::attention_forward` and `…_backward`: schemas, fake kernels, who implements which.
 
-`backends.py` says which operator each backend has. csrc/ has none of these, and float64 on a GPU is torch's.
+`dispatch.py` says which operator each backend has. csrc/ has none of these, and float64 on a GPU is torch's.
 
 `key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
 Its gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where
@@ -17,7 +17,7 @@ heads, head_dim), which is what the projection behind an attention wants.
 
 import torch
 
-from .. import backends
+from .. import dispatch
 from . import torch_path
 
 _OPTIONS = (
@@ -77,7 +77,7 @@ for _name, _schema, _fake, _by_torch, _by_triton in (
     ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward),
     ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward),
 ):
-    backends.define(
+    dispatch.define(
         _name, _schema, fake=_fake, by_torch=_by_torch, by_triton=_by_triton, served_by=BACKENDS,
         on_cuda=_on_cuda(_by_torch, _by_triton),
     )  # fmt: skip

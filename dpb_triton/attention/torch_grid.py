@@ -13,7 +13,7 @@ what it leaves between is added, one number a key.
 
 import torch
 
-from .. import backends
+from .. import dispatch
 from ..expand import ops  # noqa: F401  (defines expand and reduce)
 from . import torch_products as products
 
@@ -154,7 +154,7 @@ class Grid:
         """
         shape = rows.stop - rows.start, keys.stop - keys.start
         # a signed table is indexed by x - y + offset + n - 1, here within the tile
-        s = backends.call("expand", "", band, *shape, rows.start - keys.start + self.j - self.n, True, q.dtype)
+        s = dispatch.call("expand", "", band, *shape, rows.start - keys.start + self.j - self.n, True, q.dtype)
         if self.key_bias is not None:
             s.unflatten(0, (-1, block[1].stop - block[1].start)).add_(self.key_bias[block[0], None, None, keys])
         q, k_t, capped = self.share(q), k[:, keys].mT, None
@@ -223,7 +223,7 @@ class Grid:
         """Add the sums along the diagonals of a tile to the columns of the band that it meets."""
         _, height, width = ds.shape
         n = (height + width + 1) // 2
-        sums = backends.call("reduce", "", ds, n, width - n, True, ds.dtype)
+        sums = dispatch.call("reduce", "", ds, n, width - n, True, ds.dtype)
         first = rows.start - keys.stop + self.j
         dband[:, first : first + height + width - 1] += sums[:, : height + width - 1]
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .. import backends
+from .. import dispatch
 from ..attention.checks import longest_distances
 from ..attention.torch_path import like
 
@@ -180,7 +180,7 @@ class RingAttention(torch.autograd.Function):
             hop = None if step.is_last else ring.hop(shard, step, KEYS)
             if step.has_work:
                 options = ring.options(step.source, *ctx.numbers)
-                part, _, part_state = backends.call(
+                part, _, part_state = dispatch.call(
                     "attention_forward", suffix, query, shard.key, shard.value, table, None, *options
                 )
                 merge(out, state, part, part_state)
@@ -231,7 +231,7 @@ def _backward(ring, numbers, suffix, needs, dout, dlse, query, key, value, table
         if step.has_work:
             inputs = dout, dlse, query, shard.key, shard.value, table, None, out, state
             options = ring.options(step.source, *numbers)
-            parts = backends.call("attention_backward", suffix, *inputs, *options, True, *needs, False)
+            parts = dispatch.call("attention_backward", suffix, *inputs, *options, True, *needs, False)
         if gradient_hop is not None:
             gradient, gradient_hop = gradient_hop.wait(), None
         if step.has_work:

@@ -3,7 +3,7 @@
 
 import torch
 
-from .. import backends, reference
+from .. import dispatch, reference
 from ..checks import check_distances, check_dtype, check_flag, check_grid, check_table, is_transformed
 from ..tracing import is_in_onnx_export, traced_as
 from .autograd import ExpandBias
@@ -46,7 +46,7 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
         offset = 0  # which no pair asks for, and which may be any number
     check_distances(table, n, i, j, offset)
     dtype = table.dtype if dtype is None else check_dtype("dtype", dtype)
-    suffix = "" if backend is None else backends.check_backend(backend, table.device.type)
+    suffix = "" if backend is None else dispatch.check_backend(backend, table.device.type)
     if is_in_onnx_export():  # which knows torch's operators, and none of ours
         return reference.expand(table, i, j, offset=offset, signed=signed, dtype=dtype)
     if is_transformed(table):
@@ -58,4 +58,4 @@ def expand_bias(table, i, j, *, offset=None, signed=False, dtype=None, backend=N
         )
     if table.requires_grad and torch.is_grad_enabled():
         return ExpandBias.apply(table, i, j, offset, signed, dtype, suffix)
-    return backends.call("expand", suffix, table, i, j, offset, signed, dtype)
+    return dispatch.call("expand", suffix, table, i, j, offset, signed, dtype)

@@ -6,14 +6,14 @@ The Functions save sizes only. They are also the operators' Autograd kernels.
 
 import torch
 
-from .. import backends
+from .. import dispatch
 from . import ops  # noqa: F401  (defines the operators)
 
 
 class ExpandBias(torch.autograd.Function):
     """`expand_bias` on checked arguments: apply(table, i, j, offset, signed, dtype, suffix) -> bias (heads, i, j).
 
-    `dtype` is the table's unless given, `suffix` names a backend's operators (`backends.SUFFIXES`). Backward is
+    `dtype` is the table's unless given, `suffix` names a backend's operators (`dispatch.SUFFIXES`). Backward is
     `ReduceBias`, whose backward is `ExpandBias`: derivatives of any order. No jvp and no setup_context: Dynamo refuses
     a Function with the one, and the other costs more than the operator's whole call.
     """
@@ -22,7 +22,7 @@ class ExpandBias(torch.autograd.Function):
     def forward(ctx, table, i, j, offset, signed=False, dtype=None, suffix=""):
         ctx.width, ctx.dtype = table.shape[1], table.dtype
         ctx.options = offset, signed, suffix
-        return backends.call("expand", suffix, table, i, j, offset, signed, dtype or table.dtype)
+        return dispatch.call("expand", suffix, table, i, j, offset, signed, dtype or table.dtype)
 
     @staticmethod
     def backward(ctx, dbias):
@@ -31,7 +31,7 @@ class ExpandBias(torch.autograd.Function):
         if dbias.requires_grad and torch.is_grad_enabled():
             dtable = ReduceBias.apply(dbias, n, offset, signed, ctx.dtype, suffix)
         else:  # no second derivative is asked for: a Function's apply costs as much as the operator at 8 x 128^2
-            dtable = backends.call("reduce", suffix, dbias, n, offset, signed, ctx.dtype)
+            dtable = dispatch.call("reduce", suffix, dbias, n, offset, signed, ctx.dtype)
         return dtable, None, None, None, None, None, None
 
 
@@ -46,7 +46,7 @@ class ReduceBias(torch.autograd.Function):
     def forward(ctx, dbias, n, offset, signed=False, dtype=None, suffix=""):
         ctx.grid, ctx.dtype = dbias.shape[1:], dbias.dtype
         ctx.options = offset, signed, suffix
-        return backends.call("reduce", suffix, dbias, n, offset, signed, dtype or dbias.dtype)
+        return dispatch.call("reduce", suffix, dbias, n, offset, signed, dtype or dbias.dtype)
 
     @staticmethod
     def backward(ctx, dtable):
@@ -55,5 +55,5 @@ class ReduceBias(torch.autograd.Function):
         return ExpandBias.apply(dtable, i, j, offset, signed, ctx.dtype, suffix), None, None, None, None, None
 
 
-backends.define_autograd("expand", lambda suffix, *args: ExpandBias.apply(*args, suffix))
-backends.define_autograd("reduce", lambda suffix, *args: ReduceBias.apply(*args, suffix))
+dispatch.define_autograd("expand", lambda suffix, *args: ExpandBias.apply(*args, suffix))
+dispatch.define_autograd("reduce", lambda suffix, *args: ReduceBias.apply(*args, suffix))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The operators `dpb_triton::expand` and `dpb_triton::reduce`: schemas, fake kernels, who implements which.
 
-`backends.py` says which operator each backend has; csrc/ implements `expand`, `reduce` on the CPU and `…_cuda`. Their
+`dispatch.py` says which operator each backend has; csrc/ implements `expand`, `reduce` on the CPU and `…_cuda`. Their
 derivatives are in `autograd.py`.
 """
 
 import torch
 
-from .. import backends
+from .. import dispatch
 from . import torch_path
 
 
@@ -35,11 +35,11 @@ def _fake_reduce(dbias, n, offset, signed, dtype):
     return dbias.new_empty((dbias.shape[0], width), dtype=dtype)
 
 
-backends.define(
+dispatch.define(
     "expand", "(Tensor table, SymInt i, SymInt j, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
     fake=_fake_expand, by_torch=torch_path.expand, by_triton=_triton_expand,
 )  # fmt: skip
-backends.define(
+dispatch.define(
     "reduce", "(Tensor dbias, SymInt n, SymInt offset, bool signed, ScalarType dtype) -> Tensor",
     fake=_fake_reduce, by_torch=torch_path.reduce, by_triton=_triton_reduce,
 )  # fmt: skip

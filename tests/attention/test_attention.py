@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpb_triton import bias_attention
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 OPTIONS = {
     "plain": Case(),
@@ -97,7 +97,7 @@ def test_case(case, attention_backend, device):
 )
 def test_dtypes(name, dtype, attention_backend, device):
     if dtype == torch.float64 and attention_backend == "triton":
-        pytest.skip("float64 is served by torch alone; test_attention_bad_input.py holds the refusal")
+        pytest.skip("float64 is served by torch alone; test_bad_input.py holds the refusal")
     case = (OPTIONS | SIZES)[name]
     check(attend(attention_backend), Case(**vars(case) | {"dtype": dtype}), device)
 

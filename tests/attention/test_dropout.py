@@ -9,8 +9,7 @@ import pytest
 import torch
 from attention_oracle import Case, check, run
 
-from dpb_triton import bias_attention, bias_attention_varlen
-from dpb_triton.expand import ops
+from dpb_triton import bias_attention, bias_attention_varlen, dispatch
 
 
 def identity(batch, heads, j, device):
@@ -21,7 +20,8 @@ def forward(backend, query, key, value, table, seed, dropout_p, **options):
     """The operator itself, which takes a seed."""
     i, j = query.shape[2], key.shape[2]
     arguments = (None, None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
-    return ops.OPERATORS[f"attention_forward_{backend}"](query, key, value, table, *arguments, 0.3, 0.0, dropout_p)[:2]
+    operator = dispatch.OPERATORS[f"attention_forward_{backend}"]
+    return operator(query, key, value, table, *arguments, 0.3, 0.0, dropout_p)[:2]
 
 
 def kept(out):
@@ -122,7 +122,7 @@ def test_no_dropout_draws_no_number(attention_backend, device):
 
 
 def test_both_backends_drop_the_same(device):
-    from dpb_triton.backends import why_not
+    from dpb_triton.dispatch import why_not
 
     if why_not("triton", device):
         pytest.skip(why_not("triton", device))

@@ -114,7 +114,7 @@ def test_reduce_of_elements_far_apart(shape, strides, device, backend):
 
 def test_sizes_that_the_kernels_cannot_count(device):
     """Positions are 32 bits there: a clear error, before anything of that size is made."""
-    from dpb_triton.backends import why_not
+    from dpb_triton.dispatch import why_not
 
     if why_not("triton", device) is not None:
         pytest.skip(why_not("triton", device))

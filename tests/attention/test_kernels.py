@@ -8,7 +8,7 @@ import torch
 from attention_oracle import Case, check
 
 from dpb_triton import bias_attention
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks", reason="Triton is not installed")
 replay = pytest.importorskip("dpb_triton.launching.replay")
@@ -64,7 +64,7 @@ def test_rows_by_descriptors(name, monkeypatch, device):
         pytest.skip(reason)
     launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
     modules = [
-        pytest.importorskip(f"dpb_triton.kernels.attention_{name}") for name in ("forward", "backward", "dtable")
+        pytest.importorskip(f"dpb_triton.attention.kernels.{name}") for name in ("forward", "backward", "dtable")
     ]
     made = []
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from attention_oracle import Case
 
-from dpb_triton import bias_attention
-from dpb_triton.expand import ops
+from dpb_triton import bias_attention, dispatch
 
 FAR = 1 << 26  # with 34 rows, elements beyond 2^31
 
@@ -44,7 +43,7 @@ def test_attention(dim, options, attention_backend, device):
 def test_reduce(dim, signed, backend, device):
     shape = [34 if k == dim else (2, 9, 20)[k] for k in range(3)]
     dbias = torch.randint(-9, 9, shape, device=device).to(torch.bfloat16)  # whose sums are exact
-    reduce = ops.OPERATORS["reduce" + ops.SUFFIXES[backend]]
+    reduce = dispatch.OPERATORS["reduce" + dispatch.SUFFIXES[backend]]
     assert torch.equal(*(reduce(x, 34, 0, signed, torch.float32) for x in (dbias, far_apart(dbias, dim))))
 
 
@@ -52,7 +51,7 @@ def test_reduce(dim, signed, backend, device):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_expand(dim, signed, backend, device):
     table = torch.randn(2 if dim else 34, 67, device=device)
-    expand = ops.OPERATORS["expand" + ops.SUFFIXES[backend]]
+    expand = dispatch.OPERATORS["expand" + dispatch.SUFFIXES[backend]]
     assert torch.equal(*(expand(x, 5, 20, 7, signed, torch.float32) for x in (table, far_apart(table, dim))))
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dpb_triton import bias_attention, bias_attention_varlen
 from dpb_triton.attention import torch_grid as attention_cpu_grid
 from dpb_triton.attention import torch_products as attention_cpu_products
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 BACKENDS = ("torch", "triton")
 NAN, INF = float("nan"), float("inf")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpb_triton import bias_attention_varlen, reference
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 
 def cumulative(lengths, device):

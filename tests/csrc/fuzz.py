@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from dpb_triton.expand import ops
+from dpb_triton import dispatch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ODD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
@@ -89,11 +89,11 @@ def main(calls, seed):
     for call in range(calls):
         name, arguments = ("expand", expand_arguments()) if call % 2 else ("reduce", reduce_arguments())
         try:
-            actual = ops.OPERATORS[name](*arguments)
+            actual = dispatch.OPERATORS[name](*arguments)
         except (RuntimeError, MemoryError, OverflowError):
             continue
         accepted += 1
-        expected = ops.OPERATORS[name + "_torch"](*arguments)
+        expected = dispatch.OPERATORS[name + "_torch"](*arguments)
         assert actual.shape == expected.shape and actual.dtype == expected.dtype, arguments
         if name == "expand":
             assert torch.equal(actual, expected), arguments

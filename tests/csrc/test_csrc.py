@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpb_triton import expand_bias
-from dpb_triton.backends import why_not
-from dpb_triton.expand import ops
+from dpb_triton import dispatch, expand_bias
+from dpb_triton.dispatch import why_not
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -82,7 +81,7 @@ def test_random_calls_under_address_sanitizer(tmp_path):
 
 SAME_BITS = """
 import sys, torch
-from dpb_triton import ops
+from dpb_triton import dispatch
 torch.manual_seed(0)
 found = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -90,7 +89,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for dbias in (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).mT.contiguous().mT):
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                found.append(ops.OPERATORS["reduce"](dbias, 1300, shape[2] - shape[1], True, dtype))
+                found.append(dispatch.OPERATORS["reduce"](dbias, 1300, shape[2] - shape[1], True, dtype))
 torch.save(found, sys.argv[1])
 """
 
@@ -141,7 +140,7 @@ def cpp():
 )
 def test_a_direct_call_with_nonsense_is_refused(cpp, name, arguments, words):
     with pytest.raises(RuntimeError) as caught:
-        ops.OPERATORS[name](*arguments)
+        dispatch.OPERATORS[name](*arguments)
     assert words in str(caught.value)
 
 
@@ -155,7 +154,7 @@ def test_a_freed_storage_is_refused(cpp):
 def test_half_conversions_are_exact(cpp):
     """Every float16 there is, each alone on a distance."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    dtable = ops.OPERATORS["reduce"](every.view(1, 1, -1), 2**16, 0, False, torch.float32)
+    dtable = dispatch.OPERATORS["reduce"](every.view(1, 1, -1), 2**16, 0, False, torch.float32)
     assert torch.equal(dtable[0].nan_to_num(7.0), every.float().nan_to_num(7.0))
     assert torch.equal(dtable[0].isnan(), every.isnan())
 

@@ -15,7 +15,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import distributed_worker
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def launch(tmp_path_factory):
             path = tmp_path_factory.mktemp("distributed") / "results.json"
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
-                *(str(TESTS / "distributed_worker.py"), str(path)),
+                *(str(ROOT / "tests/support/distributed_worker.py"), str(path)),
             ]
             environment = os.environ | {
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "TRITON_INTERPRET": "1",  # the processes are on the CPU
             }
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

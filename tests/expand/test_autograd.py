@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from dpb_triton import ExpandBias, ReduceBias, expand_bias
-from dpb_triton.backends import SUFFIXES
-from dpb_triton.expand import ops
+from dpb_triton import ExpandBias, ReduceBias, dispatch, expand_bias
+from dpb_triton.dispatch import SUFFIXES
 
 
 def small(device, signed, seed=0):
@@ -48,14 +47,14 @@ def test_opcheck(name, backend, device):
         "expand": (torch.randn(2, 9, device=device), 4, 7, 3, False, torch.bfloat16),
         "reduce": (torch.randn(2, 4, 7, device=device), 9, 3, True, torch.float32),
     }[name]
-    torch.library.opcheck(ops.OPERATORS[name + SUFFIXES[backend]], arguments)
+    torch.library.opcheck(dispatch.OPERATORS[name + SUFFIXES[backend]], arguments)
     trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
-    torch.library.opcheck(ops.OPERATORS[name + SUFFIXES[backend]], trained)
+    torch.library.opcheck(dispatch.OPERATORS[name + SUFFIXES[backend]], trained)
 
 
 def test_an_operator_called_directly_has_its_gradient(backend, device):
     table = small(device, False)
-    ops.OPERATORS["expand" + SUFFIXES[backend]](table, 3, 4, 2, False, torch.float64).square().sum().backward()
+    dispatch.OPERATORS["expand" + SUFFIXES[backend]](table, 3, 4, 2, False, torch.float64).square().sum().backward()
     (expected,) = torch.autograd.grad(expand_bias(table, 3, 4, offset=2).square().sum(), table)
     torch.testing.assert_close(table.grad, expected)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpb_triton import DynamicPositionBias, expand_bias, plot_bias
-from dpb_triton.backends import BACKENDS, why_not
+from dpb_triton.dispatch import BACKENDS, why_not
 
 
 def table(*shape, **options):

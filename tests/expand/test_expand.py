@@ -81,7 +81,7 @@ def test_toeplitz_and_suffix(backend, device):
     seed=st.integers(0, 2**31),
 )
 def test_any_grid(request, heads, i, j, offset, signed, spare, dtype, seed):
-    from dpb_triton.backends import BACKENDS, why_not
+    from dpb_triton.dispatch import BACKENDS, why_not
 
     device = request.config.getoption("--device")
     offset = abs(j - i) if offset is None and j < i else offset

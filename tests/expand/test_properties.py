@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpb_triton import DynamicPositionBias, ReduceBias, expand_bias
-from dpb_triton.backends import BACKENDS, SUFFIXES, why_not
+from dpb_triton.dispatch import BACKENDS, SUFFIXES, why_not
 from dpb_triton.reference import EagerDynamicPositionBias
 
 SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 6e4, -6e4, 1e-7]

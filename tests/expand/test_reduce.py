@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 
 from dpb_triton import ReduceBias, expand_bias, reference
-from dpb_triton.backends import SUFFIXES
+from dpb_triton.dispatch import SUFFIXES
 
 
 def gradients(heads, i, j, dtype, device):

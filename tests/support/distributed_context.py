@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dpb_triton import bias_attention, context_parallel_attention
-from dpb_triton.backends import why_not
+from dpb_triton.dispatch import why_not
 
 TOTAL = 37
 LENGTHS = {1: [37], 2: [14, 23], 4: [10, 0, 20, 7]}

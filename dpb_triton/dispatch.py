@@ -7,6 +7,8 @@
     name_triton   every device: Triton (on the CPU its interpreter)               backend="triton"
     name_cuda     CUDA: csrc/'s kernels                                           backend="cuda"
 
+This file is not called backends.py: Dynamo takes every path with "triton/backends" in it for Triton's and traces none.
+
 Each slice defines its operators with `define`, and their derivatives with `define_autograd`. All are opaque to
 torch.compile: one node for all lengths, nothing of the body traced. Only torch is imported here, Triton on first use.
 """

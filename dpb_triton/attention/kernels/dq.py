@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """dq, of `backward.py`.
 
-keys y ->
-queries   [ edge | whole | whole | edge ]      one program: BLOCK_M queries of one head, all keys they may see,
-x      ^ masked                 ^ masked    in blocks of BLOCK_N, as in `forward.py`
+              keys y ->
+    queries   [ edge | whole | whole | edge ]      one program: BLOCK_M queries of one head, all keys they may see,
+       x      ^ masked                 ^ masked    in blocks of BLOCK_N; whole blocks need no mask
+
+The tiles, their bias and the order of programs are those of `forward.py`.
 """
 
 from typing import NamedTuple

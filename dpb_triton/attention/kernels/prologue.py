@@ -22,7 +22,6 @@ from ...launching.launch import cdiv
 from ...launching.replay import empty, launch
 from .bias import BIAS_BLOCK, width_of, write_bias
 from .blocks import padded
-from .tiles import load_rows, matrix_of, place_of
 
 ROW_BLOCK = 32
 # Rows beyond the last one that a tile of queries may load, and selects away: the largest block.
@@ -52,18 +51,24 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def _write_rows(block, index, head, read, rows_ptr, layout, count, i, heads, HAS_DLSE: tl.constexpr,
+def _write_rows(block, row, read, rows_ptr, layout, count, i, heads, HAS_DLSE: tl.constexpr,
                 VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """The rows of BLOCK_M queries of a head of the batch's entry `index`; count: the queries of all heads."""
-    first_x = block * BLOCK_M
-    x = first_x + tl.arange(0, BLOCK_M)
+    """The rows of BLOCK_M queries of head row % heads of the batch's entry row // heads; count: those of all heads."""
+    index, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    x = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_v = tl.arange(0, BLOCK_V)[None, :]
     is_row = x < i
-    dout = load_rows(matrix_of(read.dout, index, head, 0, i, layout.db, layout.dh, layout.dx), first_x, BLOCK_M,
-                     VALUE_DIM, BLOCK_V, False, True)  # fmt: skip
-    out = load_rows(matrix_of(read.out, index, head, 0, i, layout.ob, layout.oh, layout.ox), first_x, BLOCK_M,
-                    VALUE_DIM, BLOCK_V, False, True)  # fmt: skip
+    mask = is_row[:, None] & (offs_v < VALUE_DIM)
+    dout_ptr = read.dout + (index * layout.db + head * layout.dh)
+    out_ptr = read.out + (index * layout.ob + head * layout.oh)
+    stride_dx, stride_ox = layout.dx, layout.ox
+    if VALUE_DIM % 8 == 0:  # as in tiles.row_ptrs
+        stride_dx, stride_ox = (stride_dx >> 3) * 8, (stride_ox >> 3) * 8
+        dout_ptr, out_ptr = tl.multiple_of(dout_ptr, 16), tl.multiple_of(out_ptr, 16)
+    dout = tl.load(dout_ptr + x[:, None] * tl.cast(stride_dx, tl.int64) + offs_v, mask=mask, other=0.0)
+    out = tl.load(out_ptr + x[:, None] * tl.cast(stride_ox, tl.int64) + offs_v, mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    x = (index * heads + head) * i + x
+    x = row.to(tl.int64) * i + x
     if HAS_DLSE:
         delta -= tl.load(read.dlse + x, mask=is_row, other=0.0)
     largest = tl.load(read.state + x, mask=is_row, other=0.0)
@@ -76,19 +81,18 @@ def _write_rows(block, index, head, read, rows_ptr, layout, count, i, heads, HAS
     tl.store(rows_ptr + 2, tl.where(is_empty, 0.0, delta * inverse), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["count", "i", "heads", "batch", "n", "lowest", "width"])
-def _prologue_kernel(read, rows_ptr, table_ptr, bias_ptr, layout, count, i, heads, batch, n, lowest, width,
-                     HAS_DLSE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                     SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    pid, row_blocks = tl.program_id(0), tl.cdiv(i, BLOCK_M)
-    row_programs = row_blocks * batch * heads
+@triton.jit(do_not_specialize=["count", "i", "heads", "row_blocks", "row_programs", "bias_blocks", "n", "lowest",
+                               "width"])  # fmt: skip
+def _prologue_kernel(read, rows_ptr, table_ptr, bias_ptr, layout, count, i, heads, row_blocks, row_programs,
+                     bias_blocks, n, lowest, width, HAS_DLSE: tl.constexpr, VALUE_DIM: tl.constexpr,
+                     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, SIGNED: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0)
     if pid < row_programs:
-        block, head, index = place_of(pid, row_blocks, heads)
-        _write_rows(block, index, head.to(tl.int64), read, rows_ptr, layout, count, i, heads, HAS_DLSE, VALUE_DIM,
+        _write_rows(pid % row_blocks, pid // row_blocks, read, rows_ptr, layout, count, i, heads, HAS_DLSE, VALUE_DIM,
                     BLOCK_V, BLOCK_M)  # fmt: skip
     else:
         pid -= row_programs
-        bias_blocks = tl.cdiv(width, BLOCK)
         mirror_ptr = bias_ptr + tl.cast(heads, tl.int64) * width
         write_bias(pid % bias_blocks, (pid // bias_blocks).to(tl.int64), table_ptr, bias_ptr, mirror_ptr, n, lowest,
                    width, layout.th, layout.tn, SIGNED, True, BLOCK)  # fmt: skip
@@ -102,12 +106,14 @@ def launch_prologue(dout, dlse, out, state, table, signed, reach):
     width, lowest = width_of(reach)
     bias = empty((2, heads, width), torch.float32, dout.device)
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
+    row_blocks, bias_blocks = cdiv(i, ROW_BLOCK), cdiv(width, BIAS_BLOCK)
+    row_programs = row_blocks * batch * heads
     launch(
-        _prologue_kernel, (cdiv(i, ROW_BLOCK) * batch * heads + cdiv(width, BIAS_BLOCK) * heads,),
+        _prologue_kernel, (row_programs + bias_blocks * heads,),
         Read(dout, None if dlse is None else dlse.contiguous(), out, state.contiguous()), rows, table, bias,
-        Layout(*dout.stride()[:3], *out.stride()[:3], *table.stride()), count, i, heads, batch, n, lowest, width,
-        HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK_M=ROW_BLOCK,
-        SIGNED=signed, BLOCK=BIAS_BLOCK,
+        Layout(*dout.stride()[:3], *out.stride()[:3], *table.stride()), count, i, heads, row_blocks, row_programs,
+        bias_blocks, n, lowest, width, HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=padded(value_dim),
+        BLOCK_M=ROW_BLOCK, SIGNED=signed, BLOCK=BIAS_BLOCK,
     )  # fmt: skip
     return rows, (heads * i, i), bias, -lowest
 

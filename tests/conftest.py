@@ -20,6 +20,15 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda: torch sees no GPU here")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter(device):
+    """Where the kernels run in Triton's interpreter, it wastes no time."""
+    if device == "cpu":
+        import quick_interpreter
+
+        quick_interpreter.install()
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")

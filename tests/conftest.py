@@ -14,6 +14,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads would wait for each other, spinning
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+        torch.set_num_threads(1)
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
     elif not torch.cuda.is_available():
@@ -48,7 +51,11 @@ def backend(request, device):
     reason = why_not(request.param, device)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+    threads = torch.get_num_threads()
+    if request.param == "cpp":  # whose kernels divide the rows among threads
+        torch.set_num_threads(2)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=("torch", "triton"))

@@ -82,7 +82,8 @@ def caught_launches(arch, only=(), repairs=False):
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
-        if (only and self.fn.__name__ not in only) or repairs != kwargs.get("IS_REPAIR", False):
+        is_repair = getattr(kwargs.get("config"), "IS_REPAIR", False)
+        if (only and self.fn.__name__ not in only) or repairs != is_repair:
             return None
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernels.append(run(self, *args, warmup=True, **kwargs))
@@ -135,15 +136,30 @@ def report(kernel):
         instructions=len(instructions),
         counts=dict(sorted(counts.items())),
         loops=assembly.innermost_loops(instructions),
-        signature=dict(kernel.src.signature),
-        constants={
-            kernel.src.fn.arg_names[path[0]]: value
-            for path, value in kernel.src.constants.items()
-            if isinstance(value, int)
-        },
+        signature=dict(leaves(kernel.src.signature)),
+        constants={name: value for name, value in _constants(kernel) if isinstance(value, int)},
         stages=kernel.metadata.num_stages,
         notes=assembly.ptxas_notes(log),
     )
+
+
+def leaves(arguments):
+    """The (name, value) of all arguments {name: value}: those of a NamedTuple as name.field."""
+    for name, value in arguments.items():
+        if hasattr(value, "_asdict"):
+            yield from leaves({f"{name}.{field}": part for field, part in value._asdict().items()})
+        else:
+            yield name, value
+
+
+def _constants(kernel):
+    """The (name, value) of what the launch fixed; of the NamedTuple `config` the names of its fields."""
+    names = dict(enumerate(kernel.src.signature))
+    for path, value in kernel.src.constants.items():
+        if hasattr(value, "_asdict"):
+            yield from value._asdict().items()
+        elif len(path) == 1:
+            yield names[path[0]], value
 
 
 def compile_launches(launch, arch, only=(), repairs=False):

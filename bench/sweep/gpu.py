@@ -15,15 +15,9 @@ TOLERANCES = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}  # of the norm: other ti
 
 def calls_of(width, dtype, seq, batch, heads, device):
     """{kernel: function of a Candidate that launches it and returns its results}, causal; "meta" has no memory."""
-    from dpb_triton.attention.kernels import (
-        backward as attention_backward,
-    )
-    from dpb_triton.attention.kernels import (
-        forward as attention_forward,
-    )
-    from dpb_triton.attention.kernels import (
-        launch as attention_launch,
-    )
+    from dpb_triton.attention.kernels import backward as attention_backward
+    from dpb_triton.attention.kernels import forward as attention_forward
+    from dpb_triton.attention.kernels import launch as attention_launch
 
     def once(launch):
         """`launch` without the second kernel for NaN, which would have to be compiled for each candidate."""

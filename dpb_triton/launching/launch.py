@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`launch(kernel, grid, *args, **constants)` is `kernel[grid](*args, **constants)` at a fraction of the host's time.
 
-    kernel[grid](…)   Triton looks at each of 45 arguments, writes a string of what it found, and asks a dict with it
+    kernel[grid](…)   Triton looks at each of 50 numbers and tensors, writes down what it found, asks a dict with it
     launch(…)         asks a dict with what Triton's specialisation depends on: no strings, no binding by name
 
 The first launch of a kind is Triton's own and tells which binary serves that kind; the next ones start that binary. A
@@ -13,6 +13,7 @@ What Triton would do besides is left to Triton: hooks and profilers, its interpr
 has tried here, arguments of other types (tensor descriptors), AMD, whose specialisation also looks at a tensor's size.
 """
 
+import itertools
 from operator import itemgetter
 
 import torch
@@ -22,12 +23,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-IS_TRIED = (
-    triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
-    and torch.version.hip is None
-    and not knobs.runtime.interpret
-)
 IS_INTERPRETED = bool(knobs.runtime.interpret)  # read where kernels are decorated, in this process once
+IS_TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.version.hip is None and not IS_INTERPRETED
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)
@@ -57,32 +54,40 @@ def current_target():
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
 
+    An argument may be a tuple of tensors and numbers. Constants are the values of the parameters behind `args`.
     Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
         return kernel[grid](*args, **constants), None
-    values = [*args, *constants.values()]
-    call = (id(kernel), *constants, *map(type, values))
+    leaves = []
+    for arg in args:
+        if isinstance(arg, tuple):
+            leaves += arg
+        else:
+            leaves.append(arg)
+    values = constants.values()
+    call = (id(kernel), *constants, *map(type, args), *map(type, leaves), *map(type, values))
     binding = _bindings.get(call)
     if binding is None:
-        binding = _bindings[call] = _bind(kernel, len(args), tuple(constants), values)
+        binding = _bindings[call] = _bind(kernel, args, constants)
     if binding is UNKNOWN:
         return kernel[grid](*args, **constants), None
-    arguments = binding.in_order(values)
 
     active = driver.active
     device = active.get_current_device()
-    kind = [active, device, *binding.constants(values)]
+    kind = [active, device, *values]
+    pointers = []
     for place in binding.tensors:
-        tensor = values[place]
-        values[place] = pointer = tensor.data_ptr()  # the launcher takes both, and asks less about an int
+        tensor = leaves[place]
+        pointers.append(pointer := tensor.data_ptr())  # the launcher takes both, and asks less about an int
         kind += tensor.dtype, pointer % 16 == 0
-    kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(values)]
-    ints = binding.all_ints(values)
+    kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(leaves)]
+    ints = binding.all_ints(leaves)
     if ints and (max(ints) >= INT32 or min(ints) < -INT32):
         kind += [-INT32 <= value < INT32 for value in ints]
     kind = tuple(kind)
 
+    arguments = [*args, *binding.constants([*values])]
     compiled = binding.compiled.get(kind)
     if compiled is None:
         compiled = kernel[grid](*args, **constants)
@@ -90,7 +95,8 @@ def launch(kernel, grid, *args, **constants):
             return compiled, None
         binding.compiled[kind] = compiled
     else:
-        start(compiled, grid, active.get_current_stream(device), binding.in_order(values))
+        pointers.append(None)
+        start(compiled, grid, active.get_current_stream(device), binding.pointed.fill(arguments, pointers))
     return compiled, arguments
 
 
@@ -114,20 +120,51 @@ def is_watched():
     )
 
 
-class _Binding:
-    """Where the values of a call go: places among its positional arguments and keywords, in the call's order."""
+class Pointed:
+    """Where tensors are among arguments: at a place of their own, or in a tuple of nothing but tensors and None.
 
-    def __init__(self, kernel, places, values):
-        specialised = [places[p.name] for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        runtime = [places[p.name] for p in kernel.params if not p.is_constexpr]
-        ints = [place for place in runtime if type(values[place]) is int]
+    numbers: of the tensors, in order, by which `fill` finds their pointers; 0, 1, … unless given.
+    """
+
+    def __init__(self, arguments, numbers=None):
+        numbers = itertools.count() if numbers is None else iter(numbers)
+        self.plain, self.inside = [], []
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                self.plain.append((place, next(numbers)))
+            elif isinstance(argument, tuple) and any(isinstance(value, torch.Tensor) for value in argument):
+                self.inside.append((place, _getter([-1 if value is None else next(numbers) for value in argument])))
+
+    def fill(self, arguments, pointers):
+        """A copy of `arguments` with pointers in place of the tensors. The last one of `pointers` is None."""
+        arguments = arguments.copy()
+        for place, number in self.plain:
+            arguments[place] = pointers[number]
+        for place, get in self.inside:
+            arguments[place] = get(pointers)
+        return arguments
+
+
+class _Binding:
+    """Where the values of a call go."""
+
+    def __init__(self, kernel, args, names):
+        specialised, ints, self.tensors, place = [], [], [], 0  # places among the leaves
+        for param, arg in zip(kernel.params, args, strict=False):
+            is_tuple = isinstance(arg, tuple)
+            for value in arg if is_tuple else (arg,):
+                if isinstance(value, torch.Tensor):
+                    self.tensors.append(place)
+                elif type(value) is int:
+                    ints.append(place)
+                    if is_tuple or not param.do_not_specialize:  # Triton looks into every tuple
+                        specialised.append(place)
+                place += 1
         self.kernel = kernel  # keeps its id from being given to another
         self.compiled = {}  # kind: the CompiledKernel
-        self.tensors = [place for place in runtime if isinstance(values[place], torch.Tensor)]
-        self.ints = _getter([place for place in ints if place in specialised])
-        self.all_ints = _getter(ints)
-        self.constants = _getter([place for place in range(len(values)) if place not in runtime])
-        self.in_order = _getter([places[p.name] for p in kernel.params])
+        self.ints, self.all_ints = _getter(specialised), _getter(ints)
+        self.constants = _getter([names.index(param.name) for param in kernel.params[len(args) :]])
+        self.pointed = Pointed(args)
 
 
 def _getter(places):
@@ -137,15 +174,18 @@ def _getter(places):
     return lambda values: tuple(values[place] for place in places)
 
 
-def _bind(kernel, n_args, names, values):
+def _bind(kernel, args, constants):
     """The _Binding of a call, UNKNOWN if this file does not know how its arguments specialise."""
-    places = {param.name: place for place, param in enumerate(kernel.params[:n_args])}
-    places |= {name: n_args + place for place, name in enumerate(names)}
-    if len(places) != len(values) or not all(param.name in places for param in kernel.params):
+    behind = kernel.params[len(args) :]
+    if len(args) > len(kernel.params) or not {param.name for param in behind} <= constants.keys():
         return UNKNOWN  # a default, or a mistake that Triton names
-    for param in kernel.params:
-        value = values[places[param.name]]
-        is_known = value is None or type(value) in (int, float) or isinstance(value, torch.Tensor)
-        if not param.is_constexpr and not is_known:
+    if any(param.name in constants for param in kernel.params[: len(args)]):
+        return UNKNOWN
+    if not all(param.is_constexpr for param in behind) or any(p.is_constexpr for p in kernel.params[: len(args)]):
+        return UNKNOWN
+    for arg in args:
+        values = arg if isinstance(arg, tuple) else (arg,)
+        are_numbers = all(type(value) in (int, float) for value in values)
+        if not are_numbers and not all(value is None or isinstance(value, torch.Tensor) for value in values):
             return UNKNOWN
-    return _Binding(kernel, places, values)
+    return _Binding(kernel, args, [*constants])

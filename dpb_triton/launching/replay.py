@@ -139,11 +139,12 @@ class _Tape:
         if values is None:
             self.is_whole = False
             return
-        places = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
-        slots = [self.slots.get(id(values[place])) for place in places]
+        tensors = [leaf for value in values for leaf in (value if isinstance(value, tuple) else (value,))]
+        slots = [self.slots.get(id(leaf)) for leaf in tensors if isinstance(leaf, torch.Tensor)]
         self.is_whole &= None not in slots
         self.kernels.append(kernel)
-        self.launches.append((compiled, grid, list(values), list(zip(places, slots, strict=True))))
+        nothing = launching.Pointed(values, [-1] * len(slots)).fill(values, [None])  # keeps no tensor alive
+        self.launches.append((compiled, grid, nothing, launching.Pointed(values, slots)))
 
     def finish(self, result):
         """Whether it may be repeated."""
@@ -151,9 +152,6 @@ class _Tape:
         made = range(self.n_inputs, len(self.tensors))
         self.results = [self.slots.get(id(tensor)) for tensor in ((result,) if self.is_single else result)]
         self.is_whole &= bool(self.launches) and all(slot in made for slot in self.results)
-        for _, _, values, pointers in self.launches:
-            for place, _ in pointers:
-                values[place] = None
         del self.tensors, self.slots
         return self.is_whole
 
@@ -163,10 +161,8 @@ class _Tape:
             for size, stride, dtype, device in self.allocations
         ]
         pointers += [tensor.data_ptr() for tensor in made]
-        for compiled, grid, values, places in self.launches:
-            values = values.copy()
-            for place, slot in places:
-                values[place] = pointers[slot]
-            launching.start(compiled, grid, stream, values)
+        pointers.append(None)
+        for compiled, grid, values, pointed in self.launches:
+            launching.start(compiled, grid, stream, pointed.fill(values, pointers))
         made = [made[slot - self.n_inputs] for slot in self.results]
         return made[0] if self.is_single else tuple(made)

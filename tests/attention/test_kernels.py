@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_oracle import Case, check
+from attention_oracle import Case, check, dropout_keep
 from quick import slow
 
 from dpb_triton import bias_attention
@@ -84,7 +84,17 @@ def test_rows_by_descriptors(name, monkeypatch, device):
         for generation in constants:
             tiles = {kernel: ((*tile, True),) * 3 for kernel, tile in TILES[1].items()}
             monkeypatch.setitem(constants, generation, tiles)
-    check(partial(bias_attention, backend="triton"), DESCRIBED[name], device)
+    case, keep = DESCRIBED[name], None
+    if "dropout_p" in case.options:
+        torch.manual_seed(5)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device).item()  # as the call draws it
+        keep = dropout_keep(seed, case.batch, case.heads, case.i, case.j, case.options["dropout_p"])
+
+    def attend(*tensors, **options):
+        torch.manual_seed(5)
+        return bias_attention(*tensors, backend="triton", **options)
+
+    check(attend, case, device, keep)
     assert len(made) >= 4  # forward, dq, and two of dtable
     assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
 

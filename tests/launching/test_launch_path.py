@@ -19,13 +19,18 @@ ROOT = Path(__file__).parents[2]
 ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
              "_fold_dtable_kernel"}  # fmt: skip
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
+# Every kernel, and tuples that hold what the others leave None. The other cases are for `make test-full`.
+QUICK = ("causal", "key mask", "packed, window, dropout", "expand")
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in launch_worker.CASES]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """What the worker found, once for all of pytest-xdist's workers."""
+def results(tmp_path_factory, request):
+    """What the worker found, once for all of pytest-xdist's workers; of the cases that are asked for."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == Path(__file__))
+    cases = {"causal"} | {call.params["case"] for call in calls if call and "case" in call.params}
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     path = shared / "launches.json"
@@ -34,7 +39,7 @@ def results(tmp_path_factory):
             # binaries without code: not for a cache that others read
             environment = os.environ | {"TRITON_CACHE_DIR": str(shared / "launches"), "PYTHONPATH": _python_path()}
             environment.pop("TRITON_INTERPRET", None)
-            command = [sys.executable, "tests/support/launch_worker.py", str(path)]
+            command = [sys.executable, "tests/support/launch_worker.py", str(path), *sorted(cases)]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())
@@ -44,17 +49,17 @@ def _python_path():
     return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-@pytest.mark.parametrize("name", launch_worker.CASES)
-def test_the_driver_is_given_what_the_call_says(results, name):
-    case = results["cases"][name]
-    assert case["error"] is None, case["error"]
-    expected = EXPAND if name.startswith("expand") else ATTENTION
-    assert set(case["launched"]) == expected | ({"_key_bias_kernel"} if "key mask" in name else set())
-    both = {"expand", "reduce"} if name.startswith("expand") else {"forward", "backward"}
-    assert {function for function, _ in case["repeated"]} == both
+@pytest.mark.parametrize("case", CASES)
+def test_the_driver_is_given_what_the_call_says(results, case):
+    found = results["cases"][case]
+    assert found["error"] is None, found["error"]
+    expected = EXPAND if case.startswith("expand") else ATTENTION
+    assert set(found["launched"]) == expected | ({"_key_bias_kernel"} if "key mask" in case else set())
+    both = {"expand", "reduce"} if case.startswith("expand") else {"forward", "backward"}
+    assert {function for function, _ in found["repeated"]} == both
     # what rounds its result by torch, or copies its input, is not
-    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both}.get(name, set())
-    assert {function for function, is_repeated in case["repeated"] if not is_repeated} == never
+    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both}.get(case, set())
+    assert {function for function, is_repeated in found["repeated"] if not is_repeated} == never
 
 
 def test_a_repeated_call_takes_its_tensors_one_by_one_and_is_heard(results):
@@ -72,7 +77,7 @@ def test_named_values_are_compared(results):
         assert len([name for owner, name in results["named"] if owner == kernel]) >= 12
 
 
-@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "the launcher"])
+@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "pointers", "the launcher"])
 def test_a_broken_launch_is_noticed(results, change):
     assert results["broken"][change] is not None
 

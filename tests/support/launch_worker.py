@@ -2,7 +2,7 @@
 """A process in which every launch is compiled for an H100, started by Triton's own C, and ends in a driver that is not
 there (`bench/fake_cuda.py`). Leaves what it found for test_launch_path.py:
 
-    python tests/support/launch_worker.py results.json
+    python tests/support/launch_worker.py results.json [case …]
 
 A launch is made three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
 and by Triton. All three must give the driver the same binary, grid and parameters, and these must be what the call
@@ -22,6 +22,7 @@ import traceback
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
@@ -51,22 +52,41 @@ def same_bits(value, given):
     return given == (value or 0)
 
 
+def leaves(names, values):
+    """(name, place, value) of all values; those of a tuple as name.field and (place of the tuple, place in it)."""
+    for place, (name, value) in enumerate(zip(names, values, strict=False)):
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            for at, (field, part) in enumerate(zip(fields, value, strict=False)):
+                yield f"{name}.{field}", (place, at), part
+        else:
+            yield name, (place,), value
+
+
+def kind_of(signature, name):
+    """Triton's word for the argument of that name."""
+    name, _, field = name.partition(".")
+    return getattr(signature[name], field) if field else signature[name]
+
+
 def check(kernel, grid, args, constants, compiled, launch):
     """That `launch` is what the call said and what `compiled` may be given."""
     bound = inspect.signature(kernel.fn).bind(
         *args, **{name: value for name, value in constants.items() if name not in OPTIONS}
     )
     signature, attributes = compiled.src.signature, compiled.src.attrs
-    given = iter(zip(launch.types, launch.values, strict=True))
     for place, param in enumerate(kernel.params):
-        name, value, kind = param.name, bound.arguments[param.name], signature[param.name]
         if param.is_constexpr:
-            assert kind == "constexpr" and compiled.src.constants[place,] == value, f"{name}: {value!r}"
-            continue
-        wanted = (torch.Tensor, type(None)) if name.endswith("_ptr") else float if is_float(name) else int
+            value = bound.arguments[param.name]
+            assert signature[param.name] == "constexpr" and compiled.src.constants[place,] == value, param.name
+    given = iter(zip(launch.types, launch.values, strict=True))
+    for name, place, value in leaves(kernel.arg_names, args):
+        param, kind = kernel.params[place[0]], kind_of(signature, name)
+        wanted = (torch.Tensor, type(None)) if is_pointer(name) else float if is_float(name) else int
         assert isinstance(value, wanted) and not isinstance(value, bool), f"{name}: {value!r} is no {wanted}"
         if kind == "constexpr":
-            assert value is None or (value == 1 and not param.do_not_specialize), f"{name}: {value!r} is a constant"
+            is_special = "." in name or not param.do_not_specialize
+            assert value is None or (value == 1 and is_special), f"{name}: {value!r} is a constant"
             continue
         ptx, bits = next(given)
         assert ptx == PTX["*" if kind[0] == "*" else kind], f"{name}: {kind} is {ptx} in the kernel"
@@ -74,7 +94,7 @@ def check(kernel, grid, args, constants, compiled, launch):
         if kind[0] == "*":
             pointed = kind.removeprefix("*")
             assert pointed == triton.runtime.jit.mangle_type(value).removeprefix("*"), f"{name}: {kind}"
-        for attribute, number in attributes.get((place,), ()):
+        for attribute, number in attributes.get(place, ()):
             assert attribute == "tt.divisibility" and bits % number == 0, f"{name}: {bits} under {attribute} {number}"
     assert [value for _, value in given] == [0, 0], "what is left is the scratch memory of the device, none here"
     assert launch.grid == (*grid, 1, 1)[:3]
@@ -84,8 +104,12 @@ def check(kernel, grid, args, constants, compiled, launch):
     assert launch.shared == compiled.metadata.shared <= fake_cuda.SHARED_BYTES
 
 
+def is_pointer(name):
+    return name.endswith("_ptr") or name.startswith(("inputs.", "outputs.", "gradients.", "read."))
+
+
 def is_float(name):
-    return "scale" in name or name.startswith("cap_")
+    return name == "scale" or name.startswith("scores.")
 
 
 # what a repeated function may ask of torch: nothing that writes
@@ -135,7 +159,8 @@ class Watch:
         assert compiled is theirs, f"{kernel}: another binary than Triton's for {args} {constants}"
         assert launches[0] == launches[1] == launches[2], f"{kernel}: {launches}"
         check(kernel, grid, args, constants, compiled, launches[0])
-        values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        values = {name: value for name, _, value in leaves([*kernel.arg_names], args)}
+        values |= {name: value for name, _, value in leaves([*constants], constants.values())}
         for name in self.expected.keys() & values.keys():
             assert values[name] == self.expected[name], f"{kernel} {name}: {values[name]}, not {self.expected[name]}"
             self.named.add((launches[0].kernel, name))
@@ -232,13 +257,12 @@ def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, v
         query = torch.as_strided(query, query.shape, (batch_stride, *query.stride()[1:]))
     n = max(i, j)
     table = torch.randn(heads, 2 * n - 1 if signed else n).requires_grad_()
-    longest = {"longest_query": i, "longest_key": j}
-    watch.expected = {"i": i, "j": j, "offset": j - i, "heads": heads, "group": heads // kv_heads, "batch": batch}
-    watch.expected |= longest | {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim or head_dim}
+    watch.expected = {"i": i, "j": j, "offset": j - i, "layout.heads": heads, "layout.group": heads // kv_heads}
+    watch.expected |= {"batch": batch, "config.HEAD_DIM": head_dim, "config.VALUE_DIM": value_dim or head_dim}
     for letter, tensor in (("q", query), ("k", key), ("v", value)):
         for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
             is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
-            watch.expected[f"stride_{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
+            watch.expected[f"layout.{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
     if mask is not None:
         mask = torch.zeros(batch, j, dtype=mask).requires_grad_(mask != torch.bool)
     out, lse = bias_attention(
@@ -304,14 +328,26 @@ CASES = {
 }
 
 
+class Inputs(NamedTuple):
+    y: object
+    z: object
+
+
+class Layout(NamedTuple):
+    stride: int
+    other: int
+
+
 @triton.jit(do_not_specialize=["plain"])
-def _probe_kernel(x_ptr, y_ptr, stride, plain, scale, WIDTH: tl.constexpr, IS_SET: tl.constexpr):
-    value = scale + plain
+def _probe_kernel(x_ptr, inputs, layout, stride, plain, scale, WIDTH: tl.constexpr, IS_SET: tl.constexpr):
+    value = scale + plain + layout.other
     if IS_SET:
-        value += stride
+        value += stride + layout.stride
     tl.store(x_ptr + tl.arange(0, WIDTH), value.to(x_ptr.dtype.element_ty))
-    if y_ptr is not None:
-        tl.store(y_ptr + tl.arange(0, WIDTH), value.to(y_ptr.dtype.element_ty))
+    if inputs.y is not None:
+        tl.store(inputs.y + tl.arange(0, WIDTH), value.to(inputs.y.dtype.element_ty))
+    if inputs.z is not None:
+        tl.store(inputs.z + tl.arange(0, WIDTH), value.to(inputs.z.dtype.element_ty))
 
 
 def every_kind(watch):
@@ -319,15 +355,28 @@ def every_kind(watch):
     store = torch.zeros(64, dtype=torch.float32)
     tensors = (store[:16], store[1:17], store[4:20], store.to(torch.bfloat16)[:16])
     ints = (0, 1, 2, 15, 16, 48, -1, -16, 2**31 - 1, 2**31, 2**32, 2**40 + 1, -(2**31), -(2**31) - 1)
-    usual = {"x": tensors[0], "y": None, "stride": 3, "plain": 3, "scale": 0.5, "WIDTH": 16, "IS_SET": True}
-    others = {"x": tensors, "y": (None, *tensors), "stride": ints, "plain": ints, "scale": (1.0, 2.5)}
+    usual = {
+        "x": tensors[0],
+        "inputs": Inputs(None, None),
+        "layout": Layout(3, 3),
+        "stride": 3,
+        "plain": 3,
+        "scale": 0.5,
+    }
+    usual |= {"WIDTH": 16, "IS_SET": True}
+    others = {"x": tensors, "stride": ints, "plain": ints, "scale": (1.0, 2.5)}
+    pairs = (
+        [(None, tensor) for tensor in tensors] + [(tensor, None) for tensor in tensors] + [tensors[:2], tensors[1::-1]]
+    )
+    others |= {"inputs": [Inputs(*pair) for pair in pairs]}
+    others |= {"layout": [Layout(number, 3) for number in ints] + [Layout(3, number) for number in ints]}
     others |= {"WIDTH": (16, 8), "IS_SET": (True, False, 1, 0), "num_warps": (1, 4), "num_stages": (2, 3)}
     kinds = [usual | {name: value} for name, values in others.items() for value in values]
     kinds += [usual | {"stride": a, "plain": b} for a, b in itertools.product((1, 16, 2**31), repeat=2)]
     for kind in (*kinds, *kinds):
-        x, y, stride, plain, scale, *_ = kind.values()
+        x, inputs, layout, stride, plain, scale, *_ = kind.values()
         constants = {name: value for name, value in kind.items() if name.isupper() or name.startswith("num_")}
-        watch(_probe_kernel, (3, 2, 1), x, y, stride, plain, scale, **constants)
+        watch(_probe_kernel, (3, 2, 1), x, inputs, layout, stride, plain, scale, **constants)
 
 
 def repeated_with_others(watch):
@@ -369,31 +418,40 @@ def swapped_kinds(names, args, constants):
     return [args[place], *args[1:place], args[0], *args[place + 1 :]], constants
 
 
+def _changed(names, args, name, change):
+    """The arguments with another value in place of a tuple."""
+    place = names.index(name)
+    return [*args[:place], change(args[place]), *args[place + 1 :]]
+
+
 def swapped_strides(names, args, constants):
     """Ints that differ: Triton sees nothing wrong."""
-    one, other = names.index("stride_qh"), names.index("stride_qx")
-    args[one], args[other] = args[other], args[one]
-    return args, constants
+    return _changed(names, args, "layout", lambda old: old._replace(qh=old.qx, qx=old.qh)), constants
+
+
+def too_short(names, args, constants):
+    return _changed(names, args, "layout", lambda old: tuple(old)[:-1]), constants
 
 
 def float_for_int(names, args, constants):
-    return [float(value) if name == "heads" else value for name, value in zip(names, args, strict=False)], constants
+    return _changed(names, args, "layout", lambda old: old._replace(heads=float(old.heads))), constants
 
 
 def int_for_float(names, args, constants):
-    return args, constants | {"scale": 1}
+    return _changed(names, args, "scores", lambda old: old._replace(scale=1)), constants
 
 
 def no_constant(names, args, constants):
-    return args, {name: value for name, value in constants.items() if name != "HAS_LEFT"}
+    return args, {name: value for name, value in constants.items() if name != "config"}
 
 
 def renamed_constant(names, args, constants):
-    return args, {name.replace("HAS_LEFT", "IS_LEFT"): value for name, value in constants.items()}
+    return args, {name.replace("config", "settings"): value for name, value in constants.items()}
 
 
 BROKEN = (
-    dropped, too_many, swapped_kinds, swapped_strides, float_for_int, int_for_float, no_constant, renamed_constant,
+    dropped, too_many, swapped_kinds, swapped_strides, too_short, float_for_int, int_for_float,
+    no_constant, renamed_constant,
 )  # fmt: skip
 
 
@@ -406,11 +464,13 @@ def fails(run):
     return None
 
 
-def main(path):
+def main(path, *cases):
     torch.set_num_threads(1)
     watch = install()
     results = {"triton": triton.__version__, "is_tried": launching.IS_TRIED, "cases": {}, "broken": {}}
     for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
+        if name not in cases and name in CASES:
+            continue
         began = time.perf_counter()
         watch.launched.clear()
         watch.repeated.clear()
@@ -424,6 +484,10 @@ def main(path):
         watch.change = change
         results["broken"][change.__name__] = fails(lambda: attention(watch, is_causal=True))
     watch.change = None
+    fill = launching.Pointed.fill
+    launching.Pointed.fill = lambda self, arguments, pointers: fill(self, arguments, pointers[::-1])
+    results["broken"]["pointers"] = fails(lambda: attention(watch, is_causal=True))
+    launching.Pointed.fill = fill
     launching.INT32 = 2**62  # a launcher that cannot tell 32 bits from 64
     launching._bindings.clear()
     results["broken"]["the launcher"] = fails(lambda: every_kind(watch))
@@ -432,4 +496,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -14,6 +14,8 @@ determinism: the order of every sum depends on the shape alone.
 Partial sums: O(heads * (i + j) * chunks) float32, chunks being 1 for long sequences.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,11 +23,12 @@ import triton.language as tl
 from ...launching.keys import settle
 from ...launching.launch import cdiv
 from ...launching.replay import empty, launch
-from .launch import describe
+from .launch import config_of, describe
 from .tiles import (
     add_bias,
     dot,
     dot_of_rows,
+    dropout_of,
     is_kept,
     is_wide,
     key_bias_of,
@@ -34,8 +37,9 @@ from .tiles import (
     load_state,
     move_to,
     opaque,
-    row_keys,
-    sequence,
+    place_of,
+    span_of,
+    stream_of,
     stream_rows,
 )
 
@@ -45,125 +49,141 @@ MOST_CHUNKS = 8
 FOLD_BLOCK = 256
 
 
+class Own(NamedTuple):
+    """What a program holds: its part of the bias, and where the rows of its head and a batch's entry lie."""
+
+    bias: object  # [BLOCK_M, BLOCK_N], of all steps
+    start: object  # the first key of the window less its first query
+    query_rows: object  # Matrix
+    key_rows: object
+    value_rows: object
+    dout_rows: object
+    rows_ptr: object
+    key_bias_ptr: object
+    seed_ptr: object
+    first_row: object  # of the head, for dropout
+    threshold: object
+
+
 @triton.jit
-def _add_window(acc, bias, key_bias_ptr, query_ptr, key_ptr, value_ptr, dout_ptr, at, kv_at, rows_ptr, seed_ptr,
-                first_x, start, i, j, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out,
-                threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V:
-                tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT:
-                tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr, IS_DESCRIBED: tl.constexpr,
-                IS_MASKED: tl.constexpr):  # fmt: skip
+def _add_window(acc, own, first_x, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
     """Acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
-    first_y = first_x + start
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    first_y = first_x + own.start
     x = first_x + tl.arange(0, BLOCK_M)
-    if is_wide(BLOCK_D, PRECISION):
-        qk = dot_of_rows(query_ptr, first_x, i, stride_qx, key_ptr, first_y, j, stride_ky, BLOCK_M, BLOCK_N, HEAD_DIM,
-                         PRECISION, False, IS_MASKED, IS_MASKED)  # fmt: skip
+    if is_wide(config.BLOCK_D, config.PRECISION):
+        qk = dot_of_rows(own.query_rows, first_x, own.key_rows, first_y, BLOCK_M, BLOCK_N, config.HEAD_DIM, config,
+                         False, IS_MASKED, IS_MASKED)  # fmt: skip
     else:
-        query = stream_rows(query_ptr, at, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
-        key = stream_rows(key_ptr, kv_at, first_y, j, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
-        qk = dot(query, tl.trans(key), PRECISION)
-    largest, inverse, delta = load_state(rows_ptr, first_x, BLOCK_M, False)
-    s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
-    if HAS_KEY_BIAS:
-        key_bias = load_key_bias(key_bias_ptr, first_y, BLOCK_N, False)
+        query = stream_rows(own.query_rows, first_x, BLOCK_M, config.HEAD_DIM, config.BLOCK_D, IS_MASKED,
+                            config.IS_DESCRIBED)  # fmt: skip
+        key = stream_rows(
+            own.key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, IS_MASKED, config.IS_DESCRIBED
+        )
+        qk = dot(query, tl.trans(key), config)
+    largest, inverse, delta = load_state(own.rows_ptr, first_x, BLOCK_M, False)
+    s, _ = add_bias(qk, own.bias, scores, config.HAS_SOFTCAP)
+    if config.HAS_KEY_BIAS:
+        key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
     e = tl.exp2(s - largest[:, None])  # [BLOCK_M, BLOCK_N]
-    if is_wide(BLOCK_V, PRECISION):
-        dp = dot_of_rows(dout_ptr, first_x, i, stride_dx, value_ptr, first_y, j, stride_vy, BLOCK_M, BLOCK_N, VALUE_DIM,
-                         PRECISION, False, IS_MASKED, IS_MASKED)  # fmt: skip
+    if is_wide(config.BLOCK_V, config.PRECISION):
+        dp = dot_of_rows(own.dout_rows, first_x, own.value_rows, first_y, BLOCK_M, BLOCK_N, config.VALUE_DIM, config,
+                         False, IS_MASKED, IS_MASKED)  # fmt: skip
     else:
-        dout = stream_rows(dout_ptr, at, first_x, i, stride_dx, BLOCK_M, VALUE_DIM, BLOCK_V, IS_MASKED, IS_DESCRIBED)
-        value = stream_rows(value_ptr, kv_at, first_y, j, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED,
-                            IS_DESCRIBED)  # fmt: skip
-        dp = dot(dout, tl.trans(value), PRECISION)
+        dout = stream_rows(own.dout_rows, first_x, BLOCK_M, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
+                           config.IS_DESCRIBED)  # fmt: skip
+        value = stream_rows(own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
+                            config.IS_DESCRIBED)  # fmt: skip
+        dp = dot(dout, tl.trans(value), config)
     y = first_y + opaque(tl.arange(0, BLOCK_N))
-    if HAS_DROPOUT:
-        first_key, second_key = row_keys(seed_ptr, first_row + x)
-        keep = is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+    if config.HAS_DROPOUT:
+        dropout = dropout_of(own.seed_ptr, own.first_row + x, own.threshold)
+        dp = tl.where(is_kept(dropout, y, True), dp * scores.keep_scale, 0.0)
     ds = e * (dp * inverse[:, None] - delta[:, None])
     if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
-        ds = tl.where((x < i)[:, None] & ((y >= 0) & (y < j))[None, :], ds, 0.0)
-    if HAS_KEY_BIAS:
+        ds = tl.where((x < span.i)[:, None] & ((y >= 0) & (y < span.j))[None, :], ds, 0.0)
+    if config.HAS_KEY_BIAS:
         ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
     return acc + ds
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "key_width", "batch", "least",
-                               "longest_query", "n_bands", "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
-def _dtable_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, key_bias_ptr, seqlens_ptr, seed_ptr, dout_ptr, rows_ptr,
-                   partial_ptr, stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb, stride_vh,
-                   stride_vy, stride_db, stride_dh, stride_dx, stride_rb, stride_rh, i, j, offset, left, right, zero,
-                   width, key_width, batch, heads, group, longest_query, least, n_bands, n_chunks, chunk_steps,
-                   softmax_scale, scale, cap_in, cap_out, threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM:
-                   tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
-                   tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-                   HAS_DROPOUT: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, IS_PACKED: tl.constexpr, PRECISION:
-                   tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "least", "n_bands",
+                               "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
+def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr, layout, i, j, offset, left, right,
+                   zero, width, batch, least, n_bands, n_chunks, chunk_steps, scores, threshold,
+                   config: tl.constexpr):  # fmt: skip
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
     tl.static_assert(BLOCK_M <= BLOCK_N)  # the skew wraps around a row once
-    pid = tl.program_id(0)
-    band = n_bands - 1 - pid % n_bands  # under causality the bands of the least distances are the longest
-    chunk = (pid // n_bands) % n_chunks
-    head = (pid // (n_bands * n_chunks)).to(tl.int64)
+    band, chunk, head = place_of(tl.program_id(0), n_bands, n_chunks)
+    band = n_bands - 1 - band  # under causality the bands of the least distances are the longest
     relative = least + band * BLOCK_N  # y - x - offset of the window's first column, in its first query's row
 
     a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    bias_ptr += head * width + (zero + relative)
-    # [BLOCK_M, BLOCK_N], of all steps. Loaded once, so its rows need not run backwards as in the other kernels
+    bias_ptr = inputs.bias + head * width + (zero + relative)
+    # loaded once, so its rows need not run backwards as in the other kernels
     bias = load_bias((bias_ptr - a)[:, None] + c[None, :])
-
-    kv_head = head // group
-    query_ptr = move_to(query_ptr, head * stride_qh, IS_DESCRIBED)
-    key_ptr = move_to(key_ptr, kv_head * stride_kh, IS_DESCRIBED)
-    value_ptr = move_to(value_ptr, kv_head * stride_vh, IS_DESCRIBED)
-    dout_ptr = move_to(dout_ptr, head * stride_dh, IS_DESCRIBED)
-    rows_ptr += 4 * head * stride_rh
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # the head's part of all places, once: what is added in the loop over the batch wants a register there
+    kv_head = head // layout.group
+    query_ptr = move_to(query_ptr, head * layout.qh, config.IS_DESCRIBED)
+    dout_ptr = move_to(dout_ptr, head * layout.dh, config.IS_DESCRIBED)
+    key_ptr = move_to(key_ptr, kv_head * layout.kh, config.IS_DESCRIBED)
+    value_ptr = move_to(value_ptr, kv_head * layout.vh, config.IS_DESCRIBED)
+    rows_of_head = inputs.rows + 4 * head * layout.rh
     for index in range(0, batch):
-        first_query, rows, first_key_row, columns, shift = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
-        row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
-        q_ptr = move_to(query_ptr, row * stride_qb + first_query * stride_qx, IS_DESCRIBED)
-        do_ptr = move_to(dout_ptr, row * stride_db + first_query * stride_dx, IS_DESCRIBED)
-        k_ptr = move_to(key_ptr, row * stride_kb + first_key_row * stride_ky, IS_DESCRIBED)
-        v_ptr = move_to(value_ptr, row * stride_vb + first_key_row * stride_vy, IS_DESCRIBED)
-        at, kv_at = (row.to(tl.int32), head.to(tl.int32)), (row.to(tl.int32), kv_head.to(tl.int32))
-        kb_ptr = key_bias_ptr
-        if HAS_KEY_BIAS:
-            kb_ptr = key_bias_of(key_bias_ptr, row, key_width, first_key_row)
-        r_ptr = rows_ptr + 4 * (row * stride_rb + first_query)
-        first_row = ((index + tl.full([], 0, tl.int64)) * heads + head) * longest_query
+        span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
+        row = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64)
+        query_rows = stream_of(query_ptr, row, head, span.first_query, span.i, layout.qb, 0, layout.qx,
+                               config.IS_DESCRIBED)  # fmt: skip
+        dout_rows = stream_of(dout_ptr, row, head, span.first_query, span.i, layout.db, 0, layout.dx,
+                              config.IS_DESCRIBED)  # fmt: skip
+        key_rows = stream_of(key_ptr, row, kv_head, span.first_key, span.j, layout.kb, 0, layout.ky,
+                             config.IS_DESCRIBED)  # fmt: skip
+        value_rows = stream_of(value_ptr, row, kv_head, span.first_key, span.j, layout.vb, 0, layout.vy,
+                               config.IS_DESCRIBED)  # fmt: skip
+        rows_ptr = rows_of_head + 4 * (row * layout.rb + span.first_query)
+        key_bias_ptr = a
+        if config.HAS_KEY_BIAS:
+            key_bias_ptr = key_bias_of(inputs.key_bias, row, j, span.first_key)
+        first_row = ((index + tl.full([], 0, tl.int64)) * layout.heads + head) * i
+        start = span.offset + relative
+        own = Own(
+            bias,
+            start,
+            query_rows,
+            key_rows,
+            value_rows,
+            dout_rows,
+            rows_ptr,
+            key_bias_ptr,
+            inputs.seed,
+            first_row,
+            threshold,
+        )
 
         # the steps at which the window meets a key, and those at which it lies inside the rows and the columns
-        start = shift + relative
         enter = tl.cdiv(tl.maximum(1 - BLOCK_N - start, 0), BLOCK_M)
-        leave = tl.cdiv(tl.minimum(tl.maximum(columns - start, 0), rows), BLOCK_M)
+        leave = tl.cdiv(tl.minimum(tl.maximum(span.j - start, 0), span.i), BLOCK_M)
         inside = tl.cdiv(tl.maximum(-start, 0), BLOCK_M)
-        outside = tl.minimum(tl.maximum(columns - start - BLOCK_N + BLOCK_M, 0), rows) // BLOCK_M
+        outside = tl.minimum(tl.maximum(span.j - start - BLOCK_N + BLOCK_M, 0), span.i) // BLOCK_M
         enter = tl.maximum(enter, chunk * chunk_steps)
         leave = tl.maximum(tl.minimum(leave, (chunk + 1) * chunk_steps), enter)
         inside = tl.minimum(tl.maximum(inside, enter), leave)
         outside = tl.minimum(tl.maximum(outside, inside), leave)
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
-            acc = _add_window(
-                acc, bias, kb_ptr, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
-                columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
-                keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
-                HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, True,
-            )  # fmt: skip
+            acc = _add_window(acc, own, step * BLOCK_M, span, scores, config, True)
         for step in range(inside, outside):
-            acc = _add_window(
-                acc, bias, kb_ptr, q_ptr, k_ptr, v_ptr, do_ptr, at, kv_at, r_ptr, seed_ptr, step * BLOCK_M, start, rows,
-                columns, first_row, stride_qx, stride_ky, stride_vy, stride_dx, scale, cap_in, cap_out, threshold,
-                keep_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_SOFTCAP, HAS_DROPOUT,
-                HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, False,
-            )  # fmt: skip
+            acc = _add_window(acc, own, step * BLOCK_M, span, scores, config, False)
 
     # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
     diagonal = relative - a[:, None] + c[None, :]
-    if HAS_LEFT:
+    if config.HAS_LEFT:
         acc = tl.where(diagonal >= -left, acc, 0.0)
-    if HAS_RIGHT:
+    if config.HAS_RIGHT:
         acc = tl.where(diagonal <= right, acc, 0.0)
     # Skew, rows from the last to the first: column t takes from row BLOCK_M - 1 - a the element t - a, on diagonal t,
     # or, where that lies left of the window, t - a + BLOCK_N.
@@ -213,31 +233,33 @@ def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNE
     tl.store(dtable_ptr + head * width + column, total, mask=is_column)
 
 
-def launch_dtable(table, signed, reach, tensors, strides, bounds, longest_query, numbers, constants, tile):
-    """Dtable in the table's shape, float32. All but `table`, `signed` and `reach` is what the backward kernels take."""
-    block_m, block_n = tile.block_m, tile.block_n
+def _describe(tensors, seqlens, tile):
+    """Descriptors of query, key, value and dout, None where there can be none."""
+    query, key, value, dout = tensors
+    queries, keys = describe((query, dout), tile.block_m, seqlens), describe((key, value), tile.block_n, seqlens)
+    return queries and keys and (queries[0], *keys, queries[1])
+
+
+def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores, threshold, call, tile):
+    """Dtable in the table's shape, float32. tensors: query, key, value, dout, whole rows; call: of `config_of`."""
     heads, width = table.shape
     least, largest = reach
-    n_bands = cdiv(largest - least + block_m, block_n)
-    steps = cdiv(longest_query, block_m)
+    n_bands = cdiv(largest - least + tile.block_m, tile.block_n)
+    steps = cdiv(counts[0], tile.block_m)
     n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
-    partial = empty((heads, n_chunks, 2, n_bands * block_n), torch.float32, table.device)
-    query, key, value, bias, key_bias, seqlens, seed, dout, rows = tensors
-    described = None
-    if tile.is_described:
-        queries, keys = describe((query, dout), block_m, seqlens), describe((key, value), block_n, seqlens)
-        described = queries and keys and (queries[0], *keys, bias, key_bias, seqlens, seed, queries[1], rows)
+    partial = empty((heads, n_chunks, 2, n_bands * tile.block_n), torch.float32, table.device)
+    described = _describe(tensors, inputs.seqlens, tile) if tile.is_described else None
     launch(
-        _dtable_kernel, (n_bands * n_chunks * heads,),
-        *(described or tensors), partial, *strides, *bounds, longest_query, least, n_bands, n_chunks,
-        cdiv(steps, n_chunks), **numbers, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
-        IS_DESCRIBED=bool(described), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        _dtable_kernel, (n_bands * n_chunks * heads,), *(described or tensors), inputs, partial, layout, *counts, least,
+        n_bands, n_chunks, cdiv(steps, n_chunks), scores, threshold,
+        config=config_of(tile, *call, IS_DESCRIBED=bool(described)), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     dtable = empty((heads, width), torch.float32, table.device)
     launch(
         _fold_dtable_kernel, (cdiv(width, FOLD_BLOCK), heads),
-        partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * block_n, n_chunks,
-        SIGNED=signed, BLOCK_M=block_m, BLOCK_N=block_n, FOLD_BLOCK=FOLD_BLOCK,
+        partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * tile.block_n, n_chunks,
+        SIGNED=signed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FOLD_BLOCK=FOLD_BLOCK,
     )  # fmt: skip
     return dtable
 

@@ -18,6 +18,8 @@ Numerics: scores, softmax and accumulators in float32, in units of log2; p is ro
 Deterministic: the order of every sum depends on the shape alone.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,18 +27,19 @@ import triton.language as tl
 from ...launching.keys import settle
 from ...launching.launch import cdiv
 from ...launching.replay import empty, repeated
-from .blocks import Tile, blocks_of, padded
+from .arguments import Inputs, Layout
+from .bias import pad_bias, pad_key_bias
+from .blocks import Tile, blocks_of
 from .launch import (
     bounds_of,
     check_sizes,
+    config_of,
     describe,
     launch_with_repair,
     like,
-    pad_bias,
-    pad_key_bias,
     precision_of,
     reach_of,
-    score_numbers,
+    scores_of,
     whole_rows,
 )
 from .tiles import (
@@ -46,6 +49,7 @@ from .tiles import (
     dot_add,
     dot_of_pairs,
     dot_of_rows,
+    dropout_of,
     has_nan,
     is_allowed,
     is_kept,
@@ -54,45 +58,75 @@ from .tiles import (
     load_bias,
     load_key_bias,
     load_rows,
-    move_to,
+    matrix_of,
     narrow,
     opaque,
-    row_keys,
-    sequence,
+    place_of,
+    span_of,
     store_rows,
+    stream_of,
     stream_rows,
     visible_blocks,
 )
 
 
-@triton.jit
-def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, acc, m_i, l_i, x, first_x, first_y, i, j,
-            end, offset, left, right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out,
-            threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-            HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-            IS_DESCRIBED: tl.constexpr, IS_MASKED: tl.constexpr, IS_CAREFUL: tl.constexpr):  # fmt: skip
-    """One block of keys: (acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M], l_i [BLOCK_M]) with it taken in.
+class Outputs(NamedTuple):
+    """Pointers, as `attention/ops.py` says what they hold."""
 
-    IS_CAREFUL: what a pair that does not count holds may be NaN or Inf.
-    """
-    if is_wide(BLOCK_D, PRECISION):
-        qk = dot_of_rows(query_ptr, first_x, i, stride_qx, key_ptr, first_y, end, stride_ky, BLOCK_M, BLOCK_N, HEAD_DIM,
-                         PRECISION, True, True, IS_MASKED)  # fmt: skip
+    out: object
+    lse: object
+    state: object
+
+
+class OutLayout(NamedTuple):
+    """Elements between entries of the batch, heads and rows of out, and of lse; between the two halves of state."""
+
+    ob: int
+    oh: int
+    ox: int
+    lb: int
+    lh: int
+    s: int
+
+
+class Own(NamedTuple):
+    """What a program holds: its queries, where the keys and values of its head lie, its part of the bias."""
+
+    x: object  # [BLOCK_M], from the last query to the first
+    first_x: object
+    query: object  # [BLOCK_M, BLOCK_D], unless it is read in chunks
+    query_rows: object  # Matrix, for that
+    key_rows: object  # Matrix
+    value_rows: object  # Matrix
+    bias_ptr: object
+    key_bias_ptr: object
+    dropout: object
+
+
+@triton.jit
+def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """One block of keys: (acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M], l_i [BLOCK_M]) with it taken in."""
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    if is_wide(config.BLOCK_D, config.PRECISION):
+        qk = dot_of_rows(own.query_rows, own.first_x, own.key_rows, first_y, BLOCK_M, BLOCK_N, config.HEAD_DIM, config,
+                         True, True, IS_MASKED)  # fmt: skip
     else:
-        key = stream_rows(key_ptr, at, first_y, end, stride_ky, BLOCK_N, HEAD_DIM, BLOCK_D, IS_MASKED, IS_DESCRIBED)
-        qk = dot(query, tl.trans(key), PRECISION)  # [BLOCK_M, BLOCK_N]
-    bias = load_bias((bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
-    s, _ = add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP)
-    if HAS_KEY_BIAS:
-        key_bias = load_key_bias(key_bias_ptr, first_y, BLOCK_N, False)
+        key = stream_rows(
+            own.key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, IS_MASKED, config.IS_DESCRIBED
+        )
+        qk = dot(own.query, tl.trans(key), config)  # [BLOCK_M, BLOCK_N]
+    bias = load_bias((own.bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    s, _ = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
+    if config.HAS_KEY_BIAS:
+        key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
     if IS_MASKED:
-        mask = is_allowed(x, first_y, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
-        if HAS_KEY_BIAS:
+        mask = is_allowed(own.x, first_y, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_N)
+        if config.HAS_KEY_BIAS:
             mask = mask & (key_bias != float("-inf"))[None, :]
         s = tl.where(mask, s, float("-inf"))
-    elif HAS_KEY_BIAS and IS_CAREFUL:
+    elif config.HAS_KEY_BIAS and config.IS_REPAIR:
         s = tl.where((key_bias != float("-inf"))[None, :], s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -101,98 +135,82 @@ def _attend(query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, ac
     p = tl.exp2(s - reference[:, None])
     alpha = tl.exp2(m_i - reference)
     l_i = l_i * alpha + tl.sum(p, 1)
-    if HAS_DROPOUT:
-        y = first_y + opaque(tl.arange(0, BLOCK_N))
-        p = tl.where(is_kept(first_key[:, None], second_key[:, None], y[None, :], threshold), p, 0.0)
-    value = stream_rows(value_ptr, at, first_y, end, stride_vy, BLOCK_N, VALUE_DIM, BLOCK_V, IS_MASKED, IS_DESCRIBED)
-    if IS_MASKED and IS_CAREFUL:
-        acc = dot_of_pairs(narrow(p, value.dtype), value, mask, acc * alpha[:, None], BLOCK_N)
+    if config.HAS_DROPOUT:
+        p = tl.where(is_kept(own.dropout, first_y + opaque(tl.arange(0, BLOCK_N)), True), p, 0.0)
+    value = stream_rows(
+        own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED, config.IS_DESCRIBED
+    )
+    p = narrow(p, value.dtype)
+    if IS_MASKED and config.IS_REPAIR:
+        acc = dot_of_pairs(p, value, mask, acc * alpha[:, None], BLOCK_N)
     else:
-        if HAS_KEY_BIAS and IS_CAREFUL:
-            is_seen = tl.load(key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
+        if config.HAS_KEY_BIAS and config.IS_REPAIR:
+            is_seen = tl.load(own.key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
             value = tl.where(is_seen[:, None], value, 0.0)
-        acc = dot_add(narrow(p, value.dtype), value, acc * alpha[:, None], PRECISION)
+        acc = dot_add(p, value, acc * alpha[:, None], config)
     return acc, m_new, l_i
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "n_blocks",
-                               "longest_query", "threshold", "key_width"])  # fmt: skip
-def _forward_kernel(query_ptr, key_ptr, value_ptr, bias_ptr, key_bias_ptr, seqlens_ptr, seed_ptr, repair_ptr, out_ptr,
-                    lse_ptr, state_ptr, stride_qb, stride_qh, stride_qx, stride_kb, stride_kh, stride_ky, stride_vb,
-                    stride_vh, stride_vy, stride_ob, stride_oh, stride_ox, stride_lb, stride_lh, stride_s, i, j, offset,
-                    left, right, zero, width, key_width, batch, heads, group, n_blocks, longest_query, scale, cap_in,
-                    cap_out, threshold, keep_scale, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D:
-                    tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT:
-                    tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-                    HAS_KEY_BIAS: tl.constexpr, IS_PACKED: tl.constexpr, PRECISION: tl.constexpr, IS_DESCRIBED:
-                    tl.constexpr, NEEDS_REPAIR: tl.constexpr, IS_REPAIR: tl.constexpr):  # fmt: skip
-    pid = tl.program_id(0)
-    block = n_blocks - 1 - pid % n_blocks
-    index = (pid // n_blocks) % batch  # of the batch, or of the packed sequence
-    head = (pid // (n_blocks * batch)).to(tl.int64)
-    first_query, i, first_key_row, j, offset = sequence(seqlens_ptr, index, i, j, offset, IS_PACKED)
-    first_x = block * BLOCK_M
-    if first_x >= i:
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
+def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j, offset, left,
+                    right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    pid, blocks = tl.program_id(0), tl.cdiv(i, BLOCK_M)
+    block, index, head = place_of(pid, blocks, batch)
+    span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
+    first_x = (blocks - 1 - block) * BLOCK_M
+    if first_x >= span.i:
         return
-    if IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+    if config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
         if tl.load(repair_ptr + pid) == 0:
             return
-    row = (index if not IS_PACKED else 0) + tl.full([], 0, tl.int64)
-    query_ptr += row * stride_qb + head * stride_qh + first_query * stride_qx
-    kv_head = head // group
-    key_ptr = move_to(key_ptr, row * stride_kb + kv_head * stride_kh + first_key_row * stride_ky, IS_DESCRIBED)
-    value_ptr = move_to(value_ptr, row * stride_vb + kv_head * stride_vh + first_key_row * stride_vy, IS_DESCRIBED)
-    at = row.to(tl.int32), kv_head.to(tl.int32)
-    if HAS_KEY_BIAS:
-        key_bias_ptr = key_bias_of(key_bias_ptr, row, key_width, first_key_row)
-    out_ptr += row * stride_ob + head * stride_oh + first_query * stride_ox
-    lse_ptr += row * stride_lb + head * stride_lh + first_query
-    state_ptr += row * stride_lb + head * stride_lh + first_query
+    enter, inside, outside, leave, end = visible_blocks(
+        first_x, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
 
+    row, kv_head = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64), head // layout.group
+    query_rows = matrix_of(query_ptr, row, head, span.first_query, span.i, layout.qb, layout.qh, layout.qx)
+    key_rows = stream_of(
+        key_ptr, row, kv_head, span.first_key, end, layout.kb, layout.kh, layout.ky, config.IS_DESCRIBED
+    )
+    value_rows = stream_of(value_ptr, row, kv_head, span.first_key, end, layout.vb, layout.vh, layout.vy,
+                       config.IS_DESCRIBED)  # fmt: skip
     a = tl.arange(0, BLOCK_M)
     x = first_x + (BLOCK_M - 1 - a)  # from the last query to the first, see tiles.py
-    bias_ptr += head * width + (zero - offset - first_x - (BLOCK_M - 1))
-    first_key, second_key = a, a
-    if HAS_DROPOUT:
-        first_key, second_key = row_keys(seed_ptr, (index.to(tl.int64) * heads + head) * longest_query + x)
-    query = a
-    if not is_wide(BLOCK_D, PRECISION):
-        query = load_rows(query_ptr, first_x, i, stride_qx, BLOCK_M, HEAD_DIM, BLOCK_D, True, True)
+    bias_ptr = inputs.bias + head * width + (zero - span.offset - first_x - (BLOCK_M - 1))
+    query, key_bias_ptr, dropout = a, a, a
+    if not is_wide(config.BLOCK_D, config.PRECISION):
+        query = load_rows(query_rows, first_x, BLOCK_M, config.HEAD_DIM, config.BLOCK_D, True, True)
+    if config.HAS_KEY_BIAS:
+        key_bias_ptr = key_bias_of(inputs.key_bias, row, j, span.first_key)
+    if config.HAS_DROPOUT:
+        dropout = dropout_of(inputs.seed, (index.to(tl.int64) * layout.heads + head) * i + x, threshold)
+    own = Own(x, first_x, query, query_rows, key_rows, value_rows, bias_ptr, key_bias_ptr, dropout)
 
-    enter, inside, outside, leave, end = visible_blocks(
-        first_x, i, j, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    BLOCK_V: tl.constexpr = config.BLOCK_V
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
-        acc, m_i, l_i = _attend(
-            query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, acc, m_i, l_i, x, first_x, k * BLOCK_N, i,
-            j, end, offset, left, right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out,
-            threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_DROPOUT, HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, True, IS_REPAIR,
-        )  # fmt: skip
+        acc, m_i, l_i = _attend(acc, m_i, l_i, own, k * BLOCK_N, span, scores, config, True)
     for k in range(inside, outside):
-        acc, m_i, l_i = _attend(
-            query, query_ptr, key_ptr, value_ptr, at, bias_ptr, key_bias_ptr, acc, m_i, l_i, x, first_x, k * BLOCK_N, i,
-            j, j, offset, left, right, first_key, second_key, stride_qx, stride_ky, stride_vy, scale, cap_in, cap_out,
-            threshold, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_DROPOUT, HAS_KEY_BIAS, PRECISION, IS_DESCRIBED, False, IS_REPAIR,
-        )  # fmt: skip
-    if NEEDS_REPAIR and not IS_REPAIR:
-        tl.store(repair_ptr + pid, has_nan(acc, x < i))
+        acc, m_i, l_i = _attend(acc, m_i, l_i, own, k * BLOCK_N, span, scores, config, False)
+    if config.NEEDS_REPAIR and not config.IS_REPAIR:
+        tl.store(repair_ptr + pid, has_nan(acc, x < span.i))
 
     is_empty = l_i == 0
     divisor = tl.where(is_empty, 1.0, l_i)
-    out = acc * (keep_scale / divisor)[:, None]
-    store_rows(out_ptr, out, first_x, i, stride_ox, BLOCK_M, VALUE_DIM, BLOCK_V, True)
+    out = matrix_of(outputs.out, row, head, span.first_query, span.i, out_layout.ob, out_layout.oh, out_layout.ox)
+    store_rows(out, acc * (scores.keep_scale / divisor)[:, None], first_x, BLOCK_M, config.VALUE_DIM, BLOCK_V, True)
     m_i = tl.where(l_i == l_i, m_i, l_i)  # the largest of scores with a NaN among them may be any number
     lse = tl.where(is_empty, float("-inf"), (m_i + tl.log2(divisor)) * LN2)
-    tl.store(lse_ptr + x, lse, mask=x < i)
+    place = row * out_layout.lb + head * out_layout.lh + span.first_query + x
+    tl.store(outputs.lse + place, lse, mask=x < span.i)
     # apart, because a large m_i swallows the logarithm of l_i
-    tl.store(state_ptr + x, m_i, mask=x < i)
-    tl.store(state_ptr + stride_s + x, l_i, mask=x < i)
+    tl.store(outputs.state + place, m_i, mask=x < span.i)
+    tl.store(outputs.state + out_layout.s + place, l_i, mask=x < span.i)
 
 
 @repeated(also=lambda query, *_: precision_of(query))
@@ -203,7 +221,7 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     `blocks`: other constants than `blocks.py`'s, for tests of small shapes and for tuning.
     """
     check_sizes(query, key, value, table, longest_query, longest_key)
-    batch, heads, i, head_dim = query.shape
+    batch, heads, i, _ = query.shape
     kv_heads, j, value_dim = value.shape[1:]
     left, right = bounds_of(table, seqlens, i, j, offset, left, right)
     out = like(query, value_dim)
@@ -218,21 +236,19 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     key_bias = None if key_bias is None else pad_key_bias(key_bias)
     tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
+    config = config_of(
+        tile, query, value, key_bias, seqlens, left, right, softcap, dropout_p, IS_DESCRIBED=bool(described),
+        NEEDS_REPAIR=left is not None or right is not None or key_bias is not None,
+    )  # fmt: skip
     sequences = batch if seqlens is None else seqlens.shape[0]
-    n_blocks = cdiv(longest_query, tile.block_m)
-    needs_repair = left is not None or right is not None or key_bias is not None
+    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
     launch_with_repair(
-        _forward_kernel, n_blocks * sequences * heads, needs_repair,
-        (query, *(described or (key, value)), bias, key_bias, seqlens, seed),
-        (out, lse, state, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-         *lse.stride()[:2], state.stride(0), i, j, offset, left or 0, right or 0, zero, bias.shape[1],
-         0 if key_bias is None else key_bias.shape[1], sequences, heads, heads // kv_heads, n_blocks, longest_query),
-        **score_numbers(scale, softcap, dropout_p),
-        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=padded(head_dim), BLOCK_V=padded(value_dim),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
-        HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_p > 0, HAS_KEY_BIAS=key_bias is not None,
-        IS_PACKED=seqlens is not None, PRECISION=precision_of(query), IS_DESCRIBED=bool(described),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        _forward_kernel, cdiv(longest_query, tile.block_m) * sequences * heads, config, tile,
+        (query, *(described or (key, value)), Inputs(bias, key_bias, seqlens, seed)),
+        (Outputs(out, lse, state), Layout(heads, heads // kv_heads, *strides),
+         OutLayout(*out.stride()[:3], *lse.stride()[:2], state.stride(0)),
+         longest_query, longest_key, offset, left or 0, right or 0, zero, bias.shape[1], sequences,
+         *scores_of(scale, softcap, dropout_p)),
     )  # fmt: skip
     return out, lse, state
 

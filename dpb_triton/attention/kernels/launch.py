@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What the attention launchers share: how arguments become a kernel's, and the padded bias table of a call."""
+"""What the attention launchers share: how the arguments of a call become a kernel's."""
 
 import torch
-import triton
-import triton.language as tl
 
-from ...launching.keys import settle
-from ...launching.launch import cdiv
 from ...launching.replay import empty, launch
+from .arguments import Config, Scores
 from .blocks import generation, padded
-from .tiles import KEY_PADDING, LOG2E
+from .tiles import LOG2E
 
-# Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
-PADDING = 256
-BIAS_BLOCK = 1024
 # Positions, and every sum of four of them, are int32 in the kernels.
 LARGEST = 2**29 - 1
 # Elements between two rows, of which a tile has 128 at most: a place in a tile is 32 bits.
@@ -64,19 +58,28 @@ def passes(needs_repair):
     return (False, True) if needs_repair else (False,)
 
 
-def launch_with_repair(kernel, programs, needs_repair, inputs, others, *, num_stages, **constants):
-    """Launch kernel(*inputs, repair, *others), and if `needs_repair` once more, for the programs that met a NaN.
+def launch_with_repair(kernel, programs, config, tile, inputs, others):
+    """Launch kernel(*inputs, repair, *others, config), and once more for the programs that met a NaN, if it needs that.
 
     A pair that does not count is a zero in a matrix product, and zero times NaN is NaN. The second launch, whose
     programs mostly return at once, costs the first nothing: the same code behind a branch would take its registers.
     repair (programs,): the first launch writes which of them it is to do again.
     """
-    repair = empty((programs,), torch.int32, inputs[0].device) if needs_repair else None
-    for is_repair in passes(needs_repair):
+    repair = empty((programs,), torch.int32, inputs[0].device) if config.NEEDS_REPAIR else None
+    for is_repair in passes(config.NEEDS_REPAIR):
         launch(
-            kernel, (programs,), *inputs, repair, *others, **constants, NEEDS_REPAIR=needs_repair, IS_REPAIR=is_repair,
-            num_stages=1 if is_repair else num_stages,
+            kernel, (programs,), *inputs, repair, *others, config=config._replace(IS_REPAIR=is_repair),
+            num_warps=tile.num_warps, num_stages=1 if is_repair else tile.num_stages,
         )  # fmt: skip
+
+
+def config_of(tile, query, value, key_bias, seqlens, left, right, softcap, dropout_p, **more):
+    """The Config of a launch; `more`: its last fields."""
+    dims = query.shape[3], value.shape[3]
+    return Config(
+        *dims, *map(padded, dims), tile.block_m, tile.block_n, left is not None, right is not None, softcap > 0,
+        dropout_p > 0, key_bias is not None, seqlens is not None, precision_of(query), **more,
+    )  # fmt: skip
 
 
 def precision_of(query):
@@ -126,82 +129,8 @@ def reach_of(table, seqlens, i, j, offset, signed, left, right):
     return least, largest if right is None else min(largest, right)
 
 
-def score_numbers(scale, softcap, dropout_p):
-    """{name: argument} of `add_bias` and `is_kept`: what is to be computed once."""
-    return {
-        "scale": scale * LOG2E.value,
-        "cap_in": scale / softcap if softcap else 0.0,
-        "cap_out": softcap * LOG2E.value,
-        "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-    }
-
-
-@triton.jit
-def write_bias(block, head, table_ptr, bias_ptr, mirror_ptr, n, lowest, width, stride_h, stride_n,
-               SIGNED: tl.constexpr, HAS_MIRROR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """BLOCK columns of a head of the padded table, and of its mirror, which runs backwards."""
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    relative = lowest + column  # y - x - offset, minus the distance
-    index = n - 1 - relative if SIGNED else tl.abs(relative)
-    size = 2 * n - 1 if SIGNED else n
-    is_inside = (index >= 0) & (index < size) & (column < width)
-    value = tl.load(table_ptr + head * stride_h + index.to(tl.int64) * stride_n, mask=is_inside, other=0.0)
-    tl.store(bias_ptr + head * width + column, value * LOG2E, mask=column < width)
-    if HAS_MIRROR:
-        tl.store(mirror_ptr + head * width + (width - 1 - column), value * LOG2E, mask=column < width)
-
-
-@triton.jit(do_not_specialize=["n", "lowest", "width"])
-def _bias_kernel(table_ptr, bias_ptr, n, lowest, width, stride_h, stride_n,
-                 SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    write_bias(tl.program_id(0), head, table_ptr, bias_ptr, bias_ptr, n, lowest, width, stride_h, stride_n,
-               SIGNED, False, BLOCK)  # fmt: skip
-
-
-def width_of(reach):
-    """(width, lowest) of the padded table: PADDING columns on both sides, and rows that begin at 16 bytes."""
-    lowest, highest = reach[0] - PADDING, reach[1] + PADDING
-    return (highest - lowest + 4) // 4 * 4, lowest
-
-
-def pad_bias(table, signed, reach):
-    """(bias (heads, width), zero): log2(e) * table over y - x - offset, whose value 0 is in column `zero`.
-
-    reach: the least and the largest y - x - offset of any pair.
-    """
-    width, lowest = width_of(reach)
-    heads = table.shape[0]
-    bias = empty((heads, width), torch.float32, table.device)
-    n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
-    launch(
-        _bias_kernel, (cdiv(width, BIAS_BLOCK), heads),
-        table, bias, n, lowest, width, table.stride(0), table.stride(1), SIGNED=signed, BLOCK=BIAS_BLOCK,
-    )  # fmt: skip
-    return bias, -lowest
-
-
-@triton.jit(do_not_specialize=["j", "width"])
-def _key_bias_kernel(key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLOCK: tl.constexpr):
-    index = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y = column - KEY_PADDING
-    is_key = (y >= 0) & (y < j)
-    value = tl.load(key_bias_ptr + index * stride_b + y.to(tl.int64) * stride_y, mask=is_key, other=float("-inf"))
-    tl.store(padded_ptr + index * width + column, value * LOG2E, mask=column < width)
-
-
-def pad_key_bias(key_bias):
-    """log2(e) * key_bias, with -inf on both sides of the keys for what a tile has beyond them: (batch, width)."""
-    batch, j = key_bias.shape
-    width = j + 2 * KEY_PADDING.value
-    padded_bias = empty((batch, width), torch.float32, key_bias.device)
-    launch(
-        _key_bias_kernel, (cdiv(width, BIAS_BLOCK), batch),
-        key_bias, padded_bias, j, width, *key_bias.stride(), BLOCK=BIAS_BLOCK,
-    )  # fmt: skip
-    return padded_bias
-
-
-settle(globals())
+def scores_of(scale, softcap, dropout_p):
+    """(Scores, the threshold of `tiles.is_kept`): what is to be computed once."""
+    cap_in, cap_out = scale / softcap if softcap else 0.0, softcap * LOG2E.value
+    scores = Scores(scale * LOG2E.value, cap_in, cap_out, scale, 1.0 / (1.0 - dropout_p))
+    return scores, min(round(dropout_p * 2**32), 2**32 - 1)

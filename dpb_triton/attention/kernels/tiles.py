@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ...launching.keys import settle
 from ...launching.launch import IS_INTERPRETED
+from .arguments import Dropout, Matrix, Span
 
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -88,21 +89,21 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
+def dot(a, b, config: tl.constexpr):
     """A @ b in float32. The interpreter would multiply bfloat16's bit patterns."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a, b, input_precision=config.PRECISION)
 
 
 @triton.jit
-def dot_add(a, b, acc, PRECISION: tl.constexpr):
+def dot_add(a, b, acc, config: tl.constexpr):
     """A @ b + acc."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision=config.PRECISION)
 
 
 @triton.jit
@@ -129,9 +130,9 @@ def dot_of_pairs(a, b, mask, acc, COUNT: tl.constexpr):
 
 
 @triton.jit
-def key_bias_of(ptr, row, width, first_key_row):
-    """Where the key bias of a sequence lies in what `pad_key_bias` wrote: that of its first key."""
-    return ptr + (row * width + (first_key_row + KEY_PADDING))
+def key_bias_of(ptr, row, j, first_key):
+    """Where a sequence's key bias lies in what `pad_key_bias` wrote: that of its first key. j: a dense batch's."""
+    return ptr + (row * (j + 2 * KEY_PADDING) + (first_key + KEY_PADDING))
 
 
 @triton.jit
@@ -144,16 +145,49 @@ def load_key_bias(ptr, first_y, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
 
 
 @triton.jit
-def sequence(seqlens_ptr, index, i, j, offset, IS_PACKED: tl.constexpr):
-    """(first query, i, first key, j, offset) of the packed sequence `index`; of a dense batch (0, i, 0, j, offset)."""
+def place_of(pid, blocks, batch):
+    """(block, index of the batch or of the packed sequence, head) of a program: blocks fastest, heads slowest."""
+    return pid % blocks, (pid // blocks) % batch, (pid // (blocks * batch)).to(tl.int64)
+
+
+@triton.jit
+def span_of(seqlens_ptr, index, i, j, offset, left, right, IS_PACKED: tl.constexpr):
+    """The Span of the packed sequence `index`; that of a dense batch has i queries and j keys."""
     if IS_PACKED:
-        seqlens_ptr += index * 5
-        first_query = tl.load(seqlens_ptr).to(tl.int64)
-        first_key = tl.load(seqlens_ptr + 2).to(tl.int64)
-        return first_query, tl.load(seqlens_ptr + 1), first_key, tl.load(seqlens_ptr + 3), tl.load(seqlens_ptr + 4)
+        ptr = seqlens_ptr + index * 5
+        first_query, first_key = tl.load(ptr).to(tl.int64), tl.load(ptr + 2).to(tl.int64)
+        return Span(first_query, first_key, tl.load(ptr + 1), tl.load(ptr + 3), tl.load(ptr + 4), left, right)
     else:
-        zero = tl.full([], 0, tl.int64)
-        return zero, tl.full([], 0, tl.int32) + i, zero, tl.full([], 0, tl.int32) + j, offset
+        zero, none = tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
+        return Span(zero, zero, none + i, none + j, offset, left, right)
+
+
+@triton.jit
+def swapped(span):
+    """The Span with queries in the place of keys, and keys in the place of queries."""
+    return Span(span.first_key, span.first_query, span.j, span.i, -span.offset, span.right, span.left)
+
+
+@triton.jit
+def matrix_of(ptr, row, head, first, rows, stride_b, stride_h, stride_x):
+    """The Matrix of `rows` rows behind the pointer to a tensor (batch, heads, rows, DIM)."""
+    return Matrix(ptr + (row * stride_b + head * stride_h + first * stride_x), rows, stride_x)
+
+
+@triton.jit
+def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
+    """What lies at `source` + offset: a pointer moves there, a descriptor is told at each load."""
+    if IS_DESCRIBED:
+        return source
+    else:
+        return source + offset
+
+
+@triton.jit
+def stream_of(source, row, head, first, rows, stride_b, stride_h, stride_x, IS_DESCRIBED: tl.constexpr):
+    """`matrix_of` of what a loop reads, by a pointer or by a descriptor."""
+    source = move_to(source, row * stride_b + head * stride_h + first * stride_x, IS_DESCRIBED)
+    return Matrix(source, rows, stride_x, row.to(tl.int32), head.to(tl.int32))
 
 
 @triton.jit
@@ -175,17 +209,23 @@ def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-              IS_REVERSED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
-    """Rows first … first + COUNT - 1 of a matrix (rows, DIM), zeros outside of it: [COUNT, BLOCK]."""
+def from_column(matrix, start):
+    """The Matrix without its first columns."""
+    return Matrix(matrix.source + start, matrix.rows, matrix.stride)
+
+
+@triton.jit
+def load_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_REVERSED: tl.constexpr,
+              IS_MASKED: tl.constexpr):  # fmt: skip
+    """Rows first … first + COUNT - 1 of a Matrix (rows, DIM), zeros outside of it: [COUNT, BLOCK]."""
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
+    ptrs = row_ptrs(matrix.source, first, index, matrix.stride, offs_d, DIM)
     if IS_MASKED:
         row = first + index
-        mask = (row >= 0) & (row < rows)
+        mask = (row >= 0) & (row < matrix.rows)
         if DIM >= BLOCK:
             return tl.load(ptrs, mask=mask[:, None], other=0.0)
         else:
@@ -197,25 +237,13 @@ def load_rows(ptr, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
-def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
-    """A matrix among those at `source`: a pointer moves there, a descriptor is told at each load."""
+def stream_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_MASKED: tl.constexpr,
+                IS_DESCRIBED: tl.constexpr):  # fmt: skip
+    """`load_rows` of what a loop reads tile by tile. A descriptor gives zeros outside by itself."""
     if IS_DESCRIBED:
-        return source
+        return tl.reshape(matrix.source.load([matrix.index, matrix.head, first, 0]), [COUNT, BLOCK])
     else:
-        return source + offset
-
-
-@triton.jit
-def stream_rows(source, at, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-                IS_MASKED: tl.constexpr, IS_DESCRIBED: tl.constexpr):  # fmt: skip
-    """`load_rows` of what a loop reads tile by tile, by pointers or by a descriptor of (batch, heads, rows, DIM).
-
-    at: (batch, head), which a descriptor needs. It gives zeros outside by itself.
-    """
-    if IS_DESCRIBED:
-        return tl.reshape(source.load([at[0], at[1], first, 0]), [COUNT, BLOCK])
-    else:
-        return load_rows(source, first, rows, stride, COUNT, DIM, BLOCK, False, IS_MASKED)
+        return load_rows(matrix, first, COUNT, DIM, BLOCK, False, IS_MASKED)
 
 
 @triton.constexpr_function
@@ -228,53 +256,51 @@ def is_wide(block, precision):
 
 
 @triton.jit
-def dot_of_rows(x_ptr, first_x, i, stride_x, y_ptr, first_y, j, stride_y, M: tl.constexpr, N: tl.constexpr,
-                DIM: tl.constexpr, PRECISION: tl.constexpr, IS_REVERSED: tl.constexpr, IS_X_MASKED: tl.constexpr,
-                IS_MASKED: tl.constexpr):  # fmt: skip
-    """The products of the rows first_x … of x with the rows first_y … of y, CHUNK columns at a time: [M, N].
+def dot_of_rows(x, first_x, y, first_y, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, config: tl.constexpr,
+                IS_REVERSED: tl.constexpr, IS_X_MASKED: tl.constexpr, IS_MASKED: tl.constexpr):  # fmt: skip
+    """The products of the rows first_x … of Matrix x with the rows first_y … of y, CHUNK columns at a time: [M, N].
 
     IS_REVERSED: the rows of x run backwards.
     """
     acc = tl.zeros([M, N], tl.float32)
     for start in tl.static_range(0, DIM, CHUNK):
-        x = load_rows(x_ptr + start, first_x, i, stride_x, M, DIM - start, CHUNK, IS_REVERSED, IS_X_MASKED)
-        y = load_rows(y_ptr + start, first_y, j, stride_y, N, DIM - start, CHUNK, False, IS_MASKED)
-        acc = dot_add(x, tl.trans(y), acc, PRECISION)
+        left = load_rows(from_column(x, start), first_x, M, DIM - start, CHUNK, IS_REVERSED, IS_X_MASKED)
+        right = load_rows(from_column(y, start), first_y, N, DIM - start, CHUNK, False, IS_MASKED)
+        acc = dot_add(left, tl.trans(right), acc, config)
     return acc
 
 
 @triton.jit
-def store_rows(ptr, tile, first, rows, stride, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
                IS_REVERSED: tl.constexpr):  # fmt: skip
     """The transpose of `load_rows`: rounds to the matrix' dtype."""
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)
-    ptrs = row_ptrs(ptr, first, index, stride, offs_d, DIM)
-    mask = (first + index < rows)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(ptrs, narrow(tile, ptr.dtype.element_ty), mask=mask)
+    ptrs = row_ptrs(matrix.source, first, index, matrix.stride, offs_d, DIM)
+    mask = (first + index < matrix.rows)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(ptrs, narrow(tile, matrix.source.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):  # fmt: skip
     """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
 
     Those in [enter, leave) hold a key that some of the queries see, those in [inside, outside) none that some do not
-    see. Nobody sees the keys from `end` on. With the roles swapped (i and j, left and right, -offset) the query blocks
-    of a block of keys.
+    see. Nobody sees the keys from `end` on. With the roles swapped (`swapped`) the query blocks of a block of keys.
     Negative numerators are clamped first: `//` truncates toward zero.
     """
     begin = tl.zeros([], tl.int32)
-    end = begin + j
+    end = begin + span.j
     whole_begin, whole_end = begin, end
     if HAS_LEFT:
-        begin = tl.maximum(first_x + offset - left, 0)
-        whole_begin = tl.maximum(first_x + BLOCK_M - 1 + offset - left, 0)
+        begin = tl.maximum(first_x + span.offset - span.left, 0)
+        whole_begin = tl.maximum(first_x + BLOCK_M - 1 + span.offset - span.left, 0)
     if HAS_RIGHT:
-        end = tl.minimum(tl.maximum(tl.minimum(first_x + BLOCK_M, i) + offset + right, 0), j)
-        whole_end = tl.minimum(tl.maximum(first_x + 1 + offset + right, 0), j)
+        end = tl.minimum(tl.maximum(tl.minimum(first_x + BLOCK_M, span.i) + span.offset + span.right, 0), span.j)
+        whole_end = tl.minimum(tl.maximum(first_x + 1 + span.offset + span.right, 0), span.j)
     enter = begin // BLOCK_N
     leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
     inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)
@@ -283,18 +309,17 @@ def visible_blocks(first_x, i, j, offset, left, right, HAS_LEFT: tl.constexpr, H
 
 
 @triton.jit
-def is_allowed(x, first_y, j, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-               BLOCK_N: tl.constexpr):  # fmt: skip
-    """Which of the keys first_y … + BLOCK_N - 1, of j, the queries x [BLOCK_M] may see: [BLOCK_M, BLOCK_N].
+def is_allowed(x, first_y, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of the keys first_y … + BLOCK_N - 1 the queries x [BLOCK_M] may see: [BLOCK_M, BLOCK_N].
 
     The roles may be swapped as in `visible_blocks`.
     """
     column = opaque(tl.arange(0, BLOCK_N))[None, :]
-    end = tl.zeros(x.shape, tl.int32) + (j - first_y)
+    end = tl.zeros(x.shape, tl.int32) + (span.j - first_y)
     if HAS_RIGHT:
-        end = tl.minimum(end, x + (offset + right + 1 - first_y))
+        end = tl.minimum(end, x + (span.offset + span.right + 1 - first_y))
     if HAS_LEFT:
-        begin = x + (offset - left - first_y)
+        begin = x + (span.offset - span.left - first_y)
         return (column < end[:, None]) & (column >= begin[:, None])
     else:
         return column < end[:, None]
@@ -315,13 +340,13 @@ def tanh_of(u):
 
 
 @triton.jit
-def add_bias(qk, bias, scale, cap_in, cap_out, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log2, and the derivative of the cap (1.0 without one). scale and cap_out hold log2(e)."""
+def add_bias(qk, bias, scores, HAS_SOFTCAP: tl.constexpr):
+    """Scores in units of log2, and the derivative of the cap (1.0 without one)."""
     if HAS_SOFTCAP:
-        tanh = tanh_of(qk * cap_in)
-        return tanh * cap_out + bias, 1.0 - tanh * tanh
+        tanh = tanh_of(qk * scores.cap_in)
+        return tanh * scores.cap_out + bias, 1.0 - tanh * tanh
     else:
-        return qk * scale + bias, 1.0
+        return qk * scores.scale + bias, 1.0
 
 
 @triton.jit
@@ -335,21 +360,25 @@ def mix(h):
 
 
 @triton.jit
-def row_keys(seed_ptr, row):
-    """Two 32-bit keys of every row (int64) for `is_kept`."""
+def dropout_of(seed_ptr, row, threshold):
+    """The Dropout of rows (int64): two 32-bit keys of each, and the share of scores that goes."""
     seed = tl.load(seed_ptr)
     low = (row & 0xFFFFFFFF).to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     golden = tl.full([], 0x9E3779B9, tl.uint32)
     key = mix(mix(low) + high + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32) * golden)
-    return key, mix(key ^ tl.full([], 0x6A09E667, tl.uint32))
+    return Dropout(key, mix(key ^ tl.full([], 0x6A09E667, tl.uint32)), threshold)
 
 
 @triton.jit
-def is_kept(first_key, second_key, y, threshold):
-    """Whether dropout keeps a score: a function of the row's keys and of y, whatever the tiles."""
-    bits = mix((y.to(tl.uint32) ^ first_key) * tl.full([], 0x9E3779B1, tl.uint32) + second_key)
-    return bits >= threshold.to(tl.uint32)
+def is_kept(dropout, y, QUERIES_IN_ROWS: tl.constexpr):
+    """Whether dropout keeps the scores of its queries and the keys y: a function of both alone, whatever the tiles."""
+    if QUERIES_IN_ROWS:
+        first, second, y = dropout.first_key[:, None], dropout.second_key[:, None], y[None, :]
+    else:
+        first, second, y = dropout.first_key[None, :], dropout.second_key[None, :], y[:, None]
+    bits = mix((y.to(tl.uint32) ^ first) * tl.full([], 0x9E3779B1, tl.uint32) + second)
+    return bits >= dropout.threshold.to(tl.uint32)
 
 
 settle(globals())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Triton's interpreter in half its time: the same numbers, without the work whose result nobody looks at."""
+"""Triton's interpreter in a quarter of its time: the same numbers, without work that was done before or for nobody."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ def install():
         return
     patch_once_a_launch(interpreter)
     remember_dtypes(interpreter)
+    remember_shapes(interpreter.tl.core)
     options = interpreter.interpreter_builder.options
     if not options.debug:  # every sum of ints is made in int64 too, for an assertion that is there in debug mode only
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
@@ -56,3 +57,28 @@ def remember_dtypes(interpreter):
         return known[dtype.name]
 
     interpreter._get_np_dtype = look_up
+
+
+def remember_shapes(core):
+    """What types and tensors say of their shape, for which Triton makes a name, and objects of each dimension."""
+    make_type, make_tensor, types, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
+
+    def make_type_again(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key in types:
+            self.element_ty = element_ty
+            self.shape, self.numel, self.name = types[key]
+        else:
+            make_type(self, element_ty, shape)
+            types[key] = self.shape, self.numel, self.name
+
+    def make_tensor_again(self, handle, type):
+        key = (*type.shape,) if type.is_block() else ()
+        if key in shapes:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = shapes[key]
+        else:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+
+    core.block_type.__init__, core.tensor.__init__ = make_type_again, make_tensor_again

@@ -23,7 +23,7 @@ def like(tensor, dim=None):
 
 
 def whole_rows(tensor):
-    """`tensor` with rows as `attention_tiles.row_ptrs` takes them; a copy where it has others.
+    """`tensor` with rows as `tiles.row_ptrs` takes them; a copy where it has others.
 
     The elements of a row lie side by side, and rows of a multiple of 8 elements begin at multiples of 8 elements and of
     16 bytes. Slices of a packed projection do. A slice that begins in the middle of 16 bytes is copied: that costs less

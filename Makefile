@@ -13,7 +13,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test check codegen codegen-full lint format wheel wheel-test cuda-build-test gpu clean
+.PHONY: help install bench test test-full check codegen codegen-full lint format wheel wheel-test cuda-build-test gpu clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -33,10 +33,15 @@ bench: $(READY)  ## the position bias and the attention with it against their pe
 	$(PYTHON) -m bench expand
 	$(PYTHON) -m bench attention
 
-test: $(READY)  ## the suite: kernels in Triton's interpreter, code generation offline
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadscope
 
-check: lint test  ## lint, suite, and the benches' smoke runs: the command before a push, and CI's
+test: $(READY)  ## every kind of test in minutes: kernels in Triton's interpreter, code generation offline
+	$(PYTEST) -m "not slow"
+
+test-full: $(READY)  ## the whole suite
+	$(PYTEST)
+
+check: lint test-full  ## lint, the whole suite, and the benches' smoke runs: the command before a push, and CI's
 	$(PYTHON) -m bench expand --smoke
 	$(PYTHON) -m bench attention --smoke
 

@@ -2,6 +2,7 @@
 """One suite for every machine: `--device cpu` (default) runs the Triton kernels in their interpreter, `--device cuda`
 on the GPU. A backend that a machine lacks is skipped, with its reason in the summary."""
 
+import gc
 import os
 from functools import partial
 
@@ -21,6 +22,32 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU here")
+
+
+# Their tests share what takes long to make: one worker has all of such a file, and begins with it.
+TOGETHER = (
+    "bench/test_codegen.py", "bench/test_train.py", "csrc/test_csrc.py", "distributed/test_distributed.py",
+    "launching/test_launch_path.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `--dist loadscope`: a scope is a file of TOGETHER, or a single test. The largest scopes come first."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: no collection need look at it again
 
 
 @pytest.fixture(scope="session", autouse=True)

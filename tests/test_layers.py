@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import slow
 
 import dpb_triton
 
@@ -126,15 +127,20 @@ assert torch.equal(bias, dpb_triton.reference.expand(module.table(9), 5, 9))
 
 @pytest.mark.parametrize(
     "names",
-    [("triton",), ("dpb_triton._C",), ("triton", "dpb_triton._C", "matplotlib", "numpy", "transformers")],
-    ids=str,
+    [
+        slow(("triton",), id="triton"),
+        slow(("dpb_triton._C",), id="csrc"),
+        pytest.param(("triton", "dpb_triton._C", "matplotlib", "numpy", "transformers"), id="all"),
+    ],
 )
 def test_works_without(names):
     result = run(BLOCK.format(names=names) + USE)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"not a library", "file too short"), (None, "not built: no ninja")])
+@pytest.mark.parametrize(
+    ("content", "words"), [slow(b"not a library", "file too short"), (None, "not built: no ninja")]
+)
 def test_works_with_a_binary_that_does_not_load(tmp_path, content, words):
     shutil.copytree(PACKAGE, tmp_path / "dpb_triton", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     code = USE + "import runpy; runpy.run_module('dpb_triton', run_name='__main__')"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import slow
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +35,13 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert (tmp_path / "bias.png").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def takes_a_while(command):
+    return command.startswith("python -m") and any(
+        word in command for word in (" attention", " expand", " train", " codegen", " table", ".context_parallel")
+    )
+
+
+@pytest.mark.parametrize("command", [slow(command) if takes_a_while(command) else command for command in COMMANDS])
 def test_commands(command, tmp_path):
     """`make` targets dry (this is one of them); everything else for real."""
     words = shlex.split(command)
@@ -47,6 +54,16 @@ def test_commands(command, tmp_path):
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python -m bench ")])
+def test_the_benches_take_the_words_of_their_commands(command):
+    """Parsed, not run. A file that is named is there."""
+    pytest.importorskip("click", reason="the bench needs the extra `bench`")
+    from bench.__main__ import cli
+
+    name, *words = shlex.split(command)[3:]
+    cli.get_command(None, name).make_context(name, words)
 
 
 def test_tables_are_those_of_the_files():

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import slow
 
 ROOT = Path(__file__).parents[1]
 SETUP = "import os, runpy, shutil, sys\nsys.argv = ['setup.py', '-q', *{command!r}]\n"
@@ -49,7 +50,7 @@ def build(source, code, command=BUILD, **environment):
     return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("missing", [slow("torch"), "ninja", slow("compiler"), slow("working compiler")])
 def test_something_is_missing(source, missing):
     """Pure Python and one line that says why, which is kept for `python -m dpb_triton`; an error where asked for."""
     code, environment, words = MISSING[missing]
@@ -78,7 +79,7 @@ def test_refuses_another_word(source):
     assert done.returncode != 0 and "got 'yes'" in done.stderr
 
 
-@pytest.mark.parametrize("code", ["", NO_NINJA], ids=["it fails", "it is not tried"])
+@pytest.mark.parametrize("code", [pytest.param("", id="it fails"), slow(NO_NINJA, id="it is not tried")])
 def test_a_build_in_place_that_does_not_happen_takes_the_old_binary_along(source, code):
     """Else the package would go on with kernels of other sources."""
     old = source / "dpb_triton/_C.abi3.so"
@@ -150,8 +151,8 @@ def commands(source, name):
     ("cuda", "known", "archs"),
     [
         ("13.0", ("compute_75", "compute_80", "compute_90", "compute_100", "compute_120"), "8.0;9.0;10.0+PTX"),
-        ("12.8", ("compute_80", "compute_90"), "8.0;9.0+PTX"),  # a toolkit older than torch's
-        (None, (), None),
+        slow("12.8", ("compute_80", "compute_90"), "8.0;9.0+PTX"),  # a toolkit older than torch's
+        slow(None, (), None),
     ],
 )
 def test_cuda_sources_ask_for_a_toolkit_and_a_torch_that_loads_them_and_for_no_gpu(
@@ -179,7 +180,7 @@ def test_the_bench_compiles_the_cuda_source_with_the_flags_of_the_build(source, 
 
 @pytest.mark.parametrize(
     ("missing", "code", "words"),
-    [("nvcc fails", "", "the compiler failed"), ("no toolkit", NO_TOOLKIT, "there is no CUDA toolkit")],
+    [slow("nvcc fails", "", "the compiler failed"), ("no toolkit", NO_TOOLKIT, "there is no CUDA toolkit")],
 )
 def test_a_toolkit_that_does_not_fit_costs_the_cuda_kernels_alone(source, compilers, missing, code, words):
     environment = compilers(nvcc_status=1)

@@ -210,6 +210,7 @@ def test_random_combinations_torch(case, device):
     check(attend("torch"), case, device)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=cases(40, 4, ALL))
 def test_random_combinations_triton(case, device):

@@ -8,6 +8,7 @@ import attention_oracle
 import pytest
 import torch
 from attention_oracle import Case
+from quick import slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -209,7 +210,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", [slow(False), True])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_opcheck_forward(variant, requires_grad, attention_backend, device):
     operator = dispatch.OPERATORS[f"attention_forward_{attention_backend}"]
@@ -217,12 +218,12 @@ def test_opcheck_forward(variant, requires_grad, attention_backend, device):
 
 
 NEEDED = [
-    ("dense", (1, 1, 1, 0)), ("dense", (1, 0, 0, 0)), ("dense", (0, 1, 0, 0)), ("dense", (0, 0, 1, 0)),
-    ("dropout", (1, 1, 1, 0)), ("packed", (1, 1, 1, 0)), ("key bias", (1, 1, 1, 1)), ("key bias", (0, 0, 0, 1)),
+    ("dense", (1, 1, 1, 0)), slow("dense", (1, 0, 0, 0)), ("dense", (0, 1, 0, 0)), slow("dense", (0, 0, 1, 0)),
+    ("dropout", (1, 1, 1, 0)), ("packed", (1, 1, 1, 0)), ("key bias", (1, 1, 1, 1)), slow("key bias", (0, 0, 0, 1)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("is_part", [False, slow(True)])
 @pytest.mark.parametrize(("name", "needs"), NEEDED, ids=str)
 def test_opcheck_backward(name, needs, is_part, attention_backend, device):
     inputs = arguments(device, **VARIANTS[name])

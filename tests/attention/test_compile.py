@@ -7,6 +7,7 @@ import attention_oracle
 import pytest
 import torch
 from attention_oracle import Case
+from quick import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen
@@ -36,6 +37,7 @@ def test_one_graph_for_five_lengths_without_options(device):
     assert_one_graph("aot_eager", {}, None, device)
 
 
+@pytest.mark.slow
 def test_one_graph_for_five_lengths_in_inductor(device):
     assert_one_graph("inductor", OPTIONS, None, device)
 
@@ -65,7 +67,7 @@ def test_offset_and_window_are_symbols(device):
     assert counter.frame_count == 1, "recompiled"
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", slow("inductor")])
 def test_dropout(compiler, device):
     """A compiled call drops its share, afresh each time, and the backward pass knows the mask: the gradient of value
     is the kept probabilities."""
@@ -98,7 +100,7 @@ class Block(torch.nn.Module):
         return x + self.project(out.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, slow(True)])
 def test_a_layer_trains_in_one_graph(autocast, device):
     torch.manual_seed(0)
     model = Block().to(device)

@@ -8,6 +8,7 @@ import attention_oracle
 import pytest
 import torch
 from attention_oracle import Case, check, run
+from quick import slow
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch
 
@@ -29,8 +30,14 @@ def kept(out):
     return out.detach().cpu() != 0
 
 
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
-@pytest.mark.parametrize("seed", [0, 1, -1, 0x0123456789ABCDEF, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize(
+    ("seed", "dropout_p"),
+    [
+        (pytest.param if dropout_p == 0.5 or seed == 1 else slow)(seed, dropout_p)
+        for seed in (0, 1, -1, 0x0123456789ABCDEF, -(2**63), 2**63 - 1)
+        for dropout_p in (0.1, 0.5, 0.999)
+    ],
+)
 def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
     query, key, _, table, *_ = Case(batch=2, heads=3, i=19, j=83).draw(device)
     out, lse = forward(attention_backend, query, key, identity(2, 3, 83, device), table, seed, dropout_p)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attention_oracle import Case, check, dropout_keep
+from quick import slow
 
 from dpb_triton import bias_attention
 from dpb_triton.dispatch import why_not
@@ -45,13 +46,18 @@ DESCRIBED = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=TILES, ids=["16", "tall", "wide"])
-def small_tiles(request, set_tiles):
-    set_tiles(request.param)
+# `make test`: each kind of edge with the square tiles, and two with the others
+QUICK = ("plain", "causal", "window", "bf16, grouped, batch", "masked", "wide", "wide keys")
+TILED = [
+    (pytest.param if name in (QUICK if tile == "16" else QUICK[2:4]) else slow)(name, tiles, id=f"{tile}-{name}")
+    for tile, tiles in zip(("16", "tall", "wide"), TILES, strict=True)
+    for name in CASES
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_small_tiles(name, small_tiles, device):
+@pytest.mark.parametrize(("name", "tiles"), TILED)
+def test_small_tiles(name, tiles, set_tiles, device):
+    set_tiles(tiles)
     if reason := why_not("triton", device):
         pytest.skip(reason)
     check(partial(bias_attention, backend="triton"), CASES[name], device)

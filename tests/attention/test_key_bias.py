@@ -6,6 +6,7 @@ import torch
 from attention_oracle import Case, check, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import slow_but
 from torch.autograd import forward_ad
 
 from dpb_triton import bias_attention
@@ -73,7 +74,12 @@ def test_masks(keys, attention_backend, device):
     check(attend(attention_backend), with_mask(OPTIONS["plain"], keys, device), device)
 
 
-@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
+QUICK = (
+    "causal", "window", "grouped heads and windows", "softcap", "head_dim 256", "one query", "float64", "bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, OPTIONS))
 def test_options(case, attention_backend, device):
     skip_what_triton_lacks(case, attention_backend)
     masks = [LEFT, HOLES]

@@ -10,6 +10,7 @@ import attention_oracle
 import pytest
 import torch
 from attention_oracle import Case
+from quick import slow
 
 from dpb_triton import bias_attention, dispatch
 
@@ -27,7 +28,9 @@ def far_apart(tensor, dim):
     return memory.as_strided(shape, strides).copy_(tensor)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 2.0}, {"window": (3, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [slow({}), {"is_causal": True}, slow({"softcap": 2.0}), {"window": (3, 1)}], ids=str
+)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_attention(dim, options, attention_backend, device):
     query, key, value, table, dout, _ = Case(i=34, j=34, head_dim=34, dtype=torch.bfloat16, has_dlse=False).draw(device)

@@ -13,6 +13,7 @@ import torch
 from attention_oracle import Case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from quick import slow
 
 from dpb_triton import bias_attention, bias_attention_varlen
 from dpb_triton.attention import torch_grid as attention_cpu_grid
@@ -109,20 +110,24 @@ CASES = {
     "bfloat16": Case(i=20, j=20, dtype=torch.bfloat16, options={"is_causal": True}),
     "table of -inf": Case(i=20, j=20, table="masked", options={"is_causal": True}),
 }  # fmt: skip
-# Of these the interpreter takes a second each. Not there: rows that are dead because all their scores are -inf, whose
+# Of these the interpreter takes half a second each; `make test` has QUICK, where pairs are hidden by causality and
+# by a window and a mask. Not there: rows that are dead because all their scores are -inf, whose
 # dout and query the kernels do not leave out.
 ON_TRITON = (
     "causal", "window", "rows that see nothing", "mask and causality", "float mask with -inf", "grouped heads and mask",
     "softcap", "value_dim", "bfloat16",
 )  # fmt: skip
+QUICK = ("rows that see nothing", "float mask with -inf")
 
 
 def on_backends(first=None):
     """Cases of CASES on each backend; on Triton the `first` of ON_TRITON."""
     pairs = [(name, "torch") for name in CASES] + [(name, "triton") for name in ON_TRITON[:first]]
-    return pytest.mark.parametrize(
-        ("case", "attention_backend"), [(CASES[name], backend) for name, backend in pairs], ids=map("-".join, pairs)
-    )
+    params = [
+        (pytest.param if backend == "torch" or name in QUICK else slow)(CASES[name], backend, id=f"{name}-{backend}")
+        for name, backend in pairs
+    ]
+    return pytest.mark.parametrize(("case", "attention_backend"), params)
 
 
 PLACES = {  # of each tensor: in the middle, at an end
@@ -188,7 +193,7 @@ def test_infinite_values_give_infinity_not_nan(device):
 
 
 @pytest.mark.parametrize("attention_backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [slow({}), {"is_causal": True, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("name", ["query", "key", "value", "dout"])
 def test_dropout(name, options, attend, device):
     case = Case(batch=2, i=20, j=20, options=options | {"dropout_p": 0.4, "key_padding_mask": HOLES})
@@ -200,7 +205,7 @@ def test_dropout(name, options, attend, device):
 
 
 @pytest.mark.parametrize("attention_backend", BACKENDS)
-@pytest.mark.parametrize("tensor", ["query", "key", "value", "dout"])
+@pytest.mark.parametrize("tensor", [slow("query"), "key", "value", slow("dout")])
 def test_packed_sequences(tensor, attention_backend, device):
     """NaN in a sequence is in that one alone, and there as in a call of its own."""
     attention_of(attention_backend, device)
@@ -341,6 +346,7 @@ def test_random_calls_torch(call, device):
     check_call(call, "torch", device)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(call=calls((NAN,), ("normal",)))
 def test_random_calls_triton(call, device):

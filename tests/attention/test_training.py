@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from quick import slow
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpb_triton import DynamicPositionBias, bias_attention, reference
@@ -139,9 +140,10 @@ def train(attention, steps, device):
     return torch.tensor(losses), model
 
 
-def test_a_language_model_learns_the_same(attention_backend, device):
-    losses, model = train(partial(fused, backend=attention_backend), 20, device)
-    expected, other = train(eager, 20, device)
+@pytest.mark.parametrize("steps", [5, slow(20)])
+def test_a_language_model_learns_the_same(steps, attention_backend, device):
+    losses, model = train(partial(fused, backend=attention_backend), steps, device)
+    expected, other = train(eager, steps, device)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     assert losses[-1] < losses[0] - 0.3
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):

@@ -195,6 +195,7 @@ def test_random_packs_torch(pack, device):
     assert_packed_is_alone(case, q_lengths, k_lengths, "torch", device, offsets=offsets)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(pack=packs())
 def test_random_packs_triton(pack, device):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import slow
 
 pytest.importorskip("triton", reason="compiling needs the extra `triton`")
 for module in ("click", "tabulate", "tqdm"):
@@ -187,8 +188,8 @@ def run(*arguments):
     ("op", "head_dim", "tile", "words"),
     [
         # eight warps, 64 rows of scores: both warpgroups hold all of them
-        ("attention backward", 128, "dq=64,64,8,2", ["times the products", "computed more than once"]),
-        ("attention", 64, "forward=128,128,4,3", ["spills"]),  # 128 scores a thread
+        slow("attention backward", 128, "dq=64,64,8,2", ["times the products", "computed more than once"]),
+        slow("attention", 64, "forward=128,128,4,3", ["spills"]),  # 128 scores a thread
         ("attention", 36, "forward=64,64,4,2", ["rows by single elements", "vectors of 16 bytes"]),  # rows of 72 bytes
     ],
 )
@@ -232,6 +233,7 @@ for launch in (launch_forward, launch_backward):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "gfx942"])
 def test_the_second_launch_compiles(arch, tmp_path):
     """That of the programs which met a NaN; no promise but that it can be launched."""

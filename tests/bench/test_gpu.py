@@ -202,13 +202,13 @@ def test_a_wrong_case_says_so_and_a_lost_device_ends_the_smoke(monkeypatch, caps
     assert [record.get("ok") for record in records] == [None, False, None, False]
 
 
-def test_the_smoke_computes(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "case", ["expand bf16, odd", "attention bf16 dropout", "attention bf16 varlen", "graph forward"]
+)
+def test_the_smoke_computes(case, capsys):
     """In the interpreter: one case of each kind."""
-    environment = ENVIRONMENT | {"TRITON_INTERPRET": "1"}
-    for case in ("expand bf16, odd", "attention bf16 dropout", "attention bf16 varlen", "graph forward"):
-        command = [sys.executable, "-m", "bench.gpu.smoke", "--device", "cpu", "--tiny", "--case", case]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and f"{case} … ok" in done.stdout, done.stdout + done.stderr
+    assert smoke.main(["--device", "cpu", "--tiny", "--case", case]) == 0
+    assert f"{case} … ok" in capsys.readouterr().out
 
 
 def test_every_test_file_is_chosen_or_left_out_with_a_reason():
@@ -251,6 +251,7 @@ def check_bench(name, *words):
     known.make_context(name, words)
 
 
+@pytest.mark.slow
 def test_a_rehearsal(tmp_path):
     """The whole command on the CPU, with the phases that take seconds."""
     arguments = ["gpu", "--device", "cpu", "--phase", "expand", "--phase", "profile", "--phase", "host"]

@@ -98,6 +98,7 @@ def test_every_case_of_the_smoke_is_recorded_at_its_real_length(tmp_path):
     assert names.count("_forward_kernel") >= 10
 
 
+@pytest.mark.slow
 def test_a_bench_is_recorded_with_the_launches_of_its_real_length(tmp_path):
     words = ("-m", "bench", "attention", "--device", "cuda", "--dtype", "bf16", "--seq", "4096", "--peer", "eager")
     call("-m", "bench.gpu.record", tmp_path / "a.pickle", *words, "--batch", "1", "--heads", "2")
@@ -109,6 +110,7 @@ def test_a_bench_is_recorded_with_the_launches_of_its_real_length(tmp_path):
     assert ["tt.divisibility", 16] in attrs[(names.index("query_ptr"),)], "tensors lie on 16 bytes there"
 
 
+@pytest.mark.slow
 def test_the_tests_are_recorded(tmp_path):
     words = (
         "-m",
@@ -126,6 +128,7 @@ def test_the_tests_are_recorded(tmp_path):
     assert {"_forward_kernel", "_dtable_kernel"} <= {name for _, name, *_ in launches_in(tmp_path / "t.pickle")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton's launchers are C code")
 def test_what_was_filled_is_found_by_another_process(tmp_path):
     """And a second fill compiles nothing."""

@@ -143,6 +143,7 @@ def test_a_compilation_says_why_not_and_stops_there(monkeypatch):
     assert case.options == {"head_dim": 64, "blocks": {"dq": (64, 64, 4, 2, True)}}
 
 
+@pytest.mark.slow
 def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
     """One candidate for real, in a child: the table, the file and the lines have its registers and clocks."""
     path, lines = tmp_path / "list.json", tmp_path / "lines.jsonl"

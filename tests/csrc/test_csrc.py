@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import slow
 
 from dpb_triton import dispatch, expand_bias
 from dpb_triton.dispatch import why_not
@@ -55,15 +56,23 @@ def build_extension(folder, *flags):
     return str(folder)
 
 
-@needs_compiler
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_thread_of_the_cuda_kernels_on_the_host(tmp_path, seed):
+@pytest.fixture(scope="module")
+def band_test(tmp_path_factory):
+    """The program of band_test.cpp."""
+    path = tmp_path_factory.mktemp("csrc") / "band_test"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    run(CXX, "-std=c++17", "-O2", *WARNINGS, *sanitizers, f"-I{CSRC}", ROOT / "tests/csrc/band_test.cpp", "-o",
-        tmp_path / "band_test")  # fmt: skip
-    assert run(tmp_path / "band_test", seed) == "2844 cases\n"
+    source = ROOT / "tests/csrc/band_test.cpp"
+    run(CXX, "-std=c++17", "-O2", *WARNINGS, *sanitizers, f"-I{CSRC}", source, "-o", path)
+    return path
 
 
+@needs_compiler
+@pytest.mark.parametrize("seed", [0, slow(1)])
+def test_every_thread_of_the_cuda_kernels_on_the_host(band_test, seed):
+    assert run(band_test, seed) == "2844 cases\n"
+
+
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's AddressSanitizer")
 def test_random_calls_under_address_sanitizer(tmp_path):
@@ -94,6 +103,7 @@ torch.save(found, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_same_bits_with_any_threads_and_instruction_set(tmp_path):
     """The machine's own instruction set against the baseline of its architecture, 1 thread against 2."""
@@ -169,13 +179,14 @@ def nvcc():
     return codegen_cuda
 
 
-def test_cuda_kernels_compile_link_and_keep_their_promises(nvcc, tmp_path):
-    """No spill, 16-byte accesses alone in the interior loops; sm_120 is in no default list."""
+@pytest.mark.parametrize("arch", ["sm_90", *map(slow, ("sm_80", "sm_100", "sm_120"))])  # the last is in no list
+def test_cuda_kernels_compile_and_keep_their_promises(nvcc, arch):
+    """No spill, 16-byte accesses alone in the interior loops."""
     from bench.codegen.promises import broken
 
-    records = nvcc.compile_cuda(["sm_80", "sm_90", "sm_100", "sm_120"], 2)
+    records = nvcc.compile_cuda([arch], 2)
     assert not [record for record in records if "error" in record], records[0]
-    assert len(records) == 4 * (3 + 14 + 8)
+    assert len(records) == 3 + 14 + 8
     for record in records:
         assert (record["spills"], record["stack"]) == (0, 0), record
         if record["streams"]:
@@ -183,6 +194,9 @@ def test_cuda_kernels_compile_link_and_keep_their_promises(nvcc, tmp_path):
             assert record["interior"]["counts"] == {access: record["interior"]["counts"][access]}, record
         assert broken(record) == []
 
+
+@pytest.mark.slow
+def test_cuda_kernels_link(nvcc, tmp_path):
     run(*nvcc.compile_command(tmp_path / "band.o", "-c", "-arch=sm_90"))
     home = Path(nvcc.nvcc()).resolve().parents[1]
     home = home if (home / "include/cuda_runtime.h").exists() else Path("/usr/local/cuda")

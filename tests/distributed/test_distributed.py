@@ -14,6 +14,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("torch is built without torch.distributed and gloo", allow_module_level=True)
 
 import distributed_worker
+from quick import slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +43,14 @@ def launch(tmp_path_factory):
     return results
 
 
-CASES = [(size, name) for size in (2, 4) for name in distributed_worker.names_for(size)]
+CASES = [
+    (pytest.param if size == 2 else slow)(size, name, id=f"{size}-{name}")
+    for size in (2, 4)
+    for name in distributed_worker.names_for(size)
+]
 
 
-@pytest.mark.parametrize(("size", "name"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("size", "name"), CASES)
 def test_several_processes(size, name, launch):
     results, output = launch(size)
     assert name in results, f"not reached:\n{output[-4000:]}"

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from quick import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpb_triton import DynamicPositionBias, expand_bias
@@ -27,8 +28,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"signed": True, "log_distance": True}], ids=["zeta", "signed"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "options"),
+    [
+        slow("aot_eager", {}, id="aot_eager-zeta"),
+        pytest.param("aot_eager", {"signed": True, "log_distance": True}, id="aot_eager-signed"),
+        pytest.param("inductor", {}, id="inductor-zeta"),
+        slow("inductor", {"signed": True, "log_distance": True}, id="inductor-signed"),
+    ],
+)
 def test_one_graph_for_five_lengths(compiler, options, device):
     model = Attention(**options).to(device)
     counter = CompileCounterWithBackend(compiler)
@@ -57,7 +65,7 @@ def test_lengths_and_offset_are_symbols(device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float64)], ids=str)
 def test_dtypes_and_autocast(dtype, device):
     module = DynamicPositionBias(8, 2).to(device, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

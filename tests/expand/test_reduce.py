@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from einops import rearrange
+from quick import slow
 
 from dpb_triton import ReduceBias, expand_bias, reference
 from dpb_triton.dispatch import SUFFIXES
@@ -29,7 +30,7 @@ def gradients(heads, i, j, dtype, device):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [slow(x) if x == torch.float16 else x for x in oracle.DTYPES], ids=str)
 @pytest.mark.parametrize("shape", [(3, 33, 77, 44), (2, 50, 40, -3), (1, 70, 64, 100)], ids=str)
 def test_any_strides(shape, dtype, signed, backend, device, poisoned):
     heads, i, j, offset = shape

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from hf_models import decoder, padding, t5, tokens
+from quick import slow
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from transformers.generation.configuration_utils import CompileConfig
@@ -16,7 +17,7 @@ from dpb_triton.integrations.transformers import NAME, add_position_bias
 from dpb_triton.integrations.transformers import attention as transformers_attention
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "T5"])
+@pytest.mark.parametrize("name", ["Llama", slow("Mistral"), "T5"])
 def test_compiles_to_one_graph(name):
     options = {"sliding_window": 4} if name == "Mistral" else {}
     model = t5(num_layers=1) if name == "T5" else decoder(name, num_hidden_layers=1, **options)
@@ -65,10 +66,19 @@ def decode(model, implementation, side, **options):
 
 @pytest.mark.parametrize(
     ("name", "dynamic", "side"),
-    [("Llama", dynamic, side) for dynamic in (None, False) for side in (None, "left")]
-    + [(name, False, "left") for name in ("Llama with a bias", "Llama with a signed bias in each layer", "T5", "Doge")]
-    # with a sliding window transformers itself compiles for the second token again
-    + [(name, None, "left") for name in ("Mistral", "GptOss")],
+    [
+        slow("Llama", None, None),
+        slow("Llama", None, "left"),
+        slow("Llama", False, None),
+        ("Llama", False, "left"),
+        ("Llama with a bias", False, "left"),
+        slow("Llama with a signed bias in each layer", False, "left"),
+        slow("T5", False, "left"),
+        slow("Doge", False, "left"),
+        # with a sliding window transformers itself compiles for the second token again
+        slow("Mistral", None, "left"),
+        slow("GptOss", None, "left"),
+    ],
 )
 def test_a_static_cache_has_the_graphs_of_eager(name, dynamic, side):
     model = MODELS[name]()

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from quick import slow
 from torch import nn
 
 from bench.train.language_model import Config, LanguageModel, loss_of
@@ -123,6 +124,7 @@ class TestCompilers:
             train(model_of(device=device), 3, device, forward=compiled), expected, atol=1e-3, rtol=1e-3
         )
 
+    @pytest.mark.slow
     def test_aot_inductor(self, device, tmp_path):
         """torch.export with free batch and length, its package of compiled code, and other lengths."""
         model = model_of(device=device).eval()
@@ -136,7 +138,8 @@ class TestCompilers:
                 torch.testing.assert_close(package(tokens), model(tokens), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-    def test_onnx(self, tmp_path):
+    @pytest.mark.parametrize("name", ["module", slow("signed"), slow("attention"), slow("model")])
+    def test_onnx(self, name, tmp_path):
         pytest.importorskip("onnxscript", reason="the ONNX exporter needs it (extra: test)")
         runtime = pytest.importorskip("onnxruntime", reason="(extra: test)")
 
@@ -172,17 +175,17 @@ class TestCompilers:
             "attention": (Attention(), lambda n: (torch.randn(3, n, 16), padding(3, n)), ({1: length}, {1: length})),
             "model": (model_of(), lambda n: (batch_of(n)[0],), ({0: rows, 1: length},)),
         }  # fmt: skip
-        for name, (module, inputs, shapes) in cases.items():
-            module.eval()
-            program = torch.onnx.export(module, inputs(9), dynamo=True, dynamic_shapes=shapes, verbose=False)
-            path = tmp_path / f"{name}.onnx"
-            program.save(path)
-            session = runtime.InferenceSession(path)
-            for n in (9, 2, 40):
-                tensors = inputs(n)
-                names = [node.name for node in session.get_inputs()]
-                (out,) = session.run(None, {k: x.numpy() for k, x in zip(names, tensors, strict=True)})
-                torch.testing.assert_close(torch.from_numpy(out), module(*tensors), atol=1e-5, rtol=1e-5)
+        module, inputs, shapes = cases[name]
+        module.eval()
+        program = torch.onnx.export(module, inputs(9), dynamo=True, dynamic_shapes=shapes, verbose=False)
+        path = tmp_path / f"{name}.onnx"
+        program.save(path)
+        session = runtime.InferenceSession(path)
+        for n in (9, 2, 40):
+            tensors = inputs(n)
+            names = [node.name for node in session.get_inputs()]
+            (out,) = session.run(None, {k: x.numpy() for k, x in zip(names, tensors, strict=True)})
+            torch.testing.assert_close(torch.from_numpy(out), module(*tensors), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

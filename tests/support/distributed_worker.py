@@ -14,6 +14,7 @@ from pathlib import Path
 import distributed_context
 import distributed_tensor
 import distributed_training
+import quick_interpreter
 import torch
 import torch.distributed as dist
 
@@ -40,6 +41,7 @@ def run(name):
 
 def main(path, *names):
     torch.set_num_threads(1)
+    quick_interpreter.install()
     # a rank that fails inside a collective leaves the others waiting: they, and with them this launch, give up
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results = {}

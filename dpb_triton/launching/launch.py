@@ -29,7 +29,8 @@ INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)
 UNKNOWN = object()
-_bindings = {}  # (id(kernel), names of the keywords, types of all values): _Binding, or UNKNOWN
+_tuples = {}  # types of the arguments: the places of those that are tuples, the last one first
+_bindings = {}  # (id(kernel), id of that list, names of the keywords, types of all values): _Binding, or UNKNOWN
 _targets = {}  # (driver, device): GPUTarget
 
 
@@ -59,14 +60,15 @@ def launch(kernel, grid, *args, **constants):
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
         return kernel[grid](*args, **constants), None
-    leaves = []
-    for arg in args:
-        if isinstance(arg, tuple):
-            leaves += arg
-        else:
-            leaves.append(arg)
+    types = (*map(type, args),)
+    tuples = _tuples.get(types)
+    if tuples is None:
+        tuples = _tuples[types] = [place for place, arg in enumerate(args) if isinstance(arg, tuple)][::-1]
+    leaves = [*args]
+    for place in tuples:
+        leaves[place : place + 1] = args[place]
     values = constants.values()
-    call = (id(kernel), *constants, *map(type, args), *map(type, leaves), *map(type, values))
+    call = (id(kernel), id(tuples), *constants, *map(type, leaves), *map(type, values))
     binding = _bindings.get(call)
     if binding is None:
         binding = _bindings[call] = _bind(kernel, args, constants)

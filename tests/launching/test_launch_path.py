@@ -14,6 +14,7 @@ from filelock import FileLock  # torch requires it
 pytest.importorskip("triton", reason="launching needs the extra `triton`")
 
 import launch_worker
+from quick import slow
 
 ROOT = Path(__file__).parents[2]
 ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
@@ -21,9 +22,12 @@ ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kerne
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
 # Every kernel, and tuples that hold what the others leave None. The other cases are for `make test-full`.
 QUICK = ("causal", "key mask", "packed, window, dropout", "expand")
-CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in launch_worker.CASES]
+CASES = [name if name in QUICK else slow(name) for name in launch_worker.CASES]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it"),
+    pytest.mark.xdist_group("launches"),  # one process for all of them
+]
 
 
 @pytest.fixture(scope="session")

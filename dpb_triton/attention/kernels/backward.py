@@ -29,7 +29,18 @@ from .blocks import Tile, blocks_of
 from .dkdv import KeyGradients, launch_dkdv
 from .dq import launch_dq
 from .dtable import launch_dtable
-from .launch import bounds_of, check_sizes, config_of, describe, like, precision_of, reach_of, scores_of, whole_rows
+from .launch import (
+    bounds_of,
+    check_sizes,
+    config_of,
+    describe,
+    kind_of,
+    like,
+    precision_of,
+    reach_of,
+    scores_of,
+    whole_rows,
+)
 from .prologue import launch_prologue
 
 
@@ -67,22 +78,22 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
     strides = (stride for tensor in (query, key, value, dout) for stride in tensor.stride()[:3])
     layout = BackwardLayout(heads, heads // kv_heads, *strides, *row_strides)
     counts = longest_query, longest_key, offset, left or 0, right or 0, zero, bias.shape[2], sequences
-    call = query, value, key_bias, seqlens, left, right, softcap, dropout_p
+    kind = kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p)
     has_bounds = left is not None or right is not None
     tensors = query, key, value, dout
     rest = layout, counts, *scores_of(scale, softcap, dropout_p)
     tiles = {name: blocks_of(name, query, value, dropout_p > 0) for name in ("dkdv", "dq", "dtable")}
     tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_keys:
-        config = config_of(tiles["dkdv"], *call, NEEDS_REPAIR=has_bounds, NEEDS_DKEY_BIAS=needs_dkey_bias)
+        config = config_of(kind, tiles["dkdv"], NEEDS_REPAIR=has_bounds, NEEDS_DKEY_BIAS=needs_dkey_bias)
         launch_dkdv(tensors, inputs, KeyGradients(dk, dv, dkey_bias), *rest, config, tiles["dkdv"])
     if needs_dq:
         described = describe((key, value), tiles["dq"].block_n, seqlens) if tiles["dq"].is_described else None
         has_mask = has_bounds or key_bias is not None
-        config = config_of(tiles["dq"], *call, NEEDS_REPAIR=has_mask, IS_DESCRIBED=bool(described))
+        config = config_of(kind, tiles["dq"], NEEDS_REPAIR=has_mask, IS_DESCRIBED=bool(described))
         launch_dq((query, *(described or (key, value)), dout), inputs, dq, *rest, config, tiles["dq"])
     if needs_dtable:
-        dtable = launch_dtable(table, signed, reach, tensors, inputs, *rest, call, tiles["dtable"])
+        dtable = launch_dtable(table, signed, reach, tensors, inputs, *rest, kind, tiles["dtable"])
     else:
         dtable = empty((0,), table.dtype, table.device)
     if not needs_dkv:

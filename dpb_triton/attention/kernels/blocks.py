@@ -45,7 +45,7 @@ BLOCKS = {
 }
 
 # The same for float32, whose products are three of tf32 each and want that many registers: small tiles, and rows beyond
-# 64 in chunks (`attention_tiles.dot_of_rows`).
+# 64 in chunks (`tiles.dot_of_rows`).
 FLOAT32 = {
     "ampere": {
         "forward": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),

@@ -240,8 +240,8 @@ def _describe(tensors, seqlens, tile):
     return queries and keys and (queries[0], *keys, queries[1])
 
 
-def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores, threshold, call, tile):
-    """Dtable in the table's shape, float32. tensors: query, key, value, dout, whole rows; call: of `config_of`."""
+def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores, threshold, kind, tile):
+    """Dtable in the table's shape, float32. tensors: query, key, value, dout, whole rows; kind: of `kind_of`."""
     heads, width = table.shape
     least, largest = reach
     n_bands = cdiv(largest - least + tile.block_m, tile.block_n)
@@ -252,7 +252,7 @@ def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores,
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,), *(described or tensors), inputs, partial, layout, *counts, least,
         n_bands, n_chunks, cdiv(steps, n_chunks), scores, threshold,
-        config=config_of(tile, *call, IS_DESCRIBED=bool(described)), num_warps=tile.num_warps,
+        config=config_of(kind, tile, IS_DESCRIBED=bool(described)), num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     dtable = empty((heads, width), torch.float32, table.device)

@@ -35,6 +35,7 @@ from .launch import (
     check_sizes,
     config_of,
     describe,
+    kind_of,
     launch_with_repair,
     like,
     precision_of,
@@ -237,7 +238,7 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     config = config_of(
-        tile, query, value, key_bias, seqlens, left, right, softcap, dropout_p, IS_DESCRIBED=bool(described),
+        kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p), tile, IS_DESCRIBED=bool(described),
         NEEDS_REPAIR=left is not None or right is not None or key_bias is not None,
     )  # fmt: skip
     sequences = batch if seqlens is None else seqlens.shape[0]

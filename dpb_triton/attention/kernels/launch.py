@@ -23,7 +23,7 @@ def like(tensor, dim=None):
 
 
 def whole_rows(tensor):
-    """`tensor` with rows as `attention_tiles.row_ptrs` takes them; a copy where it has others.
+    """`tensor` with rows as `tiles.row_ptrs` takes them; a copy where it has others.
 
     The elements of a row lie side by side, and rows of a multiple of 8 elements begin at multiples of 8 elements and of
     16 bytes. Slices of a packed projection do. A slice that begins in the middle of 16 bytes is copied: that costs less
@@ -68,18 +68,23 @@ def launch_with_repair(kernel, programs, config, tile, inputs, others):
     repair = empty((programs,), torch.int32, inputs[0].device) if config.NEEDS_REPAIR else None
     for is_repair in passes(config.NEEDS_REPAIR):
         launch(
-            kernel, (programs,), *inputs, repair, *others, config=config._replace(IS_REPAIR=is_repair),
-            num_warps=tile.num_warps, num_stages=1 if is_repair else tile.num_stages,
+            kernel, (programs,), *inputs, repair, *others,
+            config=config._replace(IS_REPAIR=True) if is_repair else config, num_warps=tile.num_warps,
+            num_stages=1 if is_repair else tile.num_stages,
         )  # fmt: skip
 
 
-def config_of(tile, query, value, key_bias, seqlens, left, right, softcap, dropout_p, **more):
-    """The Config of a launch; `more`: its last fields."""
+def kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p):
+    """What all of a call's kernels are compiled for: the fields of Config before and behind the blocks."""
     dims = query.shape[3], value.shape[3]
-    return Config(
-        *dims, *map(padded, dims), tile.block_m, tile.block_n, left is not None, right is not None, softcap > 0,
-        dropout_p > 0, key_bias is not None, seqlens is not None, precision_of(query), **more,
-    )  # fmt: skip
+    flags = left is not None, right is not None, softcap > 0, dropout_p > 0, key_bias is not None, seqlens is not None
+    return (*dims, *map(padded, dims)), (*flags, precision_of(query))
+
+
+def config_of(kind, tile, **more):
+    """The Config of a kernel of such a call; `more`: its last fields."""
+    dims, flags = kind
+    return Config(*dims, tile.block_m, tile.block_n, *flags, **more)
 
 
 def precision_of(query):

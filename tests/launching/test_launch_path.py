@@ -24,10 +24,7 @@ EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
 QUICK = ("causal", "key mask", "packed, window, dropout", "expand")
 CASES = [name if name in QUICK else slow(name) for name in launch_worker.CASES]
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it"),
-    pytest.mark.xdist_group("launches"),  # one process for all of them
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The tests that are worth a GPU's time: which files, which of their tests; a pytest plugin (`-p bench.gpu.suite`).
 
-Its choice of tests is the same where they run and where their launches are recorded for the compiled cache.
+Its choice of tests is the same where they run and where their launches are recorded for the compiled cache. Those that
+are marked slow, for the interpreter that is, are among them.
 """
 
 import importlib.util
@@ -53,6 +54,7 @@ LEFT_OUT = {  # by pattern
     "attention/test_flops.py": CPU_ONLY,
     "launching/test_keys.py": OFFLINE,
     "launching/test_launch_path.py": OFFLINE,
+    "test_interpreter.py": OWN_PROCESSES,
     "test_layers.py": OWN_PROCESSES,
     "multihead/test_bad_input.py": BEFORE,
     "test_operators_seen.py": OWN_PROCESSES,

@@ -108,13 +108,18 @@ def check_backend(backend: str | None, device_type: str, served_by: tuple[str, .
     return SUFFIXES[backend]
 
 
+def suffixes_of(served_by):
+    """The suffixes of an operator that these backends have: the dispatcher's choice first, each once."""
+    return dict.fromkeys(("", *(SUFFIXES[backend] for backend in served_by)))
+
+
 def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cuda=None):
     """Define the operator `name`, once as the dispatcher chooses and once for each backend that has another.
 
     fake: the fake kernel. by_torch, by_triton: the functions. on_cuda: instead of by_triton for tensors of a GPU where
     nobody asks for a backend.
     """
-    for suffix in dict.fromkeys(("", *(SUFFIXES[backend] for backend in served_by))):
+    for suffix in suffixes_of(served_by):
         LIBRARY.define(name + suffix + schema)
         torch.library.register_fake(f"dpb_triton::{name}{suffix}", fake, lib=LIBRARY)
         OPERATORS[name + suffix] = getattr(torch.ops.dpb_triton, name + suffix).default
@@ -135,7 +140,7 @@ def define_autograd(name, differentiable):
 
     Which torch.export's do, and a user's. torch's default would be a gradient that is silently missing.
     """
-    for suffix in dict.fromkeys(("", *SUFFIXES.values())):
+    for suffix in suffixes_of(BACKENDS):
         if name + suffix in OPERATORS:
             kernel = _autograd_kernel(differentiable, OPERATORS[name + suffix], suffix)
             LIBRARY.impl(name + suffix, kernel, "Autograd", with_keyset=True)

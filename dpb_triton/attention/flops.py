@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 
 import torch
 
-from ..dispatch import SUFFIXES
+from ..dispatch import suffixes_of
 from . import ops
 
 COUNTER = "torch.utils.flop_counter"
@@ -52,7 +52,7 @@ def register_formulas():
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in FORMULAS.items():
-        for suffix in ("", *(SUFFIXES[backend] for backend in ops.BACKENDS)):
+        for suffix in suffixes_of(ops.BACKENDS):
             packet = getattr(torch.ops.dpb_triton, name + suffix)
             register_flop_formula(packet, get_raw=True)(_formula_of(packet, formula))
 

@@ -55,7 +55,7 @@ def current_target():
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
 
-    An argument may be a tuple of tensors and numbers. Constants are the values of the parameters behind `args`.
+    An argument may be a tuple, of tensors and None or of numbers. Constants belong to the parameters behind `args`.
     Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():

@@ -7,7 +7,7 @@ from functools import partial
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case, check, run
+from attention_oracle import Case, check, run, seed_of
 from quick import slow
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch
@@ -60,12 +60,6 @@ def test_mask_of_many_blocks(attention_backend, device):
     windowed = attend(identity(1, 2, 200, device), window=(31, 12))
     band = torch.ones(150, 200).tril(50 + 12).triu(50 - 31).bool()
     assert torch.equal(kept(windowed), keep & band)
-
-
-def seed_of(manual_seed, device):
-    """The seed that a call of attention draws after torch.manual_seed."""
-    torch.manual_seed(manual_seed)
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device).item()
 
 
 @pytest.mark.parametrize("case", [

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_oracle import Case, check, dropout_keep
+from attention_oracle import Case, check, dropout_keep, seed_of
 from quick import slow
 
 from dpb_triton import bias_attention
@@ -86,9 +86,7 @@ def test_rows_by_descriptors(name, monkeypatch, device):
             monkeypatch.setitem(constants, generation, tiles)
     case, keep = DESCRIBED[name], None
     if "dropout_p" in case.options:
-        torch.manual_seed(5)
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device).item()  # as the call draws it
-        keep = dropout_keep(seed, case.batch, case.heads, case.i, case.j, case.options["dropout_p"])
+        keep = dropout_keep(seed_of(5, device), case.batch, case.heads, case.i, case.j, case.options["dropout_p"])
 
     def attend(*tensors, **options):
         torch.manual_seed(5)

@@ -113,6 +113,12 @@ def _mix(h):
     return h ^ (h >> np.uint32(16))
 
 
+def seed_of(manual_seed, device):
+    """The seed that a call of attention draws after torch.manual_seed."""
+    torch.manual_seed(manual_seed)
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device).item()
+
+
 def dropout_keep(seed, batch, heads, i, j, dropout_p, longest_query=None):
     """Which probabilities stay, boolean (batch, heads, i, j), as a function of the seed and the position alone."""
     low, high = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)

@@ -175,8 +175,9 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, 
     key_rows = stream_of(
         key_ptr, row, kv_head, span.first_key, end, layout.kb, layout.kh, layout.ky, config.IS_DESCRIBED
     )
-    value_rows = stream_of(value_ptr, row, kv_head, span.first_key, end, layout.vb, layout.vh, layout.vy,
-                       config.IS_DESCRIBED)  # fmt: skip
+    value_rows = stream_of(
+        value_ptr, row, kv_head, span.first_key, end, layout.vb, layout.vh, layout.vy, config.IS_DESCRIBED
+    )
     a = tl.arange(0, BLOCK_M)
     x = first_x + (BLOCK_M - 1 - a)  # from the last query to the first, see tiles.py
     bias_ptr = inputs.bias + head * width + (zero - span.offset - first_x - (BLOCK_M - 1))

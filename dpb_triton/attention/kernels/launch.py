@@ -54,7 +54,7 @@ def describe(tensors, block, seqlens):
 
 
 def passes(needs_repair):
-    """Of each launch of a kernel: whether it is the repair. bench/sweep_gpu.py puts one without repair in its place."""
+    """Of each launch of a kernel: whether it is the repair. bench/sweep/gpu.py puts one without repair in its place."""
     return (False, True) if needs_repair else (False,)
 
 

@@ -17,7 +17,7 @@ replay = pytest.importorskip("dpb_triton.launching.replay")
 TILES = [
     {"forward": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dtable": (16, 16, 4, 1)},
     {"forward": (32, 16, 4, 1), "dkdv": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dtable": (16, 32, 4, 1)},
-    {"forward": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dtable": (32, 64, 4, 1)},
+    {"forward": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dtable": (32, 16, 4, 1, False, 2)},
 ]
 CASES = {
     "plain": Case(i=65, j=85),

@@ -75,13 +75,17 @@ FLOAT32 = {
 
 
 class Tile(NamedTuple):
-    """The launch constants of one kernel. is_described: what the loop reads comes by tensor descriptors (TMA)."""
+    """The launch constants of one kernel.
+
+    is_described: what the loop reads comes by tensor descriptors (TMA); bands: of a program of dtable, 1 or 2.
+    """
 
     block_m: int  # queries
     block_n: int  # keys
     num_warps: int
     num_stages: int
     is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
+    bands: int = 1
 
 
 def padded(dim):

@@ -2,16 +2,20 @@
 r"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distance d, without atomics and without ds.
 
               keys y ->
-    queries   \ w \                     a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
-       x        \ w \    <- one band    and BLOCK_M right per step. An element of the window stays on its diagonal, so
-                  \ w \                 ds is added up elementwise, in registers, over the steps and over the batch;
-                                        the bias tile does not change at all
+    queries   \ w w \                   a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
+       x        \ w w \                 and BLOCK_M right per step. An element of the window stays on its diagonal, so
+                  \ w w \               ds is added up elementwise, in registers, over the steps and over the batch;
+                    ^ ^                 the bias tile does not change at all
+                    BANDS neighbours: one program, which reads its queries once for all of them
 
-One program owns (head, band, chunk of the steps). After its loop it sums along the diagonals once, by the cyclic skew
-of expand.py's reduce, and stores BLOCK_M + BLOCK_N - 1 sums in two rows; `_fold_dtable_kernel` adds those up in a
-fixed order. Costs two more products a tile (q k^T and dout v^T again) than a dq kernel that would scatter, and buys
-determinism: the order of every sum depends on the shape alone.
-Partial sums: O(heads * (i + j) * chunks) float32, chunks being 1 for long sequences.
+One program owns (head, BANDS bands, chunk of the batch and of the steps). Both sides of a window are new at every step,
+so what it reads, from the L2 cache, is what a score costs: two bands with the same queries read three quarters of two
+alone.
+After its loop it sums along the diagonals once, by the cyclic skew of expand's reduce, and stores a band's BLOCK_M +
+BLOCK_N - 1 sums in ROWS rows; `_fold_dtable_kernel` adds those up in a fixed order. Costs two more products a tile
+(q k^T and dout v^T again) than a dq kernel that would scatter, and buys determinism: the order of every sum depends on
+the shape alone.
+Partial sums: a few rows of float32 a program, of which there are about PROGRAMS, or heads * (i + j) / BLOCK_N.
 """
 
 from typing import NamedTuple
@@ -21,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ...launching.keys import settle
-from ...launching.launch import cdiv
+from ...launching.launch import cdiv, next_power_of_2
 from ...launching.replay import empty, launch
 from .launch import config_of, describe
 from .tiles import (
@@ -43,16 +47,23 @@ from .tiles import (
     stream_rows,
 )
 
-# Programs to aim at: where bands are few, their steps are cut, so that the machine is full and the longest band short.
+# Programs to aim at: where bands are few, the batch is cut, and where that is small their steps, too, so that the
+# machine is full and the longest band short.
 PROGRAMS = 2048
-MOST_CHUNKS = 8
+MOST_CHUNKS = 64
 FOLD_BLOCK = 256
+FOLD_CHUNKS = 8  # that are on their way at once
+
+
+@triton.constexpr_function
+def rows_of_diagonals(block_m, block_n):
+    """Rows of block_n that hold the sums of a window's block_m + block_n - 1 diagonals."""
+    return (block_m - 1) // block_n + 2
 
 
 class Own(NamedTuple):
-    """What a program holds: its part of the bias, and where the rows of its head and a batch's entry lie."""
+    """What a program holds: where the rows of its head and a batch's entry lie."""
 
-    bias: object  # [BLOCK_M, BLOCK_N], of all steps
     start: object  # the first key of the window less its first query
     query_rows: object  # Matrix
     key_rows: object
@@ -65,43 +76,64 @@ class Own(NamedTuple):
     threshold: object
 
 
+class Queries(NamedTuple):
+    """A step's queries, read once for all bands of a program."""
+
+    first_x: object
+    query: object  # [BLOCK_M, BLOCK_D], unless it is read in chunks
+    dout: object  # [BLOCK_M, BLOCK_V]
+    largest: object  # [BLOCK_M], as `load_state` says
+    inverse: object
+    delta: object
+
+
 @triton.jit
-def _add_window(acc, own, first_x, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Acc [BLOCK_M, BLOCK_N] plus ds of the window at the queries first_x and the keys first_x + start."""
+def _queries_of(own, first_x, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The Queries of the step whose first one is first_x."""
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    query, dout = first_x, first_x
+    if not is_wide(config.BLOCK_D, config.PRECISION):
+        query = stream_rows(own.query_rows, first_x, BLOCK_M, config.HEAD_DIM, config.BLOCK_D, IS_MASKED,
+                            config.IS_DESCRIBED)  # fmt: skip
+    if not is_wide(config.BLOCK_V, config.PRECISION):
+        dout = stream_rows(own.dout_rows, first_x, BLOCK_M, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
+                           config.IS_DESCRIBED)  # fmt: skip
+    largest, inverse, delta = load_state(own.rows_ptr, first_x, BLOCK_M, False)
+    return Queries(first_x, query, dout, largest, inverse, delta)
+
+
+@triton.jit
+def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Acc [BLOCK_M, BLOCK_N] plus ds of the window of `queries` and the keys first_y …; bias [BLOCK_M, BLOCK_N]."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    first_y = first_x + own.start
+    first_x = queries.first_x
     x = first_x + tl.arange(0, BLOCK_M)
     if is_wide(config.BLOCK_D, config.PRECISION):
         qk = dot_of_rows(own.query_rows, first_x, own.key_rows, first_y, BLOCK_M, BLOCK_N, config.HEAD_DIM, config,
                          False, IS_MASKED, IS_MASKED)  # fmt: skip
     else:
-        query = stream_rows(own.query_rows, first_x, BLOCK_M, config.HEAD_DIM, config.BLOCK_D, IS_MASKED,
-                            config.IS_DESCRIBED)  # fmt: skip
         key = stream_rows(
             own.key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, IS_MASKED, config.IS_DESCRIBED
         )
-        qk = dot(query, tl.trans(key), config)
-    largest, inverse, delta = load_state(own.rows_ptr, first_x, BLOCK_M, False)
-    s, _ = add_bias(qk, own.bias, scores, config.HAS_SOFTCAP)
+        qk = dot(queries.query, tl.trans(key), config)
+    s, _ = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
     if config.HAS_KEY_BIAS:
         key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
-    e = tl.exp2(s - largest[:, None])  # [BLOCK_M, BLOCK_N]
+    e = tl.exp2(s - queries.largest[:, None])  # [BLOCK_M, BLOCK_N]
     if is_wide(config.BLOCK_V, config.PRECISION):
         dp = dot_of_rows(own.dout_rows, first_x, own.value_rows, first_y, BLOCK_M, BLOCK_N, config.VALUE_DIM, config,
                          False, IS_MASKED, IS_MASKED)  # fmt: skip
     else:
-        dout = stream_rows(own.dout_rows, first_x, BLOCK_M, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
-                           config.IS_DESCRIBED)  # fmt: skip
         value = stream_rows(own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
                             config.IS_DESCRIBED)  # fmt: skip
-        dp = dot(dout, tl.trans(value), config)
+        dp = dot(queries.dout, tl.trans(value), config)
     y = first_y + opaque(tl.arange(0, BLOCK_N))
     if config.HAS_DROPOUT:
         dropout = dropout_of(own.seed_ptr, own.first_row + x, own.threshold)
         dp = tl.where(is_kept(dropout, y, True), dp * scores.keep_scale, 0.0)
-    ds = e * (dp * inverse[:, None] - delta[:, None])
+    ds = e * (dp * queries.inverse[:, None] - queries.delta[:, None])
     if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
         ds = tl.where((x < span.i)[:, None] & ((y >= 0) & (y < span.j))[None, :], ds, 0.0)
     if config.HAS_KEY_BIAS:
@@ -109,23 +141,76 @@ def _add_window(acc, own, first_x, span, scores, config: tl.constexpr, IS_MASKED
     return acc + ds
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "least", "n_bands",
-                               "n_chunks", "chunk_steps", "threshold"])  # fmt: skip
-def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr, layout, i, j, offset, left, right,
-                   zero, width, batch, least, n_bands, n_chunks, chunk_steps, scores, threshold,
-                   config: tl.constexpr):  # fmt: skip
+@triton.jit
+def _add_windows(acc, next_acc, bias, next_bias, own, first_x, span, scores, config: tl.constexpr,
+                 IS_MASKED: tl.constexpr):  # fmt: skip
+    """A step of all bands of a program: the queries first_x … and the keys first_x + start …"""
+    queries = _queries_of(own, first_x, config, IS_MASKED)
+    first_y = first_x + own.start
+    acc = _add_window(acc, bias, own, queries, first_y, span, scores, config, IS_MASKED)
+    if config.BANDS == 2:
+        first_y += config.BLOCK_N
+        next_acc = _add_window(next_acc, next_bias, own, queries, first_y, span, scores, config, IS_MASKED)
+    return acc, next_acc
+
+
+@triton.jit
+def _bias_of(ptr, config: tl.constexpr):
+    """The bias of a band's window [BLOCK_M, BLOCK_N], whose first element, the first column's, is at `ptr`.
+
+    Loaded once, so its rows need not run backwards as in the other kernels.
+    """
+    a, c = tl.arange(0, config.BLOCK_M), tl.arange(0, config.BLOCK_N)
+    return load_bias((ptr - a)[:, None] + c[None, :])
+
+
+@triton.jit
+def _store_diagonals(acc, relative, left, right, partial_ptr, span, config: tl.constexpr):
+    """The sums of acc [BLOCK_M, BLOCK_N] along its diagonals, in ROWS rows of `span` sums at partial_ptr.
+
+    relative: y - x - offset of acc's first element. Diagonal D, the sum of a column and of how far a row lies above the
+    last one, is in row D // BLOCK_N, at D % BLOCK_N.
+    """
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    tl.static_assert(BLOCK_M <= BLOCK_N)  # the skew wraps around a row once
+    a, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
+    if config.HAS_LEFT:
+        acc = tl.where(relative - a + c >= -left, acc, 0.0)
+    if config.HAS_RIGHT:
+        acc = tl.where(relative - a + c <= right, acc, 0.0)
+    # Skew, rows from the last to the first: column t takes from row BLOCK_M - 1 - a the element (t - a) % BLOCK_N, on
+    # diagonal t + r BLOCK_N with the least r for which that is not less than a.
+    # Gathered from one row of BLOCK_M * BLOCK_N, through shared memory: row by row it would be shuffles, and selects
+    # among all registers of a row.
+    element = tl.arange(0, BLOCK_M * BLOCK_N)
+    row, column = element // BLOCK_N, element % BLOCK_N
+    source = (BLOCK_M - 1 - row) * BLOCK_N + ((column - row) & (BLOCK_N - 1))
+    skewed = tl.reshape(tl.gather(tl.reshape(acc, [BLOCK_M * BLOCK_N]), source, axis=0), [BLOCK_M, BLOCK_N])
+    ROWS: tl.constexpr = rows_of_diagonals(BLOCK_M, BLOCK_N)
+    for r in tl.static_range(ROWS):
+        here = (c + r * BLOCK_N >= a) & (c + (r - 1) * BLOCK_N < a)
+        sums = tl.sum(tl.where(here, skewed, 0.0), axis=0)
+        tl.store(partial_ptr + r * span + tl.arange(0, BLOCK_N), sums)
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "least", "n_bands",
+                               "n_chunks", "chunk_batch", "step_chunks", "chunk_steps", "threshold"])  # fmt: skip
+def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr, layout, i, j, offset, left, right,
+                   zero, width, batch, least, n_bands, n_chunks, chunk_batch, step_chunks, chunk_steps, scores,
+                   threshold, config: tl.constexpr):  # fmt: skip
+    BLOCK_M: tl.constexpr = config.BLOCK_M
+    BLOCK_N: tl.constexpr = config.BLOCK_N
+    WIDTH: tl.constexpr = config.BANDS * BLOCK_N  # keys of a program's window
     band, chunk, head = place_of(tl.program_id(0), n_bands, n_chunks)
     band = n_bands - 1 - band  # under causality the bands of the least distances are the longest
-    relative = least + band * BLOCK_N  # y - x - offset of the window's first column, in its first query's row
+    relative = least + band * WIDTH  # y - x - offset of the window's first column, in its first query's row
 
-    a, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     bias_ptr = inputs.bias + head * width + (zero + relative)
-    # loaded once, so its rows need not run backwards as in the other kernels
-    bias = load_bias((bias_ptr - a)[:, None] + c[None, :])
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    bias, acc = _bias_of(bias_ptr, config), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    next_bias, next_acc = relative, relative
+    if config.BANDS == 2:
+        next_bias, next_acc = _bias_of(bias_ptr + BLOCK_N, config), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # the head's part of all places, once: what is added in the loop over the batch wants a register there
     kv_head = head // layout.group
     query_ptr = move_to(query_ptr, head * layout.qh, config.IS_DESCRIBED)
@@ -133,7 +218,9 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
     key_ptr = move_to(key_ptr, kv_head * layout.kh, config.IS_DESCRIBED)
     value_ptr = move_to(value_ptr, kv_head * layout.vh, config.IS_DESCRIBED)
     rows_of_head = inputs.rows + 4 * head * layout.rh
-    for index in range(0, batch):
+    first_index = (chunk // step_chunks) * chunk_batch
+    first_step = (chunk % step_chunks) * chunk_steps
+    for index in range(first_index, tl.minimum(first_index + chunk_batch, batch)):
         span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
         row = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64)
         query_rows = stream_of(query_ptr, row, head, span.first_query, span.i, layout.qb, 0, layout.qx,
@@ -145,13 +232,12 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
         value_rows = stream_of(value_ptr, row, kv_head, span.first_key, span.j, layout.vb, 0, layout.vy,
                                config.IS_DESCRIBED)  # fmt: skip
         rows_ptr = rows_of_head + 4 * (row * layout.rb + span.first_query)
-        key_bias_ptr = a
+        key_bias_ptr = rows_ptr
         if config.HAS_KEY_BIAS:
             key_bias_ptr = key_bias_of(inputs.key_bias, row, j, span.first_key)
         first_row = ((index + tl.full([], 0, tl.int64)) * layout.heads + head) * i
         start = span.offset + relative
         own = Own(
-            bias,
             start,
             query_rows,
             key_rows,
@@ -165,71 +251,62 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
         )
 
         # the steps at which the window meets a key, and those at which it lies inside the rows and the columns
-        enter = tl.cdiv(tl.maximum(1 - BLOCK_N - start, 0), BLOCK_M)
+        enter = tl.cdiv(tl.maximum(1 - WIDTH - start, 0), BLOCK_M)
         leave = tl.cdiv(tl.minimum(tl.maximum(span.j - start, 0), span.i), BLOCK_M)
         inside = tl.cdiv(tl.maximum(-start, 0), BLOCK_M)
-        outside = tl.minimum(tl.maximum(span.j - start - BLOCK_N + BLOCK_M, 0), span.i) // BLOCK_M
-        enter = tl.maximum(enter, chunk * chunk_steps)
-        leave = tl.maximum(tl.minimum(leave, (chunk + 1) * chunk_steps), enter)
+        outside = tl.minimum(tl.maximum(span.j - start - WIDTH + BLOCK_M, 0), span.i) // BLOCK_M
+        enter = tl.maximum(enter, first_step)
+        leave = tl.maximum(tl.minimum(leave, first_step + chunk_steps), enter)
         inside = tl.minimum(tl.maximum(inside, enter), leave)
         outside = tl.minimum(tl.maximum(outside, inside), leave)
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
-            acc = _add_window(acc, own, step * BLOCK_M, span, scores, config, True)
+            acc, next_acc = _add_windows(
+                acc, next_acc, bias, next_bias, own, step * BLOCK_M, span, scores, config, True
+            )
         for step in range(inside, outside):
-            acc = _add_window(acc, own, step * BLOCK_M, span, scores, config, False)
+            acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, span, scores, config,
+                                         False)  # fmt: skip
 
-    # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
-    diagonal = relative - a[:, None] + c[None, :]
-    if config.HAS_LEFT:
-        acc = tl.where(diagonal >= -left, acc, 0.0)
-    if config.HAS_RIGHT:
-        acc = tl.where(diagonal <= right, acc, 0.0)
-    # Skew, rows from the last to the first: column t takes from row BLOCK_M - 1 - a the element t - a, on diagonal t,
-    # or, where that lies left of the window, t - a + BLOCK_N.
-    # Gathered from one row of BLOCK_M * BLOCK_N, through shared memory: row by row it would be shuffles, and selects
-    # among all registers of a row.
-    t = c[None, :]
-    element = tl.arange(0, BLOCK_M * BLOCK_N)
-    row, column = element // BLOCK_N, element % BLOCK_N
-    source = (BLOCK_M - 1 - row) * BLOCK_N + ((column - row) & (BLOCK_N - 1))
-    skewed = tl.reshape(tl.gather(tl.reshape(acc, [BLOCK_M * BLOCK_N]), source, axis=0), [BLOCK_M, BLOCK_N])
-    lower = tl.sum(tl.where(t >= a[:, None], skewed, 0.0), axis=0)
-    upper = tl.sum(tl.where(t < a[:, None], skewed, 0.0), axis=0)
-    span = n_bands * BLOCK_N
-    partial_ptr += (head * n_chunks + chunk) * 2 * span + band * BLOCK_N
-    tl.store(partial_ptr + c, lower)
-    tl.store(partial_ptr + span + c, upper)
+    span = n_bands * WIDTH
+    partial_ptr += (head * n_chunks + chunk) * rows_of_diagonals(BLOCK_M, BLOCK_N) * span + band * WIDTH
+    _store_diagonals(acc, relative, left, right, partial_ptr, span, config)
+    if config.BANDS == 2:
+        _store_diagonals(next_acc, relative + BLOCK_N, left, right, partial_ptr + BLOCK_N, span, config)
 
 
 @triton.jit
-def _sum_of_chunks(partial_ptr, relative, is_used, least, span, n_chunks,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The sum over the chunks, in order, at y - x - offset = relative [FOLD_BLOCK]."""
-    slot = relative - least + (BLOCK_M - 1)
+def _sum_of_chunks(partial_ptr, relative, is_used, least, span, n_chunks, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, FOLD_CHUNKS: tl.constexpr):  # fmt: skip
+    """The sum over the chunks, in a fixed order, at y - x - offset = relative [FOLD_BLOCK]."""
+    slot = (relative - least + (BLOCK_M - 1))[None, :]
+    ROWS: tl.constexpr = rows_of_diagonals(BLOCK_M, BLOCK_N)
     total = tl.zeros(relative.shape, tl.float32)
-    for _ in range(0, n_chunks):
-        total += tl.load(partial_ptr + slot, mask=is_used & (slot >= 0) & (slot < span), other=0.0)
-        slot_above = slot - BLOCK_N + span
-        mask = is_used & (slot >= BLOCK_N) & (slot_above < 2 * span)
-        total += tl.load(partial_ptr + slot_above, mask=mask, other=0.0)
-        partial_ptr += 2 * span
+    for first in range(0, n_chunks, FOLD_CHUNKS):
+        chunk = first + tl.arange(0, FOLD_CHUNKS)[:, None]
+        sums = tl.zeros([FOLD_CHUNKS, relative.shape[0]], tl.float32)
+        for r in tl.static_range(ROWS):
+            place = slot - r * BLOCK_N
+            is_here = is_used[None, :] & (chunk < n_chunks) & (place >= 0) & (place < span)
+            sums += tl.load(partial_ptr + (chunk * ROWS + r) * span + place, mask=is_here, other=0.0)
+        total += tl.sum(sums, 0)
     return total
 
 
 @triton.jit(do_not_specialize=["n", "least", "span", "n_chunks"])
 def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNED: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_BLOCK: tl.constexpr):  # fmt: skip
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_BLOCK: tl.constexpr,
+                        FOLD_CHUNKS: tl.constexpr):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     width = 2 * n - 1 if SIGNED else n
-    partial_ptr += head * n_chunks * 2 * span
+    partial_ptr += head * n_chunks * rows_of_diagonals(BLOCK_M, BLOCK_N) * span
     is_column = column < width
     distance = column - (n - 1) if SIGNED else column
-    total = _sum_of_chunks(partial_ptr, -distance, is_column, least, span, n_chunks, BLOCK_M, BLOCK_N)
+    total = _sum_of_chunks(partial_ptr, -distance, is_column, least, span, n_chunks, BLOCK_M, BLOCK_N, FOLD_CHUNKS)
     if not SIGNED:  # distance 0 has one sign only
         is_both = is_column & (column > 0)
-        total += _sum_of_chunks(partial_ptr, distance, is_both, least, span, n_chunks, BLOCK_M, BLOCK_N)
+        total += _sum_of_chunks(partial_ptr, distance, is_both, least, span, n_chunks, BLOCK_M, BLOCK_N, FOLD_CHUNKS)
     tl.store(dtable_ptr + head * width + column, total, mask=is_column)
 
 
@@ -240,26 +317,42 @@ def _describe(tensors, seqlens, tile):
     return queries and keys and (queries[0], *keys, queries[1])
 
 
+def _chunks(wanted, batch, steps):
+    """(entries of the batch a chunk, chunks of the steps, steps a chunk) for about `wanted` chunks of batch x steps.
+
+    The batch goes first: between two of its entries the loop over the steps runs empty.
+    """
+    wanted = min(max(wanted, 1), MOST_CHUNKS)
+    chunk_batch = cdiv(batch, wanted)
+    chunk_steps = cdiv(steps, min(max(wanted // batch, 1), steps))
+    return chunk_batch, cdiv(steps, chunk_steps), chunk_steps
+
+
 def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores, threshold, kind, tile):
     """Dtable in the table's shape, float32. tensors: query, key, value, dout, whole rows; kind: of `kind_of`."""
     heads, width = table.shape
     least, largest = reach
-    n_bands = cdiv(largest - least + tile.block_m, tile.block_n)
+    span = tile.bands * tile.block_n  # keys of a program's window
+    n_bands = cdiv(largest - least + tile.block_m, span)  # the bands of a program count as one
+    span *= n_bands
     steps = cdiv(counts[0], tile.block_m)
-    n_chunks = min(max(PROGRAMS // (heads * n_bands), 1), MOST_CHUNKS, steps)
-    partial = empty((heads, n_chunks, 2, n_bands * tile.block_n), torch.float32, table.device)
+    chunk_batch, step_chunks, chunk_steps = _chunks(PROGRAMS // (heads * n_bands), counts[-1], steps)
+    n_chunks = cdiv(counts[-1], chunk_batch) * step_chunks
+    rows = rows_of_diagonals(tile.block_m, tile.block_n)
+    partial = empty((heads, n_chunks, rows, span), torch.float32, table.device)
     described = _describe(tensors, inputs.seqlens, tile) if tile.is_described else None
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,), *(described or tensors), inputs, partial, layout, *counts, least,
-        n_bands, n_chunks, cdiv(steps, n_chunks), scores, threshold,
-        config=config_of(kind, tile, IS_DESCRIBED=bool(described)), num_warps=tile.num_warps,
+        n_bands, n_chunks, chunk_batch, step_chunks, chunk_steps, scores, threshold,
+        config=config_of(kind, tile, IS_DESCRIBED=bool(described), BANDS=tile.bands), num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     dtable = empty((heads, width), torch.float32, table.device)
     launch(
         _fold_dtable_kernel, (cdiv(width, FOLD_BLOCK), heads),
-        partial, dtable, (width + 1) // 2 if signed else width, least, n_bands * tile.block_n, n_chunks,
+        partial, dtable, (width + 1) // 2 if signed else width, least, span, n_chunks,
         SIGNED=signed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, FOLD_BLOCK=FOLD_BLOCK,
+        FOLD_CHUNKS=min(FOLD_CHUNKS, next_power_of_2(n_chunks)),
     )  # fmt: skip
     return dtable
 

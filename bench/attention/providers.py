@@ -103,6 +103,21 @@ def _blocks(seen, i, j, device):
     return create_block_mask(is_seen, batch, None, i, j, device=device)
 
 
+# In its own blocks for Hopper (128 x 128, 3 stages) the table's elements take so much shared memory that nothing fits.
+_FLEX_OPTIONS = [{}, {"fwd_BLOCK_N": 64}]
+
+
+def _call_flex(*args, **options):
+    """Compiled FlexAttention with the first of _FLEX_OPTIONS that compiles; what does not is not tried again."""
+    while True:
+        try:
+            return _compiled_flex()(*args, **options, kernel_options=_FLEX_OPTIONS[0])
+        except RuntimeError as error:
+            if len(_FLEX_OPTIONS) == 1 or "No valid triton configs" not in str(error):
+                raise
+            del _FLEX_OPTIONS[0]
+
+
 def flex(query, key, value, table, seen):
     """FlexAttention, compiled, the 1-D table captured by its score_mod."""
     i, j = query.shape[2], key.shape[2]
@@ -113,7 +128,7 @@ def flex(query, key, value, table, seen):
 
     blocks = _blocks(seen, i, j, query.device)
     try:
-        return _compiled_flex()(query, key, value, score_mod=add_bias, block_mask=blocks)
+        return _call_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
     except torch._dynamo.exc.Unsupported:
         _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # says why, if it refuses too
         raise

@@ -17,7 +17,7 @@ What cannot be had is listed in `exceptions.txt`, and only that.
 from dataclasses import dataclass
 
 from . import exceptions, floors
-from .products import loop_flops, most_exp2, scores_a_thread, tile_flops
+from .products import keys_of, loop_flops, most_exp2, scores_a_thread, tile_flops
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,6 @@ def _row_vectors(record):
     """Vectors of 16 bytes that a thread loads of the rows that stream: one side of the tile, or dtable's both."""
     c = record["constants"]
     rows = {"_forward_kernel": c["BLOCK_N"], "_dq_kernel": c["BLOCK_N"], "_dkdv_kernel": c["BLOCK_M"]}
-    count = rows.get(record["kernel"], c["BLOCK_M"] + c["BLOCK_N"])
+    count = rows.get(record["kernel"], c["BLOCK_M"] + keys_of(record))
     size = 4 if record["dtype"] == "fp32" else 2
     return count * (c["BLOCK_D"] + c["BLOCK_V"]) * size / 16 / record["threads"]

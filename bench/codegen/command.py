@@ -43,7 +43,7 @@ def _tile(record):
     constants = record["constants"]
     width = 64 if record["arch"].startswith("gfx9") else 32
     tile = constants["BLOCK_M"], constants["BLOCK_N"], record["threads"] // width, record["stages"]
-    return ",".join(map(str, tile)) + (",1" if constants.get("IS_DESCRIBED") else "")
+    return ",".join(map(str, tile)) + _more(constants)
 
 
 def _row(record):
@@ -74,8 +74,14 @@ def _tiles(context, parameter, words):
         tile = tuple(int(number) for number in numbers.split(",") if number.isdecimal())
         if kernel not in KERNEL_NAMES or len(tile) < 4:
             raise click.BadParameter(f"expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got {word!r}")
-        found[kernel] = *tile[:4], *map(bool, tile[4:])
+        found[kernel] = *tile[:4], *map(bool, tile[4:5]), *tile[5:]
     return found
+
+
+def _more(constants):
+    """What follows the stages: descriptors, bands of a program."""
+    is_described, bands = int(constants.get("IS_DESCRIBED", False)), constants.get("BANDS", 1)
+    return f",{is_described},{bands}" if bands > 1 else ",1" if is_described else ""
 
 
 @click.command()
@@ -89,8 +95,8 @@ def _tiles(context, parameter, words):
 @click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Of attention.")
 @click.option("--options", multiple=True, type=click.Choice(list(attention.OPTIONS)),
               help="Option sets of attention.")  # fmt: skip
-@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES[,1]",
-              help="Other launch constants for one of forward, dkdv, dq, dtable; 1: by descriptors.")  # fmt: skip
+@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES[,1[,BANDS]]",
+              help="Other launch constants for forward, dkdv, dq, dtable; 1: by descriptors, 0: not.")  # fmt: skip
 @click.option("--only", multiple=True, type=click.Choice(KERNEL_NAMES), help="Compile only these attention kernels.")
 @click.option("--full", "is_full", is_flag=True, help="Attention: every option set at every head_dim.")
 @click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",

@@ -39,16 +39,21 @@ def loop_flops(record):
 
 
 def tile_flops(record):
-    """What one tile needs, at the padded widths; float32 on NVIDIA is three products of tf32 each."""
+    """What one trip of the main loop needs, at the padded widths; float32 on NVIDIA is three products of tf32 each."""
     c = record["constants"]
     of_head, of_value = PRODUCTS[record["kernel"]]
     thrice = 3 if record["dtype"] == "fp32" and record["arch"].startswith("sm_") else 1
-    return thrice * 2 * c["BLOCK_M"] * c["BLOCK_N"] * (of_head * c["BLOCK_D"] + of_value * c["BLOCK_V"])
+    return thrice * 2 * c["BLOCK_M"] * keys_of(record) * (of_head * c["BLOCK_D"] + of_value * c["BLOCK_V"])
+
+
+def keys_of(record):
+    """Keys of one trip of the main loop: dtable may take the windows of several bands."""
+    return record["constants"]["BLOCK_N"] * record["constants"].get("BANDS", 1)
 
 
 def scores_a_thread(record):
-    """Elements of the tile of scores that each thread holds."""
-    return record["constants"]["BLOCK_M"] * record["constants"]["BLOCK_N"] / record["threads"]
+    """Scores of one trip of the main loop that each thread holds."""
+    return record["constants"]["BLOCK_M"] * keys_of(record) / record["threads"]
 
 
 def most_exp2(record):
@@ -78,7 +83,7 @@ _ISSUE_A_CLOCK = 4  # warps
 
 
 def clocks_a_tile(record):
-    """{"tensor", "issue", "exp2"}: clocks of a multiprocessor for one tile, if nothing but that took time."""
+    """{"tensor", "issue", "exp2"}: clocks of a multiprocessor for a trip of the main loop, if nothing else took any."""
     width = 64 if record["arch"].startswith("gfx9") else 32
     rate = TENSOR_RATES[record["arch"]][record["dtype"] == "fp32"]
     loop = record["interior"]

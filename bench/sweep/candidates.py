@@ -8,12 +8,18 @@ from ..codegen.promises import shared_limit
 
 KERNELS = ("forward", "dkdv", "dq", "dtable")
 WIDTHS = (64, 128, 256)  # of heads; `blocks.py` has a row for each
-_SIZES = (16, 32, 64, 128)  # the padded table has room for no larger blocks
+_SIZES = (16, 32, 64, 128)
+PADDING = 256  # of the padded table: room for queries and keys of one tile
 _WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
 # What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
-# True: keys and values come by descriptors (TMA). dkdv has no such loop.
-VARIANTS = {"forward": ((), (True,)), "dkdv": ((),), "dq": ((), (True,)), "dtable": ((), (True,))}
+# True: keys and values come by descriptors (TMA), which dkdv has no loop for; 2: so many bands a program.
+VARIANTS = {
+    "forward": ((), (True,)),
+    "dkdv": ((),),
+    "dq": ((), (True,)),
+    "dtable": ((), (True,), (False, 2), (True, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Candidate:
         return self.block_m, self.block_n, self.warps, self.stages, *self.more
 
     @property
+    def bands(self):
+        """Of a program of dtable."""
+        return self.more[1] if len(self.more) > 1 else 1
+
+    @property
     def name(self):
         """Say dkdv 64,64,4,2."""
         return f"{self.kernel} {','.join(map(str, self.blocks))}"
@@ -50,19 +61,20 @@ def elements(candidate, width):
     dtable streams both sides.
     """
     m, n = candidate.block_m, candidate.block_n
+    bands = candidate.bands
     return {
         "forward": (m * width + m * n, 2 * n * width, m * width),
         "dkdv": (2 * n * width + 2 * m * n, 2 * m * width, 2 * n * width),
         "dq": (m * width + 2 * m * n, 2 * n * width, 2 * m * width),
-        "dtable": (4 * m * n, 2 * (m + n) * width, 0),  # bias, sum, scores and dp
+        # bias and sum of each band, scores and dp
+        "dtable": ((2 * bands + 2) * m * n, 2 * (m + bands * n) * width, 0),
     }[candidate.kernel]
 
 
 def candidates(kernel, width, dtype, arch):
     """The sensible `Candidate`s of a kernel, best first.
 
-    Dropped: what cannot fit the registers of its threads or the shared memory, less than one score a thread, and for
-    dtable more queries than keys, because its two rows of partial sums hold diagonals up to twice BLOCK_N.
+    Dropped: what cannot fit the registers of its threads or the shared memory, and less than one score a thread.
     """
     size = 4 if dtype == "fp32" else 2
     is_amd, has_wgmma = arch.startswith("gfx"), arch not in ("sm_80", "gfx942")
@@ -74,7 +86,9 @@ def candidates(kernel, width, dtype, arch):
         shared = size * (max(stages - is_amd, 1) * stage + has_wgmma * stays)
         registers /= warps * lanes
         scores = m * n / (warps * lanes)
-        if scores < 1 or registers > 0.85 * most or shared > shared_limit(arch) or (kernel == "dtable" and m > n):
+        if m + candidate.bands * n > PADDING:
+            continue
+        if scores < 1 or registers > 0.85 * most or shared > shared_limit(arch):
             continue
         if (warps == 2 and has_wgmma and dtype != "fp32") or (more and not has_wgmma):
             continue

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..codegen.attention_promises import findings
 from ..codegen.matrix import attention_cases
-from ..codegen.products import blocks_a_multiprocessor, clocks_a_tile
+from ..codegen.products import blocks_a_multiprocessor, clocks_a_tile, scores_a_thread
 from ..codegen.promises import resident_warps, shared_limit
 from ..codegen.run import compile_case, environment
 from .candidates import Candidate, candidates
@@ -89,7 +89,7 @@ def compile_candidate(candidate, width, dtype, arch):
         found["spills"] = record.get("spills", 0)
         if found["problems"]:
             return found
-        scores = record["constants"]["BLOCK_M"] * record["constants"]["BLOCK_N"]
+        scores = scores_a_thread(record) * record["threads"]
         clocks = {name: round(1024 * count / scores, 1) for name, count in clocks_a_tile(record).items()}
         found[options] = {
             "registers": record["registers"], "shared": record["shared"], "blocks": blocks_a_multiprocessor(record),

@@ -98,10 +98,36 @@ def test_rows_by_descriptors(name, monkeypatch, device):
 
 
 def test_constants_fit_the_kernels():
-    """dtable's skew wants BLOCK_M <= BLOCK_N; the padding of the bias table, both within 256, that of the rows 128."""
+    """The padding of the bias table wants queries and keys within 256, that of the rows 128."""
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
-            for block_m, block_n, *_ in widths:
-                assert block_m + block_n <= 256
-                assert block_m <= 128
-                assert kernel != "dtable" or block_m <= block_n
+            for row in widths:
+                tile = blocks.Tile(*row)
+                assert tile.block_m + tile.bands * tile.block_n <= 256
+                assert tile.block_m <= 128
+                assert tile.bands == 1 or kernel == "dtable"
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 5, 7, 64, 1000])
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 9), (3, 4), (70, 2), (2, 100)])
+def test_dtables_chunks_hold_every_step_of_the_batch_once(wanted, batch, steps):
+    dtable = pytest.importorskip("dpb_triton.attention.kernels.dtable")
+    chunk_batch, step_chunks, chunk_steps = dtable._chunks(wanted, batch, steps)
+    seen = [
+        (index, step)
+        for chunk in range(-(-batch // chunk_batch) * step_chunks)
+        for index in range(chunk // step_chunks * chunk_batch, min((chunk // step_chunks + 1) * chunk_batch, batch))
+        for step in range(chunk % step_chunks * chunk_steps, min((chunk % step_chunks + 1) * chunk_steps, steps))
+    ]
+    assert seen == [(index, step) for index in range(batch) for step in range(steps)]
+
+
+@pytest.mark.parametrize("programs", [1, 40, 10**6])
+def test_dtable_is_right_whatever_its_chunks(programs, monkeypatch, set_tiles, device):
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    dtable = pytest.importorskip("dpb_triton.attention.kernels.dtable")
+    monkeypatch.setattr(dtable, "PROGRAMS", programs)
+    set_tiles(TILES[0] | {"dtable": (16, 16, 4, 1, False, 2)})
+    case = Case(batch=3, heads=2, i=70, j=70, options={"is_causal": True})
+    check(partial(bias_attention, backend="triton"), case, device)

@@ -36,7 +36,7 @@ def test_every_group_has_candidates_that_fit(kernel, width, dtype, arch):
         lanes = candidate.warps * (64 if arch == "gfx942" else 32)
         assert registers / lanes < (512 if arch == "gfx942" else 255)
         assert stage * (4 if dtype == "fp32" else 2) <= shared_limit(arch)
-        assert kernel != "dtable" or candidate.block_m <= candidate.block_n
+        assert candidate.block_m + candidate.bands * candidate.block_n <= 256  # the padding of the bias table
 
 
 def test_the_first_candidates_are_large_tiles():

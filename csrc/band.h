@@ -14,9 +14,12 @@
 //
 // A block owns a band inside one chunk of `rows` rows of one head. Expand gathers its window into registers once; its
 // loop is stores only. Reduce adds windows in registers, and sums along the diagonals once, through shared memory.
-// Accesses have 16 bytes for any j: row m of the window is shifted right by s_m, to the next 16-byte boundary. Rows
-// BLOCK_M apart have the same s_m because BLOCK_M is a multiple of the vector, and so have all bands because BLOCK_N
-// is. A window's rows are dealt to the warps in turn; a lane holds one vector of every 32.
+// Accesses have 16 bytes for any j: row m of the window is shifted right by s_m, to the next multiple of ALIGN
+// elements. Rows BLOCK_M apart have the same s_m because BLOCK_M is a multiple of ALIGN, and so have all bands because
+// BLOCK_N is. Reads need no more than ALIGN = one vector. Writes do: memory takes whole sectors of 32 bytes, and one
+// that two stores share is read, merged and written again. Expand shifts as far as BLOCK_M allows: a sector of 2-byte
+// elements, two of 4-byte ones, four of 8-byte ones. A window's rows are dealt to the warps in turn; a lane holds one
+// vector of every 32.
 //
 // Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host, where each store is
 // checked. The arithmetic is that of dpb_triton/expand/triton_kernels.py.
@@ -40,24 +43,33 @@
 namespace dpb_triton {
 namespace band {
 
-constexpr int BLOCK_M = 16, LANES = 32, WARPS = 4, THREADS = LANES * WARPS;
-constexpr int WARP_ROWS = BLOCK_M / WARPS;  // rows of a window that a warp holds
+constexpr int LANES = 32;
 constexpr int VECTOR_BYTES = 16;
 constexpr int64_t PROGRAMS = 2048;  // blocks to aim at: enough for any GPU, few enough that the gather stays unseen
 
-// What depends on the size of an element. Windows of 8-byte elements are half as wide: the registers are as many.
-template <class T>
-struct Shape {
+// A window of M x N elements, the threads that hold it, and the boundary at which its rows begin.
+template <class T, int M, int N, int WARPS_, int ALIGN_BYTES>
+struct Window {
+  using Element = T;
+  static constexpr int BLOCK_M = M, BLOCK_N = N, WARPS = WARPS_, THREADS = LANES * WARPS;
+  static constexpr int WARP_ROWS = BLOCK_M / WARPS;  // that a warp holds
   static constexpr int VEC = VECTOR_BYTES / static_cast<int>(sizeof(T));
-  static constexpr int BLOCK_N = sizeof(T) == 8 ? 128 : 256;
   static constexpr int VECTORS = BLOCK_N / (LANES * VEC);  // of a row that a lane holds
-  static constexpr int SHIFT = VEC - 1;                    // the largest shift of a row
-  static_assert(BLOCK_M % VEC == 0 && BLOCK_N % (LANES * VEC) == 0 && BLOCK_M + SHIFT <= BLOCK_N, "");
+  static constexpr int ALIGN = ALIGN_BYTES / static_cast<int>(sizeof(T));
+  static constexpr int SHIFT = ALIGN - 1;  // the largest shift of a row
+  static_assert(ALIGN % VEC == 0 && BLOCK_M % ALIGN == 0 && BLOCK_M % WARPS == 0, "");
+  static_assert(BLOCK_N % ALIGN == 0 && BLOCK_N % (LANES * VEC) == 0 && BLOCK_M + SHIFT <= BLOCK_N, "");
 };
+
+// Windows of 8-byte elements are half as wide: the registers are as many.
+template <class T>
+using ExpandWindow = Window<T, 16, sizeof(T) == 8 ? 128 : 256, 4, 16 * sizeof(T)>;
+template <class T>
+using ReduceWindow = Window<T, 16, sizeof(T) == 8 ? 128 : 256, 4, VECTOR_BYTES>;
 
 template <class T>
 struct alignas(VECTOR_BYTES) Vector {
-  T element[Shape<T>::VEC];
+  T element[VECTOR_BYTES / sizeof(T)];
 };
 
 DPB_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
@@ -71,23 +83,23 @@ DPB_HOST_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
 // How a tensor (heads, i, j) is cut into blocks of threads, from the shape alone.
 struct Cut {
   int64_t i, j, rows, bands, chunks;  // rows of a chunk
-  int64_t block_n, shift;             // of the Shape
+  int64_t block_n, shift;             // of the window
 
   DPB_HOST_DEVICE int64_t blocks(int64_t heads) const {
     return bands * chunks * heads;
   }
 };
 
-template <class T>
+template <class W>
 Cut cut(int64_t heads, int64_t i, int64_t j) {
-  constexpr int64_t block_n = Shape<T>::BLOCK_N;
+  constexpr int64_t block_n = W::BLOCK_N;
   const double ideal = static_cast<double>(heads) * static_cast<double>(i) * static_cast<double>(j) /
                        static_cast<double>(block_n * PROGRAMS);
   int64_t rows = 64;
   while (rows < 1024 && static_cast<double>(rows) * 1.4142 < ideal) {  // to the nearest power of two
     rows *= 2;
   }
-  return {i, j, rows, ceil_div(j + rows, block_n), ceil_div(i, rows), block_n, Shape<T>::SHIFT};
+  return {i, j, rows, ceil_div(j + rows, block_n), ceil_div(i, rows), block_n, W::SHIFT};
 }
 
 // One block's band: rows row .. row + rows - 1 of `head`, its first window beginning in `column`, <= 0 on the left.
@@ -95,12 +107,12 @@ struct Band {
   int64_t head, row, rows, column, index, chunk;
 };
 
-template <class T>
+template <class W>
 DPB_HOST_DEVICE Band band_of(const Cut& cut, int64_t block) {
   const int64_t index = block % cut.bands, chunk = block / cut.bands % cut.chunks;
   const int64_t row = chunk * cut.rows;
-  return {block / (cut.bands * cut.chunks),     row,   clamp(cut.i - row, 0, cut.rows),
-          index * Shape<T>::BLOCK_N - cut.rows, index, chunk};
+  return {block / (cut.bands * cut.chunks), row,   clamp(cut.i - row, 0, cut.rows),
+          index * W::BLOCK_N - cut.rows,    index, chunk};
 }
 
 // The steps at which the window enters the row, lies inside it, is inside no more, and has left the row.
@@ -108,57 +120,56 @@ struct Steps {
   int64_t enter, inside, outside, leave;
 };
 
-template <class T>
+template <class W>
 DPB_HOST_DEVICE Steps steps_of(const Band& band, int64_t j) {
-  const int64_t right = j - band.column - Shape<T>::SHIFT - Shape<T>::BLOCK_N + BLOCK_M;
-  const int64_t leave = ceil_div(clamp(j - band.column, 0, band.rows), BLOCK_M);
-  int64_t inside = clamp(BLOCK_M - 1 - band.column, 0, INT64_MAX) / BLOCK_M;
+  const int64_t right = j - band.column - W::SHIFT - W::BLOCK_N + W::BLOCK_M;
+  const int64_t leave = ceil_div(clamp(j - band.column, 0, band.rows), W::BLOCK_M);
+  int64_t inside = clamp(W::BLOCK_M - 1 - band.column, 0, INT64_MAX) / W::BLOCK_M;
   inside = inside < leave ? inside : leave;
-  const int64_t enter = clamp(BLOCK_M - band.column - Shape<T>::SHIFT - Shape<T>::BLOCK_N, 0, INT64_MAX) / BLOCK_M;
-  return {enter, inside, clamp(clamp(right, 0, band.rows) / BLOCK_M, inside, leave), leave};
+  const int64_t enter = clamp(W::BLOCK_M - band.column - W::SHIFT - W::BLOCK_N, 0, INT64_MAX) / W::BLOCK_M;
+  return {enter, inside, clamp(clamp(right, 0, band.rows) / W::BLOCK_M, inside, leave), leave};
 }
 
-// Where the first window of a thread lies. `start` is the element of (head, row, 0), counted from a 16-byte boundary.
-template <class T>
+// Where the first window of a thread lies. `start` is the element of (head, row, 0), counted from a boundary.
+template <class W>
 struct Place {
   int64_t start, stride_x, stride_y, column;
   int warp, lane;
 
   DPB_HOST_DEVICE static int row(int warp, int q) {
-    return warp + q * WARPS;
+    return warp + q * W::WARPS;
   }
   DPB_HOST_DEVICE int row(int q) const {
     return row(warp, q);
   }
   // first column, within the window, of the lane's vector v
   DPB_HOST_DEVICE int first(int v) const {
-    return (v * LANES + lane) * Shape<T>::VEC;
+    return (v * LANES + lane) * W::VEC;
   }
   DPB_HOST_DEVICE int shift_of_row(int m) const {
-    return static_cast<int>(-(start + m * stride_x) & Shape<T>::SHIFT);  // the column is a multiple of VEC
+    return static_cast<int>(-(start + m * stride_x) & W::SHIFT);  // the column is a multiple of ALIGN
   }
   // element of (row q, the lane's first vector) at step 0
   DPB_HOST_DEVICE int64_t origin(int q, int shift) const {
     return start + row(q) * stride_x + (column + shift + first(0)) * stride_y;
   }
   DPB_HOST_DEVICE int64_t step() const {
-    return BLOCK_M * (stride_x + stride_y);
+    return W::BLOCK_M * (stride_x + stride_y);
   }
 };
 
 // Calls visit(q, v, element, y) for the lane's vectors of the window at step k that lie in the rows; `y` is the
 // vector's first column, which may be outside [0, j).
-template <class T, class F>
-DPB_HOST_DEVICE void for_each_vector(const Place<T>& place, const int (&shift)[WARP_ROWS], int64_t k, int64_t rows,
+template <class W, class F>
+DPB_HOST_DEVICE void for_each_vector(const Place<W>& place, const int (&shift)[W::WARP_ROWS], int64_t k, int64_t rows,
                                      F&& visit) {
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
-    if (k * BLOCK_M + place.row(q) < rows) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
+    if (k * W::BLOCK_M + place.row(q) < rows) {
       DPB_DEVICE_UNROLL
-      for (int v = 0; v < Shape<T>::VECTORS; ++v) {
-        const int64_t y = place.column + k * BLOCK_M + shift[q] + place.first(v);
-        const int64_t element =
-            place.origin(q, shift[q]) + k * place.step() + v * (LANES * Shape<T>::VEC) * place.stride_y;
+      for (int v = 0; v < W::VECTORS; ++v) {
+        const int64_t y = place.column + k * W::BLOCK_M + shift[q] + place.first(v);
+        const int64_t element = place.origin(q, shift[q]) + k * place.step() + v * (LANES * W::VEC) * place.stride_y;
         visit(q, v, element, y);
       }
     }
@@ -186,22 +197,21 @@ struct Table {
 };
 
 // What one thread does. Memory::store(T* address, value) takes a Vector<T> at a 16-byte boundary, or a T.
-template <class Memory, class T>
+template <class W, class Memory, class T>
 DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut, int64_t block, int thread) {
-  using S = Shape<T>;
-  const Band band = band_of<T>(cut, block);
-  const Steps steps = steps_of<T>(band, cut.j);
-  const Place<T> place{(band.head * cut.i + band.row) * cut.j, cut.j, 1, band.column, thread / LANES, thread % LANES};
+  const Band band = band_of<W>(cut, block);
+  const Steps steps = steps_of<W>(band, cut.j);
+  const Place<W> place{(band.head * cut.i + band.row) * cut.j, cut.j, 1, band.column, thread / LANES, thread % LANES};
 
-  int shift[WARP_ROWS];
-  Vector<T> window[WARP_ROWS][S::VECTORS];
+  int shift[W::WARP_ROWS];
+  Vector<T> window[W::WARP_ROWS][W::VECTORS];
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
     shift[q] = place.shift_of_row(place.row(q));
     DPB_DEVICE_UNROLL
-    for (int v = 0; v < S::VECTORS; ++v) {
+    for (int v = 0; v < W::VECTORS; ++v) {
       DPB_DEVICE_UNROLL
-      for (int e = 0; e < S::VEC; ++e) {
+      for (int e = 0; e < W::VEC; ++e) {
         window[q][v].element[e] =
             table.at(band.head, band.row + place.row(q), band.column + shift[q] + place.first(v) + e);
       }
@@ -212,11 +222,11 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
   for (int64_t edge = steps.enter; edge < steps.leave - interior; ++edge) {
     const int64_t k = edge < steps.inside ? edge : edge + interior;
     for_each_vector(place, shift, k, band.rows, [&](int q, int v, int64_t element, int64_t y) {
-      if (y >= 0 && y + S::VEC <= cut.j) {
+      if (y >= 0 && y + W::VEC <= cut.j) {
         Memory::store(out + element, window[q][v]);
       } else {
         DPB_DEVICE_UNROLL
-        for (int e = 0; e < S::VEC; ++e) {
+        for (int e = 0; e < W::VEC; ++e) {
           if (y + e >= 0 && y + e < cut.j) {
             Memory::store(out + element + e, window[q][v].element[e]);
           }
@@ -225,17 +235,17 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
     });
   }
 
-  T* to[WARP_ROWS];
+  T* to[W::WARP_ROWS];
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
     to[q] = out + place.origin(q, shift[q]) + steps.inside * place.step();
   }
   for (int64_t k = steps.inside; k < steps.outside; ++k) {
     DPB_DEVICE_UNROLL
-    for (int q = 0; q < WARP_ROWS; ++q) {
+    for (int q = 0; q < W::WARP_ROWS; ++q) {
       DPB_DEVICE_UNROLL
-      for (int v = 0; v < S::VECTORS; ++v) {
-        Memory::store(to[q] + v * LANES * S::VEC, window[q][v]);
+      for (int v = 0; v < W::VECTORS; ++v) {
+        Memory::store(to[q] + v * LANES * W::VEC, window[q][v]);
       }
       to[q] += place.step();
     }
@@ -254,11 +264,12 @@ struct Gradient {
 
 template <class A, class T>
 struct Sums {
-  A element[WARP_ROWS][Shape<T>::VECTORS][Shape<T>::VEC];
+  using W = ReduceWindow<T>;
+  A element[W::WARP_ROWS][W::VECTORS][W::VEC];
 };
 
 template <bool UNIT, class T>
-DPB_HOST_DEVICE Place<T> gradient_place(const Gradient<T>& dbias, const Band& band, int thread) {
+DPB_HOST_DEVICE Place<ReduceWindow<T>> gradient_place(const Gradient<T>& dbias, const Band& band, int thread) {
   return {dbias.lead + band.head * dbias.stride_h + band.row * dbias.stride_x,
           dbias.stride_x,
           UNIT ? 1 : dbias.stride_y,
@@ -268,42 +279,43 @@ DPB_HOST_DEVICE Place<T> gradient_place(const Gradient<T>& dbias, const Band& ba
 }
 
 template <bool UNIT, class T>
-DPB_HOST_DEVICE int gradient_shift(const Place<T>& place, int m) {
+DPB_HOST_DEVICE int gradient_shift(const Place<ReduceWindow<T>>& place, int m) {
   return UNIT ? place.shift_of_row(m) : 0;
 }
 
 template <class A, class T, class Widen>
-DPB_HOST_DEVICE void add_vector(A (&sums)[Shape<T>::VEC], const Vector<T>& loaded, Widen widen) {
+DPB_HOST_DEVICE void add_vector(A (&sums)[ReduceWindow<T>::VEC], const Vector<T>& loaded, Widen widen) {
   DPB_DEVICE_UNROLL
-  for (int e = 0; e < Shape<T>::VEC; ++e) {
+  for (int e = 0; e < ReduceWindow<T>::VEC; ++e) {
     sums[e] += A(widen(loaded.element[e]));
   }
 }
 
 // The steps at which whole windows lie inside the rows.
 template <class Memory, class A, class T, class Widen>
-DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<T>& place, const int (&shift)[WARP_ROWS],
-                                         const Steps& steps, Widen widen, Sums<A, T>& sums) {
-  using S = Shape<T>;
-  const T* from[WARP_ROWS];
+DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<ReduceWindow<T>>& place,
+                                         const int (&shift)[ReduceWindow<T>::WARP_ROWS], const Steps& steps,
+                                         Widen widen, Sums<A, T>& sums) {
+  using W = ReduceWindow<T>;
+  const T* from[W::WARP_ROWS];
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
     from[q] = data + place.origin(q, shift[q]) + steps.inside * place.step();
   }
   for (int64_t k = steps.inside; k < steps.outside; ++k) {
-    Vector<T> loaded[WARP_ROWS][S::VECTORS];  // all on their way before the first is added
+    Vector<T> loaded[W::WARP_ROWS][W::VECTORS];  // all on their way before the first is added
     DPB_DEVICE_UNROLL
-    for (int q = 0; q < WARP_ROWS; ++q) {
+    for (int q = 0; q < W::WARP_ROWS; ++q) {
       DPB_DEVICE_UNROLL
-      for (int v = 0; v < S::VECTORS; ++v) {
-        loaded[q][v] = Memory::template load<Vector<T>>(from[q] + v * LANES * S::VEC);
+      for (int v = 0; v < W::VECTORS; ++v) {
+        loaded[q][v] = Memory::template load<Vector<T>>(from[q] + v * LANES * W::VEC);
       }
       from[q] += place.step();
     }
     DPB_DEVICE_UNROLL
-    for (int q = 0; q < WARP_ROWS; ++q) {
+    for (int q = 0; q < W::WARP_ROWS; ++q) {
       DPB_DEVICE_UNROLL
-      for (int v = 0; v < S::VECTORS; ++v) {
+      for (int v = 0; v < W::VECTORS; ++v) {
         add_vector<A, T>(sums.element[q][v], loaded[q][v], widen);
       }
     }
@@ -315,19 +327,19 @@ DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<T>& place, c
 template <class Memory, bool UNIT, class A, class T, class Widen>
 DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread, Widen widen,
                                        Sums<A, T>& sums) {
-  using S = Shape<T>;
-  const Band band = band_of<T>(cut, block);
-  const Steps steps = steps_of<T>(band, cut.j);
-  const Place<T> place = gradient_place<UNIT>(dbias, band, thread);
+  using W = ReduceWindow<T>;
+  const Band band = band_of<W>(cut, block);
+  const Steps steps = steps_of<W>(band, cut.j);
+  const Place<W> place = gradient_place<UNIT>(dbias, band, thread);
 
-  int shift[WARP_ROWS];
+  int shift[W::WARP_ROWS];
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
     shift[q] = gradient_shift<UNIT>(place, place.row(q));
     DPB_DEVICE_UNROLL
-    for (int v = 0; v < S::VECTORS; ++v) {
+    for (int v = 0; v < W::VECTORS; ++v) {
       DPB_DEVICE_UNROLL
-      for (int e = 0; e < S::VEC; ++e) {
+      for (int e = 0; e < W::VEC; ++e) {
         sums.element[q][v][e] = A(0);
       }
     }
@@ -337,11 +349,11 @@ DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut,
   for (int64_t edge = steps.enter; edge < steps.leave - interior; ++edge) {
     const int64_t k = UNIT && edge >= steps.inside ? edge + interior : edge;
     for_each_vector(place, shift, k, band.rows, [&](int q, int v, int64_t element, int64_t y) {
-      if (UNIT && y >= 0 && y + S::VEC <= cut.j) {
+      if (UNIT && y >= 0 && y + W::VEC <= cut.j) {
         add_vector<A, T>(sums.element[q][v], Memory::template load<Vector<T>>(dbias.data + element), widen);
       } else {
         DPB_DEVICE_UNROLL
-        for (int e = 0; e < S::VEC; ++e) {
+        for (int e = 0; e < W::VEC; ++e) {
           if (y + e >= 0 && y + e < cut.j) {
             sums.element[q][v][e] += A(widen(Memory::template load<T>(dbias.data + element + e * place.stride_y)));
           }
@@ -357,26 +369,28 @@ DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut,
 // One block's sums side by side, and each row's anchor: the diagonal of its first element, never negative.
 template <class A, class T>
 struct SharedWindow {
-  A element[BLOCK_M][Shape<T>::BLOCK_N];
-  int anchor[BLOCK_M];
+  using W = ReduceWindow<T>;
+  A element[W::BLOCK_M][W::BLOCK_N];
+  int anchor[W::BLOCK_M];
 };
 
 template <bool UNIT, class A, class T>
 DPB_HOST_DEVICE void share_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread,
                                   const Sums<A, T>& sums, SharedWindow<A, T>& shared) {
-  const Place<T> place = gradient_place<UNIT>(dbias, band_of<T>(cut, block), thread);
+  using W = ReduceWindow<T>;
+  const Place<W> place = gradient_place<UNIT>(dbias, band_of<W>(cut, block), thread);
   DPB_DEVICE_UNROLL
-  for (int q = 0; q < WARP_ROWS; ++q) {
+  for (int q = 0; q < W::WARP_ROWS; ++q) {
     DPB_DEVICE_UNROLL
-    for (int v = 0; v < Shape<T>::VECTORS; ++v) {
+    for (int v = 0; v < W::VECTORS; ++v) {
       DPB_DEVICE_UNROLL
-      for (int e = 0; e < Shape<T>::VEC; ++e) {
+      for (int e = 0; e < W::VEC; ++e) {
         shared.element[place.row(q)][place.first(v) + e] = sums.element[q][v][e];
       }
     }
   }
-  if (thread < BLOCK_M) {
-    shared.anchor[thread] = thread + Shape<T>::SHIFT - gradient_shift<UNIT>(place, thread);
+  if (thread < W::BLOCK_M) {
+    shared.anchor[thread] = thread + W::SHIFT - gradient_shift<UNIT>(place, thread);
   }
 }
 
@@ -386,13 +400,14 @@ DPB_HOST_DEVICE void share_thread(const Gradient<T>& dbias, const Cut& cut, int6
 template <class A, class T>
 DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cut& cut, int64_t block, int thread,
                                       A* partial) {
-  constexpr int N = Shape<T>::BLOCK_N;
+  using W = ReduceWindow<T>;
+  constexpr int N = W::BLOCK_N;
   const int64_t span = cut.bands * N;
   partial += block / cut.bands * 2 * span + (cut.bands - 1 - block % cut.bands) * N;
-  for (int t = thread; t < N; t += THREADS) {
+  for (int t = thread; t < N; t += W::THREADS) {
     A lower = 0, upper = 0;
     DPB_DEVICE_UNROLL
-    for (int m = 0; m < BLOCK_M; ++m) {  // selected, never multiplied by a mask: an Inf stays on its own diagonal
+    for (int m = 0; m < W::BLOCK_M; ++m) {  // selected, never multiplied by a mask: an Inf stays on its own diagonal
       const int column = shared.anchor[m] - t;
       if (column >= 0) {
         lower += shared.element[m][column];

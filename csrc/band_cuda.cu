@@ -45,13 +45,15 @@ struct Widen {
 };
 
 template <class T>
-__global__ void __launch_bounds__(band::THREADS) expand_kernel(band::Table<T> table, T* out, band::Cut cut) {
-  band::expand_thread<Global>(table, out, cut, blockIdx.x, threadIdx.x);
+__global__ void __launch_bounds__(band::ExpandWindow<T>::THREADS)
+    expand_kernel(band::Table<T> table, T* out, band::Cut cut) {
+  band::expand_thread<band::ExpandWindow<T>, Global>(table, out, cut, blockIdx.x, threadIdx.x);
 }
 
 // Three blocks a multiprocessor at least: left to itself, ptxas aims at 80 registers for float64 on sm_80, and spills.
 template <bool UNIT, class T, class A>
-__global__ void __launch_bounds__(band::THREADS, 3) reduce_kernel(band::Gradient<T> dbias, A* partial, band::Cut cut) {
+__global__ void __launch_bounds__(band::ReduceWindow<T>::THREADS, 3)
+    reduce_kernel(band::Gradient<T> dbias, A* partial, band::Cut cut) {
   __shared__ band::SharedWindow<A, T> shared;
   band::Sums<A, T> sums;
   band::accumulate_thread<Global, UNIT>(dbias, cut, blockIdx.x, threadIdx.x, Widen{}, sums);
@@ -110,10 +112,11 @@ Tensor expand_cuda(Tensor table, int64_t i, int64_t j, int64_t offset, bool is_s
   const cudaStream_t stream = current_stream(bias);
   with_type(dtype, [&](auto value) {
     using T = Bits<sizeof(value)>;
-    const band::Cut cut = band::cut<T>(heads, i, j);
+    using Window = band::ExpandWindow<T>;
+    const band::Cut cut = band::cut<Window>(heads, i, j);
     const band::Table<T> source{
         static_cast<const T*>(table.const_data_ptr()), n, offset, table.stride(0), table.stride(1), is_signed};
-    expand_kernel<<<grid_of(cut.blocks(heads)), band::THREADS, 0, stream>>>(
+    expand_kernel<<<grid_of(cut.blocks(heads)), Window::THREADS, 0, stream>>>(
         source, static_cast<T*>(bias.mutable_data_ptr()), cut);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -124,7 +127,8 @@ template <class T, class A>
 void launch_reduce(const Tensor& dbias, Tensor& dtable, int64_t n, int64_t offset, bool is_signed) {
   const int64_t heads = dbias.size(0), i = dbias.size(1), j = dbias.size(2), width = dtable.size(1);
   constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const band::Cut cut = band::cut<T>(heads, i, j);
+  using Window = band::ReduceWindow<T>;
+  const band::Cut cut = band::cut<Window>(heads, i, j);
   Tensor scratch = empty(dbias, {heads * cut.chunks * 2, cut.bands * cut.block_n}, type);
   A* partial = static_cast<A*>(scratch.mutable_data_ptr());
 
@@ -137,9 +141,9 @@ void launch_reduce(const Tensor& dbias, Tensor& dtable, int64_t n, int64_t offse
   const cudaStream_t stream = current_stream(dbias);
   const unsigned grid = grid_of(cut.blocks(heads));
   if (is_unit) {
-    reduce_kernel<true, T, A><<<grid, band::THREADS, 0, stream>>>(gradient, partial, cut);
+    reduce_kernel<true, T, A><<<grid, Window::THREADS, 0, stream>>>(gradient, partial, cut);
   } else {
-    reduce_kernel<false, T, A><<<grid, band::THREADS, 0, stream>>>(gradient, partial, cut);
+    reduce_kernel<false, T, A><<<grid, Window::THREADS, 0, stream>>>(gradient, partial, cut);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const unsigned fold_grid = grid_of(band::ceil_div(width, FOLD_THREADS) * heads);

@@ -19,9 +19,18 @@ elementwise in registers and sums along the diagonals once, after the loop. A ro
 BLOCK_N + BLOCK_M diagonals; a cyclic skew puts diagonal t and diagonal t - BLOCK_N into column t, and two masked
 column sums (`lower`, `upper`) part them. The fold adds the programs' sums in a fixed order.
 
-Every access of the inner loop has 16 bytes, for any j: row r of the window is shifted right by s_r, the elements up to
-the next 16-byte boundary. Rows BLOCK_M apart have the same s_r, because BLOCK_M is a multiple of the vector, and so
-have all bands, because BLOCK_N is; hence shifted bands still tile the row.
+For any j, row r of the window is shifted right by s_r, to the next multiple of ALIGN elements. Rows BLOCK_M apart have
+the same s_r, because BLOCK_M is a multiple of ALIGN, and so have all bands, because BLOCK_N is; hence shifted bands
+still tile the row.
+
+    memory   |       |       |       |       |       |       |       a | every ALIGN elements
+    row 0    [===============|===============|===============|===    an odd j: each row begins elsewhere
+    row 1    ..,.....[===============|===============|===========    comma: row 1 begins; then s_1 elements that
+    row 2    ....,...[===============|===============|===========    belong to the band on the left
+
+All accesses of the inner loop have 16 bytes. Reads need no more. Writes do: memory takes whole sectors of 32 bytes, and
+one that two stores share is read, merged and written again. Expand therefore shifts as far as BLOCK_M allows: a sector
+of bf16, two of float32, four of float64. The few elements of a row outside whole vectors have a loop of their own.
 
 Bytes: expand writes h * i * j elements, reduce reads as many; everything else is O(h * (i + j)). The roof is DRAM.
 Numerics: expand moves bits. Reduce adds in fp32 (fp64 for fp64) and rounds once, outside the kernel.
@@ -43,7 +52,10 @@ BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 4
 # Programs to aim at: enough to fill any GPU several times, few enough that the gather of the window stays unseen.
 PROGRAMS = 2048
 FOLD_BLOCK = 256
+# The fold loads the sums of so many row chunks before it adds the first one.
+FOLD_CHUNKS = tl.constexpr(8)
 VECTOR_BYTES = 16
+LINE_BYTES = 128
 # Positions, and every sum of two of them, are int32 in the kernels.
 LARGEST = 2**30 - 1
 
@@ -80,26 +92,26 @@ def _steps(rows, column, j, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def _window(start, column, stride_x, stride_y, VEC: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
+def _window(start, column, stride_x, stride_y, ALIGN: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Element offsets of the first window from `start`, a 16-byte boundary for rows that lie side by side.
+    """Element offsets of the first window, whose row 0 and column 0 are at element `start`.
 
     Returns (origin [], offs [BLOCK_M, BLOCK_N], shift [BLOCK_M], step []), in int64: 1,024 rows of 2 million keys are
     2^31 elements.
-    UNIT: stride_y is 1. SHIFT: the largest shift; 0 says that all row starts are 16-byte boundaries.
+    UNIT: stride_y is 1. SHIFT: the largest shift; 0 says that all rows begin at multiples of ALIGN.
     """
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     if UNIT and SHIFT == 0:
         # the multiplication tells the compiler what the caller has checked
-        stride_x = (stride_x // VEC) * VEC
-        origin = (start // VEC) * VEC
+        stride_x = (stride_x // ALIGN) * ALIGN
+        origin = (start // ALIGN) * ALIGN
         row_starts = offs_m * stride_x + column
         shift = tl.zeros([BLOCK_M], tl.int32)
     elif UNIT:
-        origin = (start // VEC) * VEC
+        origin = (start // ALIGN) * ALIGN
         unshifted = (start - origin) + offs_m * stride_x + (column + ROWS)  # not negative: column >= -ROWS
-        row_starts = (unshifted + (VEC - 1)) // VEC * VEC
+        row_starts = (unshifted + (ALIGN - 1)) // ALIGN * ALIGN
         shift = (row_starts - unshifted).to(tl.int32)
         row_starts -= ROWS
     else:
@@ -111,40 +123,65 @@ def _window(start, column, stride_x, stride_y, VEC: tl.constexpr, SHIFT: tl.cons
 
 
 @triton.jit
-def _is_inside(k, rows, column, shift, j, VEC: tl.constexpr, SHIFT: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Mask [BLOCK_M, BLOCK_N] of the window at step k: the elements within the rows and the columns.
+def _is_inside(k, rows, column, shift, j, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Mask [BLOCK_M, BLOCK_N] of the window at step k: whole vectors of VEC elements within the rows and the columns.
 
-    Two bounds a row and one vector of columns; a tile of columns would fill 32 registers.
+    Two bounds a row and one vector of columns; a tile of columns would fill 32 registers. The bounds are multiples of
+    VEC, so that masked accesses are as wide.
     """
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
-    if SHIFT == 0 and VEC > 1:
-        j = (j // VEC) * VEC  # vectors lie wholly inside or outside, so masked accesses stay wide
-    begin = -(column + k * BLOCK_M + shift)
-    end = tl.where(k * BLOCK_M + offs_m < rows, j + begin, 0)  # [BLOCK_M]
+    begin = -(column + k * BLOCK_M + shift)  # [BLOCK_M]
+    end = tl.where(k * BLOCK_M + offs_m < rows, j + begin, 0)
+    begin = (tl.maximum(begin, 0) + (VEC - 1)) // VEC * VEC
+    end = tl.maximum(end, 0) // VEC * VEC
     return (offs_n >= begin[:, None]) & (offs_n < end[:, None])
+
+
+@triton.jit
+def _expand_ends(table_ptr, out_ptr, start, row, rows, j, offset, n, SIGNED: tl.constexpr, VEC: tl.constexpr):
+    """Store what the windows leave: before the first whole vector of a row and behind its last one, for `rows` rows.
+
+    start: the element (row, 0) of this head in out.
+    """
+    is_head = tl.arange(0, 2 * VEC)[None, :] < VEC
+    offs_n = tl.arange(0, 2 * VEC)[None, :] & (VEC - 1)
+    for first in range(0, rows, 64):
+        offs_m = first + tl.arange(0, 64)
+        begin = start + offs_m.to(tl.int64) * j
+        head = tl.minimum(-begin & (VEC - 1), j).to(tl.int32)  # [64], elements before the first vector
+        tail = tl.maximum(j - ((begin + j) & (VEC - 1)).to(tl.int32), head)  # [64], the column behind the last one
+        y = tl.where(is_head, offs_n, tail[:, None] + offs_n)  # [64, 2 * VEC]
+        mask = (offs_m < rows)[:, None] & (y < tl.where(is_head, head[:, None], j))
+        distance = (row + offset + offs_m)[:, None] - y
+        index = distance + (n - 1) if SIGNED else tl.abs(distance)
+        value = tl.load(table_ptr + index, mask=mask)
+        tl.store(out_ptr + begin[:, None] + y, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["i", "j", "n", "offset", "n_bands", "n_chunks"])
 def _expand_kernel(table_ptr, out_ptr, i, j, n, offset, n_bands, n_chunks,
-                   SIGNED: tl.constexpr, VEC: tl.constexpr, SHIFT: tl.constexpr,
+                   SIGNED: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, SHIFT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     head, row, rows, column = _band(i, n_bands, n_chunks, BLOCK_N, ROWS)
     start = (head * i + row) * j
-    origin, offs, shift, step = _window(start, column, j, 1, VEC, SHIFT, True, ROWS, BLOCK_M, BLOCK_N)
+    origin, offs, shift, step = _window(start, column, j, 1, ALIGN, SHIFT, True, ROWS, BLOCK_M, BLOCK_N)
+
+    width = 2 * n - 1 if SIGNED else n
+    table_ptr += head * width
+    if SHIFT > 0 and tl.program_id(0) % n_bands == 0:  # the leftmost band has the fewest windows inside
+        _expand_ends(table_ptr, out_ptr, start, row, rows, j, offset, n, SIGNED, VEC)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     distance = (row + offset - column) + (offs_m - shift)[:, None] - offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-    width = 2 * n - 1 if SIGNED else n
     index = distance + (n - 1) if SIGNED else tl.abs(distance)
     # the parts of a window that no step shows may lie outside the table
-    window = tl.load(table_ptr + head * width + index, mask=(index >= 0) & (index < width), other=0.0)
+    window = tl.load(table_ptr + index, mask=(index >= 0) & (index < width), other=0.0)
 
     out_ptr += origin
     enter, inside, outside, leave = _steps(rows, column, j, SHIFT, BLOCK_M, BLOCK_N)
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
-        mask = _is_inside(k, rows, column, shift, j, VEC, SHIFT, BLOCK_M, BLOCK_N)
+        mask = _is_inside(k, rows, column, shift, j, VEC, BLOCK_M, BLOCK_N)
         tl.store(out_ptr + k * step + offs, window, mask=mask)
     out_ptr += inside * step
     for _ in range(inside, outside):
@@ -154,11 +191,11 @@ def _expand_kernel(table_ptr, out_ptr, i, j, n, offset, n_bands, n_chunks,
 
 @triton.jit(do_not_specialize=["i", "j", "start", "stride_h", "stride_x", "stride_y", "n_bands", "n_chunks"])
 def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stride_y, n_bands, n_chunks,
-                   UNIT: tl.constexpr, VEC: tl.constexpr, SHIFT: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                   UNIT: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, SHIFT: tl.constexpr,
+                   UNROLL: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     head, row, rows, column = _band(i, n_bands, n_chunks, BLOCK_N, ROWS)
     start += head * stride_h + row.to(tl.int64) * stride_x
-    origin, offs, shift, step = _window(start, column, stride_x, stride_y, VEC, SHIFT, UNIT, ROWS, BLOCK_M, BLOCK_N)
+    origin, offs, shift, step = _window(start, column, stride_x, stride_y, ALIGN, SHIFT, UNIT, ROWS, BLOCK_M, BLOCK_N)
     dtype = partial_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype)
 
@@ -166,10 +203,11 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
     enter, inside, outside, leave = _steps(rows, column, j, SHIFT, BLOCK_M, BLOCK_N)
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
-        mask = _is_inside(k, rows, column, shift, j, VEC, SHIFT, BLOCK_M, BLOCK_N)
+        # element by element where rows begin within a vector: first whole vectors, then the rest costs 41 registers
+        mask = _is_inside(k, rows, column, shift, j, VEC if SHIFT == 0 else 1, BLOCK_M, BLOCK_N)
         acc += tl.load(dbias_ptr + k * step + offs, mask=mask, other=0.0).to(dtype)
     dbias_ptr += inside * step
-    for _ in range(inside, outside):
+    for _ in tl.range(inside, outside, loop_unroll_factor=UNROLL):
         acc += tl.load(dbias_ptr + offs).to(dtype)
         dbias_ptr += step
 
@@ -193,16 +231,21 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
 @triton.jit
 def _sum_of_chunks(partial_ptr, distance, is_used, offset, n_bands, n_chunks, SHIFT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Sum over the row chunks, in order, of the partial sums of signed distances [FOLD_BLOCK]."""
+    """Sum over the row chunks, in order, of the partial sums of signed distances [FOLD_BLOCK].
+
+    FOLD_CHUNKS chunks a step, so that their loads are on their way together.
+    """
     span = n_bands * BLOCK_N
     total = tl.zeros(distance.shape, partial_ptr.dtype.element_ty)
-    for chunk in range(0, n_chunks):
-        slot = distance - offset - (chunk + 1) * ROWS + SHIFT + span
-        mask = is_used & (slot >= BLOCK_N) & (slot < span + BLOCK_N)
-        total += tl.load(partial_ptr + slot - BLOCK_N, mask=mask, other=0.0)
-        mask = is_used & (slot >= 0) & (slot < span)
-        total += tl.load(partial_ptr + span + slot, mask=mask, other=0.0)
-        partial_ptr += 2 * span
+    for first in range(0, n_chunks, FOLD_CHUNKS):
+        for chunk in tl.static_range(FOLD_CHUNKS):
+            slot = distance - offset - (first + chunk + 1) * ROWS + SHIFT + span
+            is_known = is_used & (first + chunk < n_chunks)
+            mask = is_known & (slot >= BLOCK_N) & (slot < span + BLOCK_N)
+            total += tl.load(partial_ptr + slot - BLOCK_N, mask=mask, other=0.0)
+            mask = is_known & (slot >= 0) & (slot < span)
+            total += tl.load(partial_ptr + span + slot, mask=mask, other=0.0)
+            partial_ptr += 2 * span
     return total
 
 
@@ -236,30 +279,35 @@ def _cut(heads, i, j, n, dtype, block_n, rows):
 
 
 @repeated()
-def expand(table, i, j, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
-    """Launch the expansion. `block_m`, `block_n`, `rows` (powers of two) are there for tests of small shapes.
+def expand(table, i, j, offset, signed, dtype, *,
+           block_m=BLOCK_M, block_n=None, rows=None, align=None, warps=NUM_WARPS):  # fmt: skip
+    """Launch the expansion.
 
     table (heads, n) or, signed, (heads, 2n - 1) -> out (heads, i, j) in `dtype`, contiguous.
+    The options are powers of two, for tests of small shapes and for experiments. `align`: the rows of a window begin at
+    multiples of so many bytes; unless given as many as BLOCK_M allows, a line at most.
     """
     heads, width = table.shape
     out = empty((heads, i, j), dtype, table.device)
     if out.numel() == 0:
         return out
-    vec = VECTOR_BYTES // out.element_size()
+    size = out.element_size()
+    align = min(block_m, (align or LINE_BYTES) // size)
     n = (width + 1) // 2 if signed else width
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, n, dtype, block_n, rows)
     launch(
         _expand_kernel, (n_bands * n_chunks * heads,),
         table.to(dtype).contiguous(), out, i, j, n, offset, n_bands, n_chunks,
-        SIGNED=signed, VEC=vec, SHIFT=0 if j % vec == 0 else vec - 1,
-        ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
+        SIGNED=signed, VEC=VECTOR_BYTES // size, ALIGN=align, SHIFT=0 if j % align == 0 else align - 1,
+        ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
     return out
 
 
 @repeated()
-def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, rows=None):
-    """Launch the reduction; the transpose of `expand`, with the same options for tests.
+def reduce(dbias, n, offset, signed, dtype, *,
+           block_m=BLOCK_M, block_n=None, rows=None, align=VECTOR_BYTES, warps=NUM_WARPS, unroll=1):  # fmt: skip
+    """Launch the reduction; the transpose of `expand`, with its options. `unroll`: windows that an iteration loads.
 
     dbias (heads, i, j) of any strides -> dtable (heads, n) or, signed, (heads, 2n - 1) in `dtype`.
     """
@@ -268,20 +316,22 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
     if dbias.numel() == 0 or width == 0:
         return torch.zeros((heads, width), dtype=dtype, device=dbias.device)
     if dbias.stride(1) == 1 and dbias.stride(2) != 1 and i > 1 < j:  # its transpose is the one with 16-byte rows
-        dtable = reduce(dbias.mT, n, -offset, signed, dtype, block_m=block_m, block_n=block_n, rows=rows)
+        options = dict(block_m=block_m, block_n=block_n, rows=rows, align=align, warps=warps, unroll=unroll)
+        dtable = reduce(dbias.mT, n, -offset, signed, dtype, **options)
         return dtable.flip(1) if signed else dtable
 
     stride_h, stride_x, stride_y = dbias.stride()
     unit = stride_y == 1 or j == 1
     stride_y = 1 if unit else stride_y
-    vec = VECTOR_BYTES // dbias.element_size() if unit else 1
-    # A base that is no 16-byte boundary is one with a later start: step back to the boundary within the storage.
-    start = dbias.data_ptr() % VECTOR_BYTES // dbias.element_size() if unit else 0
+    size = dbias.element_size()
+    # A base that is no boundary is one with a later start: step back to the boundary within the storage.
+    start = dbias.data_ptr() % align // size if unit else 0
     if start > dbias.storage_offset():
         dbias, start = dbias.clone(), 0  # memory that torch did not allocate
         stride_h, stride_x, stride_y = dbias.stride()
-    is_aligned = not (start or j % vec or stride_x % vec or stride_h % vec)
-    shift = 0 if is_aligned else vec - 1
+    vec, align = (VECTOR_BYTES // size, align // size) if unit else (1, 1)
+    is_aligned = not (start or j % align or stride_x % align or stride_h % align)
+    shift = 0 if is_aligned else align - 1
 
     accumulator = torch.float64 if torch.float64 in (dbias.dtype, dtype) else torch.float32
     n_bands, n_chunks, block_n, rows = _cut(heads, i, j, n, accumulator, block_n, rows)
@@ -291,7 +341,8 @@ def reduce(dbias, n, offset, signed, dtype, *, block_m=BLOCK_M, block_n=None, ro
         _reduce_kernel, (n_bands * n_chunks * heads,),
         dbias if start == 0 else dbias.as_strided((1,), (1,), dbias.storage_offset() - start), partial,
         i, j, start, stride_h, stride_x, stride_y, n_bands, n_chunks,
-        UNIT=unit, VEC=vec, SHIFT=shift, ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=NUM_WARPS,
+        UNIT=unit, VEC=vec, ALIGN=align, SHIFT=shift, UNROLL=unroll,
+        ROWS=rows, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
     launch(
         _fold_kernel, (cdiv(width, FOLD_BLOCK) * heads,),

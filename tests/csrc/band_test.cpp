@@ -83,9 +83,9 @@ int64_t index_of(const Case& c, int64_t x, int64_t y) {
   return c.is_signed ? distance + c.n - 1 : std::llabs(distance);
 }
 
-template <class T>
+template <class W>
 band::Cut cut_of(const Case& c) {
-  band::Cut cut = band::cut<T>(c.heads, c.i, c.j);
+  band::Cut cut = band::cut<W>(c.heads, c.i, c.j);
   if (c.rows) {  // chunks that only large tensors get
     cut.rows = c.rows;
     cut.bands = band::ceil_div(c.j + c.rows, cut.block_n);
@@ -97,7 +97,7 @@ band::Cut cut_of(const Case& c) {
 // Storage of `count` elements at a 16-byte boundary.
 template <class T>
 std::unique_ptr<band::Vector<T>[]> allocate(int64_t count) {
-  const int64_t vectors = band::ceil_div(count, band::Shape<T>::VEC);
+  const int64_t vectors = band::ceil_div(count * sizeof(T), band::VECTOR_BYTES);
   auto memory = std::make_unique<band::Vector<T>[]>(vectors);
   storage = reinterpret_cast<uintptr_t>(memory.get());
   touched.assign(count, 0);
@@ -105,8 +105,9 @@ std::unique_ptr<band::Vector<T>[]> allocate(int64_t count) {
   return memory;
 }
 
-template <class T>
+template <class W>
 void test_expand(const Case& c) {
+  using T = typename W::Element;
   current = c;
   const int64_t width = c.is_signed ? 2 * c.n - 1 : c.n, total = c.heads * c.i * c.j;
   std::vector<T> table(c.heads * width);
@@ -115,11 +116,11 @@ void test_expand(const Case& c) {
   }
   auto memory = allocate<T>(total);
   T* out = memory[0].element;
-  const band::Cut cut = cut_of<T>(c);
+  const band::Cut cut = cut_of<W>(c);
   const band::Table<T> source{table.data(), c.n, c.offset, width, 1, c.is_signed};
   for (int64_t block = 0; block < cut.blocks(c.heads); ++block) {
-    for (int thread = 0; thread < band::THREADS; ++thread) {
-      band::expand_thread<Checked>(source, out, cut, block, thread);
+    for (int thread = 0; thread < W::THREADS; ++thread) {
+      band::expand_thread<W, Checked>(source, out, cut, block, thread);
     }
   }
   for (int64_t e = 0; e < total; ++e) {
@@ -131,7 +132,7 @@ void test_expand(const Case& c) {
       fail("wrong table entry", e);
     }
   }
-  if (scalars > 2 * (band::Shape<T>::VEC - 1) * c.heads * c.i) {
+  if (scalars > 2 * (W::VEC - 1) * c.heads * c.i) {
     fail("more scalar stores than a row's two ends need", scalars);
   }
 }
@@ -141,12 +142,12 @@ void run_reduce(const Case& c, const T* data, const band::Cut& cut, std::vector<
   const band::Gradient<T> dbias{data, c.lead, c.stride_h, c.stride_x, c.stride_y};
   auto shared = std::make_unique<band::SharedWindow<double, T>>();
   for (int64_t block = 0; block < cut.blocks(c.heads); ++block) {
-    for (int thread = 0; thread < band::THREADS; ++thread) {
+    for (int thread = 0; thread < band::ReduceWindow<T>::THREADS; ++thread) {
       band::Sums<double, T> sums;
       band::accumulate_thread<Checked, UNIT>(dbias, cut, block, thread, Widen{}, sums);
       band::share_thread<UNIT>(dbias, cut, block, thread, sums, *shared);
     }
-    for (int thread = 0; thread < band::THREADS; ++thread) {
+    for (int thread = 0; thread < band::ReduceWindow<T>::THREADS; ++thread) {
       band::diagonals_thread(*shared, cut, block, thread, partial.data());
     }
   }
@@ -161,7 +162,7 @@ void test_reduce(const Case& c, std::mt19937& random) {
   for (int64_t e = 0; e < count; ++e) {
     data[e] = static_cast<T>(random() % 16);
   }
-  const band::Cut cut = cut_of<T>(c);
+  const band::Cut cut = cut_of<band::ReduceWindow<T>>(c);
   std::vector<double> partial(c.heads * cut.chunks * 2 * cut.bands * cut.block_n, NAN);
   if (c.stride_y == 1) {
     run_reduce<true, T>(c, data, cut, partial);
@@ -192,7 +193,7 @@ void test_reduce(const Case& c, std::mt19937& random) {
       fail("wrong sum", e);
     }
   }
-  if (c.stride_y == 1 && scalars > 2 * (band::Shape<T>::VEC - 1) * c.heads * c.i) {
+  if (c.stride_y == 1 && scalars > 2 * (band::ReduceWindow<T>::VEC - 1) * c.heads * c.i) {
     fail("more scalar loads than a row's two ends need", scalars);
   }
 }
@@ -203,6 +204,7 @@ int64_t pick(std::mt19937& random, int64_t low, int64_t high) {
 
 template <class T>
 int sweep(std::mt19937& random) {
+  constexpr int LINE = 128 / sizeof(T);  // elements; a window that writes whole lines is tried beside the kernels' own
   const int64_t sizes[] = {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 300, 511, 530};
   int cases = 0;
   const auto both = [&](Case c) {
@@ -210,9 +212,10 @@ int sweep(std::mt19937& random) {
     c.size = sizeof(T);
     Case contiguous = c;
     contiguous.lead = 0;
-    test_expand<T>(contiguous);
+    test_expand<band::ExpandWindow<T>>(contiguous);
+    test_expand<band::Window<T, LINE, band::LANES * band::VECTOR_BYTES / sizeof(T), 8, 128>>(contiguous);
     test_reduce<T>(c, random);
-    cases += 2;
+    cases += 3;
   };
   for (int64_t i : sizes) {
     for (int64_t j : sizes) {
@@ -223,7 +226,7 @@ int sweep(std::mt19937& random) {
              0,
              0,
              pick(random, 0, 1) == 1,
-             pick(random, 0, band::Shape<T>::SHIFT),
+             pick(random, 0, band::ReduceWindow<T>::SHIFT),
              i * j,
              j,
              1,
@@ -241,7 +244,7 @@ int sweep(std::mt19937& random) {
            0,
            64 << pick(random, 0, 4),
            pick(random, 0, 1) == 1,
-           pick(random, 0, band::Shape<T>::SHIFT),
+           pick(random, 0, band::ReduceWindow<T>::SHIFT),
            0,
            j + padding,
            1,

@@ -69,7 +69,7 @@ def band_test(tmp_path_factory):
 @needs_compiler
 @pytest.mark.parametrize("seed", [0, slow(1)])
 def test_every_thread_of_the_cuda_kernels_on_the_host(band_test, seed):
-    assert run(band_test, seed) == "2844 cases\n"
+    assert run(band_test, seed) == "4266 cases\n"
 
 
 @pytest.mark.slow

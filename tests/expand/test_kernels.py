@@ -42,6 +42,39 @@ def test_both_directions(tiles, grid, dtype, device, poisoned):
     oracle.assert_within_budget(dtable, oracle.reduce(dbias, n, offset, signed), eager)
 
 
+ALIGNED = [
+    (torch.bfloat16, {"block_m": 16, "block_n": 32, "rows": 32}),  # a sector
+    (torch.bfloat16, {"block_m": 64, "block_n": 64, "rows": 64, "warps": 8}),  # a line
+    (torch.bfloat16, {"block_m": 32, "block_n": 128, "rows": 64, "align": 16}),  # a vector
+    (torch.float32, {"block_m": 32, "block_n": 64, "rows": 32}),
+    (torch.float64, {"block_m": 16, "block_n": 32, "rows": 16}),
+]
+
+
+@pytest.mark.parametrize("offset", [0, 5, -301])
+@pytest.mark.parametrize(("dtype", "tiles"), ALIGNED, ids=str)
+def test_rows_that_begin_anywhere(dtype, tiles, offset, device, poisoned):
+    """Widths of every residue of the widest alignment, and some that hold no whole vector."""
+    line = 128 // dtype.itemsize
+    widths = [0, 1, 2, 3, 7, 9, 17, *range(line + 1, 2 * line + 2)]
+    for width in widths[:: 3 if offset == 5 else 7]:
+        x, y = torch.arange(70)[:, None], torch.arange(width)
+        distance = (x + offset - y).abs()
+        table = torch.arange(2 * 512, device=device).remainder(251).to(dtype).view(2, 512)
+        bias = kernels.expand(table, 70, width, offset, False, dtype, **tiles)
+        assert torch.equal(bias.cpu(), table.cpu()[:, distance]), width
+
+
+@pytest.mark.parametrize("options", [{"unroll": 2}, {"align": 32, "block_m": 16}, {"warps": 8}], ids=str)
+@pytest.mark.parametrize("width", [300, 333])
+def test_options_of_the_reduction(options, width, device, poisoned):
+    """With another alignment, and with two windows an iteration; more row chunks than the fold loads at a time."""
+    dbias = torch.randn(2, 150, width, device=device).bfloat16()
+    dtable = kernels.reduce(dbias, width, width - 150, False, torch.float32, **(TILES[0] | options))
+    eager = reference.reduce(dbias, width, dtype=torch.float32)
+    oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
+
+
 @pytest.mark.parametrize("misalignment", range(8))
 @pytest.mark.parametrize("width", [40, 41, 44])
 def test_misaligned_rows(misalignment, width, device, poisoned):

@@ -13,9 +13,9 @@ All that a launch is made of follows from these, and from what `also` names (tor
 otherwise (a copy of an input whose rows are not side by side, say) is noticed when it is launched with or returned, and
 such calls are never repeated; a change of a tensor by torch is not noticed (tests/launch_worker.py looks for those).
 
-A repeated call costs the host a fifth of what it costs otherwise. To find that sizes are new, as in each step of a
-decoder, costs as much; to write down costs as much as the call, and is not done for what comes once. What is made and
-not returned is one allocation of a repeated call, because allocations on a GPU cost the host about as much as launches.
+A repeated call costs the host a sixth of what it costs otherwise. To find that sizes are new, as in each step of a
+decoder, costs a tenth; to write down costs twice the call, and is not done for what comes once. What a call makes and
+does not return is one allocation when it is repeated, because an allocation on a GPU costs the host microseconds.
 """
 
 import copy

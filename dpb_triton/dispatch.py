@@ -155,20 +155,38 @@ def _autograd_kernel(differentiable, operator, suffix):
     return kernel
 
 
+def on_its_device(module, name):
+    """The function `name` of a module that is imported on first use; it runs on the device of its first argument."""
+    kernels = None
+
+    def function(tensor, *args):
+        nonlocal kernels
+        if kernels is None:
+            kernels = importlib.import_module(module)
+        index = tensor.get_device()
+        if index < 0 or index == torch.cuda.current_device():  # a guard takes a microsecond
+            return getattr(kernels, name)(tensor, *args)
+        with torch.cuda.device(index):
+            return getattr(kernels, name)(tensor, *args)
+
+    return function
+
+
 def call(name: str, suffix: str, *args):
     """An operator of a backend, below autograd, which the caller has seen to.
 
     Not through autograd's key, whose kernel is in Python: that detour costs as much as a small operator. And where
     nobody but us would see the operator, not through the dispatcher either, which takes 7 to 15 microseconds to turn 15
-    to 30 arguments into its own values and back.
+    to 30 arguments into its own values and back. The functions that are called so return no views, and no tensor that
+    they are given wants a gradient or gradients are off: autograd has nothing to do in them.
     """
     if torch.compiler.is_compiling():
         return OPERATORS[name + suffix](*args)
     function = DIRECT.get((name + suffix, args[0].device.type))
-    with torch._C._AutoDispatchBelowAutograd():
-        if function is None or _is_seen(args):
-            function = OPERATORS[name + suffix]
-        return function(*args)
+    if function is None or _is_seen(args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return OPERATORS[name + suffix](*args)
+    return function(*args)
 
 
 def _is_seen(args):

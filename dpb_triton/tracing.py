@@ -40,7 +40,7 @@ def largest(a, b):
 
 def is_tracing():
     """Whether this call is being traced."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def is_in_onnx_export():

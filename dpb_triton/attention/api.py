@@ -8,7 +8,7 @@ from .. import dispatch, reference
 from ..checks import is_transformed
 from ..tracing import is_in_onnx_export, is_tracing, traced_as
 from .autograd import BiasAttention
-from .checks import Packing, check_call, check_dense, check_packed, to_autocast
+from .checks import Packing, check_call, check_dense_call, check_packed, to_autocast
 from .key_bias import check_key_padding_mask, key_bias_of
 
 
@@ -99,12 +99,10 @@ def bias_attention(
     The schedule is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
     """
     query, key, value = to_autocast(query, key, value)
-    call = check_call(
-        query, key, value, table, ("batch", "heads", "length"), is_causal=is_causal, scale=scale, signed=signed,
-        window=window, softcap=softcap, dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse,
-        backend=backend,
+    call, offset = check_dense_call(
+        query, key, value, table, offset, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse,
+        backend,
     )  # fmt: skip
-    offset = check_dense(query, key, table, offset, call)
     check_key_padding_mask(key_padding_mask, query, key)
     is_exported = is_in_onnx_export()  # to what knows torch's operators, and none of ours
     if is_exported or is_transformed(query, key, value, table, key_padding_mask):

@@ -34,18 +34,8 @@ _BACKWARD = (
 BACKENDS = ("torch", "triton")
 
 
-def _triton_forward(query, *args):
-    from .kernels import forward as kernels
-
-    with torch.cuda.device_of(query):
-        return kernels.forward(query, *args)
-
-
-def _triton_backward(dout, *args):
-    from .kernels import backward as kernels
-
-    with torch.cuda.device_of(dout):
-        return kernels.backward(dout, *args)
+_triton_forward = dispatch.on_its_device(f"{__package__}.kernels.forward", "forward")
+_triton_backward = dispatch.on_its_device(f"{__package__}.kernels.backward", "backward")
 
 
 def _fake_forward(query, key, value, table, key_bias, *options):
@@ -67,8 +57,11 @@ def _fake_backward(dout, dlse, query, key, value, table, *args):
 
 def _on_cuda(by_torch, by_triton):
     def implementation(tensor, *args):
+        if tensor.dtype != torch.float64:
+            return by_triton(tensor, *args)
         # tensor cores multiply float64 only at the price of the whole kernel's shape; torch's products serve it
-        return (by_torch if tensor.dtype == torch.float64 else by_triton)(tensor, *args)
+        with torch._C._AutoDispatchBelowAutograd():  # `dispatch.call` may come here past the dispatcher
+            return by_torch(tensor, *args)
 
     return implementation
 

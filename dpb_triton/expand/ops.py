@@ -5,24 +5,11 @@
 derivatives are in `autograd.py`.
 """
 
-import torch
-
 from .. import dispatch
 from . import torch_path
 
-
-def _triton_expand(table, i, j, offset, signed, dtype):
-    from . import triton_kernels as kernels
-
-    with torch.cuda.device_of(table):
-        return kernels.expand(table, i, j, offset, signed, dtype)
-
-
-def _triton_reduce(dbias, n, offset, signed, dtype):
-    from . import triton_kernels as kernels
-
-    with torch.cuda.device_of(dbias):
-        return kernels.reduce(dbias, n, offset, signed, dtype)
+_triton_expand = dispatch.on_its_device(f"{__package__}.triton_kernels", "expand")
+_triton_reduce = dispatch.on_its_device(f"{__package__}.triton_kernels", "reduce")
 
 
 def _fake_expand(table, i, j, offset, signed, dtype):

@@ -294,6 +294,36 @@ def test_float64_is_torch_only(device):
     assert "'triton'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"is_causal": True}, {"is_causal": 1}),
+        ({"signed": False}, {"signed": 0}),
+        ({"scale": 1.0}, {"scale": True}),
+        ({"window": (1, 1)}, {"window": (True, 1)}),
+        ({"window": None}, {"window": (None,)}),
+        ({"window": (1, None)}, {"window": (1, None, "window")}),
+        ({"offset": 1}, {"offset": True}),
+        ({"dropout_p": 0}, {"dropout_p": False}),
+    ],
+    ids=str,
+)
+def test_what_equals_a_right_argument_is_wrong_after_it_too(right, wrong):
+    dense(**right)()
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        dense(**wrong)()
+    dense(**right)()
+
+
+def test_a_right_call_does_not_speak_for_other_tensors():
+    dense()()
+    for change in ({"key": randn(2, 4, 9, 8, dtype=torch.float64)}, {"query": randn(2, 4, 5, 8).to_sparse()}):
+        with pytest.raises(TypeError):
+            dense(**change)()
+    with pytest.raises(ValueError, match="table"):
+        dense(table=randn(4, 8))()
+
+
 def test_nothing_is_wrong_with_numpys_numbers():
     call = dense(
         offset=np.int64(4), window=(np.int32(3), None), scale=np.float32(0.5), softcap=np.float64(3), dropout_p=0

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench.gpu.summary FOLDER`: the tables of the documentation, made from the results of a run on a GPU."""
+
+import sys
+
+from tabulate import tabulate
+
+from .show import read
+
+# the columns: our name of a provider, the documentation's
+ATTENTION = {
+    "dpb triton": "dpb_triton", "dpb triton frozen": "frozen table", "limit: no bias flash": "FA2, no bias",
+    "limit: no bias cudnn": "cuDNN, no bias", "flex trained table": "FlexAttention", "flex fixed table": "fixed table",
+    "sdpa with bias": "SDPA + bias", "eager": "eager",
+}  # fmt: skip
+EXPAND = {"dpb triton": "Triton", "dpb cuda": "CUDA (csrc)", "limit: fill": "limit", "limit: sum": "limit",
+          "eager": "eager"}  # fmt: skip
+CELL = ("mask", "head_dim", "batch", "queries", "n", "direction")
+
+
+def _cells(records, key, wanted):
+    """{cell: {column: ms}} of the lines that were timed; the last line of a cell counts."""
+    found = {}
+    for record in records:
+        if record.get("event") == "timed" and record.get("ms") and record["provider"] in wanted:
+            found.setdefault(tuple(record.get(name) for name in key), {})[wanted[record["provider"]]] = record["ms"]
+    return found
+
+
+def _table(cells, key, columns, ratio):
+    """Rows of the cells that hold our time, least milliseconds first named; `ratio`: (head, a function of a cell)."""
+    key = [name for name in key if any(cell[place] is not None for cell in cells for place in [key.index(name)])]
+    columns = [name for name in dict.fromkeys(columns) if any(name in times for times in cells.values())]
+    rows = []
+    for cell, times in cells.items():
+        shown = [f"{times[name]:.3g}" if name in times else "" for name in columns]
+        rows.append([*("" if value is None else value for value in cell[-len(key) :]), *shown, ratio[1](times)])
+    return tabulate(rows, [*key, *columns, ratio[0]], "github", disable_numparse=True)
+
+
+def _of(name, over):
+    def ratio(times):
+        return f"{times[name] / times[over]:.2f}" if name in times and over in times else ""
+
+    return ratio
+
+
+def summary(folder):
+    """All tables as one text."""
+    _, records = read(folder)
+    here = next(record["environment"] for record in records if "environment" in record)
+    first = ", ".join(f"{name} {here[name]}" for name in ("driver", "python", "torch", "triton", "sha", "date"))
+    attention = [record for record in records if record.get("dtype") == "bf16" and record["phase"] != "expand"]
+    full = {cell: times for cell, times in _cells(attention, CELL, ATTENTION).items() if "dpb_triton" in times}
+    ratio = "FA2 / dpb_triton", _of("FA2, no bias", "dpb_triton")
+    parts = [
+        f"{here['device']}, {first}",
+        "Attention, bf16, milliseconds; training is forward and backward with a trained table.",
+        _table(full, CELL, ATTENTION.values(), ratio),
+    ]
+    bias = [record for record in records if record["phase"] == "expand"]
+    cells = _cells(bias, ("dtype", "n", "direction"), EXPAND)
+    cells = {cell: times for cell, times in cells.items() if "Triton" in times}
+    parts += [
+        "The bias alone, milliseconds; the limit is fill forward, sum backward.",
+        _table(cells, ("dtype", "n", "direction"), EXPAND.values(), ("limit / Triton", _of("limit", "Triton"))),
+    ]
+    host = [[record["call"], f"{record['us']:.0f}"] for record in records if record["phase"] == "host"]
+    if host:
+        parts += ["The host's time for a call, microseconds.", tabulate(host, ["call", "us"], "github")]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(summary(sys.argv[1]))

@@ -108,7 +108,8 @@ def _memory(record, counts):
     # Backward's numbers a query are single loads too; in dkdv's transposed tiles a thread may hold as many queries as
     # scores.
     singles, scores = counts.get("load.32", 0), scores_a_thread(record)
-    most = {"_dtable_kernel": 12, "_dkdv_kernel": 4 * scores + 12}.get(record["kernel"], scores + 12)
+    key_biases = scores / 2 if record["constants"].get("HAS_KEY_BIAS") else 0
+    most = {"_dtable_kernel": 12 + key_biases, "_dkdv_kernel": 4 * scores + 12}.get(record["kernel"], scores + 12)
     if record["arch"].startswith("sm_") and singles > most:
         sentence = f"main loop: {singles} loads of single elements for {scores:g} scores, more than {most:g}"
         found.append(Finding("bias loads", singles, sentence))

@@ -80,13 +80,13 @@ def phases(device, tiny=False):
             Command(("-m", "bench", "sweep", "--device", device, "--limit", "{limit}", "--lines", "{lines}")),
         )),
         Phase("attention", 100, "bf16, causal, 2k to 16k, against peers and limits; head_dim 128 too", (
-            bench("attention", 6, *bf16, lengths=(8192, 2048, 4096), peers=materialised),
-            bench("attention", 3, *bf16, lengths=(16384,), peers=("none",)),
-            bench("attention", 3, *bf16, "--head-dim", "128", lengths=(8192, 2048), peers=("none",)),
+            bench("attention", 3, *bf16, lengths=(8192,), peers=materialised),
+            bench("attention", 3, *bf16, lengths=(16384, 2048, 4096), peers=("none",)),
+            bench("attention", 2, *bf16, "--head-dim", "128", lengths=(8192,), peers=("none",)),
         )),
         Phase("expand", 50, "the bias alone at 1k to 16k, against fill and sum", (
-            bench("expand", 3, *bf16, lengths=(8192, 8191, 1024), peers=("eager",), wants_csrc=True),
-            bench("expand", 1, *bf16, lengths=(16384,), peers=("none",), wants_csrc=True),
+            bench("expand", 1, *bf16, lengths=(8192,), peers=("eager",), wants_csrc=True),
+            bench("expand", 2, *bf16, lengths=(8191, 16384, 1024), peers=("none",), wants_csrc=True),
         )),
         Phase("profile", 60, "ncu's counters of each kernel at 8k", (
             Command(("-m", "bench.gpu.counters", "{out}", NCU_KERNELS, device, "{lines}")),
@@ -96,12 +96,12 @@ def phases(device, tiny=False):
         )),
         Phase("window", 50, "a window with a published time, decoding, padding, all pairs", (
             bench("attention", 2, *bf16, "--cell", "window", peers=("none",)),
+            bench("attention", 2, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=("none",)),
             bench("attention", 1, *bf16, "--cell", "decode", peers=materialised),
-            bench("attention", 1, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=materialised[1:]),
         )),
         Phase("float32", 30, "float32's errors as numbers, and its times", (
-            bench("attention", 1, *fp32, "--errors", lengths=(512, 2048, 4096), peers=materialised),
             bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),
+            bench("attention", 1, *fp32, "--errors", lengths=(512, 2048, 4096), peers=materialised),
         )),
         Phase("memory", 40, "the longest sequence that trains at 16 heads", (
             bench("attention", 1, *bf16, "--memory", "256" if tiny else "76000", peers=("none",)),

@@ -233,8 +233,8 @@ def _block(tensors):
 
 def _pointed(values, numbers):
     """(`values` without its tensors, what puts pointers in their places)."""
-    nothing = launching.Pointed(values, [-1] * len(numbers)).fill(values, [None])  # keeps no tensor alive
-    return nothing, launching.Pointed(values, numbers)
+    pointed = launching.Pointed(values, numbers)
+    return pointed.fill(values, [None] * (max(numbers, default=0) + 1)), pointed  # keeps no tensor alive
 
 
 def _starter(compiled, grid):
@@ -326,8 +326,9 @@ def _expanded(wrapper, grid, more, is_flat, values, numbers, maps):
             return None
         given = given[len(before) :]
         expanded, places = [*(given if is_flat else given[0])], []
+        notes = set(map(id, encoded))
         for place, value in enumerate(expanded):
-            if any(value is note for note in encoded):
+            if id(value) in notes:
                 name, base, *rest = value
                 rest = tuple([tuple(part) if isinstance(part, list | tuple) else part for part in rest])
                 key = base.number, name, rest
@@ -337,7 +338,7 @@ def _expanded(wrapper, grid, more, is_flat, values, numbers, maps):
                 places.append((place, maps[key]))
     except Exception:  # another Triton's launcher, with other insides
         return None
-    is_left = any(isinstance(value, _Base | TensorDescriptor) for value in expanded)  # as for GPUs without tensor maps
+    is_left = {_Base, TensorDescriptor} & set(map(type, expanded))  # as for GPUs without tensor maps
     return None if is_left or len(places) != len(encoded) else (function, expanded, places)
 
 

@@ -2,6 +2,7 @@
 """What the attention launchers share: how the arguments of a call become a kernel's."""
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...launching.replay import empty, launch
 from .arguments import Config, Scores
@@ -43,13 +44,14 @@ def describe(tensors, block, seqlens):
     """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none.
 
     A box of a packed sequence would hold its neighbour's rows, wide rows of float32 are read in chunks, and descriptors
-    take only strides of 16 bytes and more.
+    take only places and strides of whole 16 bytes, and a last stride of 1.
     """
-    is_strided = all(s and s % 8 == 0 for t in tensors for s in t.stride()[:3])
-    if seqlens is not None or tensors[0].dtype == torch.float32 or not is_strided:
+    if seqlens is not None or tensors[0].dtype == torch.float32:
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+    for t in tensors:
+        *strides, last = t.stride()
+        if last != 1 or t.data_ptr() % 16 or not all(s and s % 8 == 0 for s in strides):
+            return None
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 

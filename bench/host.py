@@ -54,8 +54,12 @@ def set_tiles(is_described):
     from dpb_triton.attention.kernels.blocks import BLOCKS, Tile
 
     for rows in BLOCKS.values():
-        for kernel in rows.keys() - {"dkdv", "dkdv dropout"}:
-            rows[kernel] = tuple(Tile(*row)._replace(is_described=is_described) for row in rows[kernel])
+        for name, row in list(rows.items()):
+            kernel, *kind = name.split()
+            if kind == ["described"] and not is_described:
+                del rows[name]
+            elif kernel != "dkdv":
+                rows[name] = tuple(Tile(*tile)._replace(is_described=is_described) for tile in row)
 
 
 def the_calls(device, dtype, *, heads, seq, head_dim):

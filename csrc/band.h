@@ -17,9 +17,8 @@
 // Accesses have 16 bytes for any j: row m of the window is shifted right by s_m, to the next multiple of ALIGN
 // elements. Rows BLOCK_M apart have the same s_m because BLOCK_M is a multiple of ALIGN, and so have all bands because
 // BLOCK_N is. Reads need no more than ALIGN = one vector. Writes do: memory takes whole sectors of 32 bytes, and one
-// that two stores share is read, merged and written again. Expand shifts as far as BLOCK_M allows: a sector of 2-byte
-// elements, two of 4-byte ones, four of 8-byte ones. A window's rows are dealt to the warps in turn; a lane holds one
-// vector of every 32.
+// that two stores share is read, merged and written again; whole lines of 128 bytes are faster still. A window's rows
+// are dealt to the warps in turn; a lane holds one vector of every 32.
 //
 // Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host, where each store is
 // checked. The arithmetic is that of dpb_triton/expand/triton_kernels.py.
@@ -61,9 +60,11 @@ struct Window {
   static_assert(BLOCK_N % ALIGN == 0 && BLOCK_N % (LANES * VEC) == 0 && BLOCK_M + SHIFT <= BLOCK_N, "");
 };
 
-// Windows of 8-byte elements are half as wide: the registers are as many.
+// Expand's rows begin at lines of 128 bytes, so that no line is written in two parts; they are as many bytes for all
+// types.
 template <class T>
-using ExpandWindow = Window<T, 16, sizeof(T) == 8 ? 128 : 256, 4, 16 * sizeof(T)>;
+using ExpandWindow = Window<T, 128 / sizeof(T), 512 / sizeof(T), sizeof(T) == 2 ? 16 : 8, 128>;
+// Windows of 8-byte elements are half as wide: the registers are as many.
 template <class T>
 using ReduceWindow = Window<T, 16, sizeof(T) == 8 ? 128 : 256, 4, VECTOR_BYTES>;
 

@@ -60,7 +60,8 @@ def _is_in(mlp, dtype):
     """Whether the layers are known to compute in `dtype` by themselves."""
     if torch.compiler.is_compiling():  # which sees the layers as they are, and would guard each thing that is asked
         parameters = list(mlp.parameters())
-        return bool(parameters) and all(parameter.dtype == dtype for parameter in parameters)
+        # len: torch 2.11 traces no bool() of a list
+        return len(parameters) > 0 and all(parameter.dtype == dtype for parameter in parameters)
     plain = plain_parameters(mlp)
     return plain is not None and all(parameter.dtype == dtype for parameter in plain[0])
 

@@ -74,13 +74,20 @@ def arguments(device, tiny=False):
     parallel = ("-n", str(workers), "--dist", "worksteal") if workers > 1 and importlib.util.find_spec("xdist") else ()
     plugins = ("-p", "bench.gpu.suite", "-p", "no:cacheprovider", "-m", "not hypothesis")
     files = [f"tests/{name}" for name in (TINY if tiny else CHOSEN)]
-    return ("-m", "pytest", "-q", *parallel, "--device", device, "--maxfail=20", "--tb=short", *plugins, *files)
+    return ("-m", "pytest", "-q", *parallel, "--device", device, "--maxfail=60", "--tb=short", *plugins, *files)
 
 
 def is_wanted(item):
     """Not those that ask for a backend of plain torch or of the CPU: they need no GPU."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     return not {"torch", "cpp"} & {parameters.get("backend"), parameters.get("attention_backend")}
+
+
+def pytest_runtest_logreport(report):
+    """Say at once what failed: the time may be up before pytest's own summary."""
+    if report.failed:
+        last = str(report.longrepr).strip().splitlines()[-1]
+        print(f"\nFAILED {report.nodeid}: {last[:300]}", flush=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -289,8 +289,12 @@ DESCRIBED = {"forward": (64, 64, 4, 2, True), "dq": (64, 64, 4, 2, True), "dtabl
 
 @contextlib.contextmanager
 def described(is_described=True):
+    """With descriptors, with pointers, or (None) as blocks.py says."""
     rows = blocks.BLOCKS["hopper"]
     before = rows.copy()
+    if is_described is not None:
+        for name in [name for name in rows if name.endswith(" described")]:
+            del rows[name]
     if is_described:
         rows.update({name: (row,) * 3 for name, row in DESCRIBED.items()})
     replay.forget()
@@ -374,6 +378,7 @@ CASES = {
     "grouped, described": (attention, {"kv_heads": 2, "j": 130, "head_dim": 128, "is_described": True}),
     "softcap, described": (attention, {"softcap": 20.0, "dtype": torch.float16, "head_dim": 40, "is_described": True}),
     "key mask, described": (attention, {"mask": torch.bool, "window": (40, 8), "is_described": True}),
+    "causal, as in blocks.py": (attention, {"is_causal": True, "is_described": None}),
     "copied, described": (attention, {"is_causal": True, "is_misaligned": True, "is_described": True}),
     "float32, described": (attention, {"is_causal": True, "dtype": torch.float32, "is_described": True}),
     "one key": (attention, {"i": 1, "j": 1}),

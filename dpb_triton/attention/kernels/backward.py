@@ -34,6 +34,7 @@ from .launch import (
     check_sizes,
     config_of,
     describe,
+    is_describable,
     kind_of,
     like,
     precision_of,
@@ -82,7 +83,8 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
     has_bounds = left is not None or right is not None
     tensors = query, key, value, dout
     rest = layout, counts, *scores_of(scale, softcap, dropout_p)
-    tiles = {name: blocks_of(name, query, value, dropout_p > 0) for name in ("dkdv", "dq", "dtable")}
+    may_describe = is_describable(tensors, seqlens)
+    tiles = {name: blocks_of(name, query, value, dropout_p > 0, may_describe) for name in ("dkdv", "dq", "dtable")}
     tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_keys:
         config = config_of(kind, tiles["dkdv"], NEEDS_REPAIR=has_bounds, NEEDS_DKEY_BIAS=needs_dkey_bias)

@@ -5,7 +5,11 @@ For each generation of GPUs and each width of head the largest tiles for which t
 more shared memory than a block may have, and does no work twice: Triton lays the warps of these products along rows
 only, so a tile with fewer than 16 rows a warp is computed by two warps (of dkdv, whose tiles are transposed, the rows
 are keys). `python -m bench codegen --kernel attention --kernel "attention backward"` compiles them all and says where
-one breaks that. An H200 has timed Hopper's of 2-byte types, beside no others: `python -m bench sweep` compares.
+one breaks that. Hopper's of 2-byte types for heads up to 128 wide are the fastest of about 30 each on an H200, causal,
+8,192 positions (`python -m bench sweep` times them); the others have run on no GPU.
+
+A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "described",
+dense batches of wider heads, whose rows come by tensor descriptors (TMA).
 """
 
 from typing import NamedTuple
@@ -14,7 +18,7 @@ import torch
 
 from ...launching.launch import IS_INTERPRETED, current_target, next_power_of_2
 
-# {generation: {kernel: for heads up to (64, 128, 256) wide}}, for 2-byte types
+# {generation: {kernel: for heads up to (64, 128, 256) wide, or fewer of these}}, for 2-byte types
 BLOCKS = {
     "ampere": {
         "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -23,12 +27,16 @@ BLOCKS = {
         "dtable": ((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 1)),
     },
     "hopper": {
-        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        "forward dropout": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),  # the hash wants registers
-        "dkdv": ((64, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
-        "dkdv dropout": ((32, 64, 4, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
-        "dq": ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-        "dtable": ((64, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1)),
+        "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+        "forward described": ((64, 64, 4, 2), (128, 128, 8, 3)),
+        "dkdv": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1)),
+        "dkdv dropout": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1)),  # the hash wants registers
+        "dkdv narrow": ((32, 64, 4, 3),),
+        "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
+        "dq described": ((64, 64, 4, 2), (64, 64, 4, 2)),
+        "dtable": ((64, 64, 4, 2), (128, 64, 8, 2), (16, 32, 4, 1)),
+        "dtable described": ((64, 64, 4, 3),),
+        "dtable narrow": ((64, 64, 4, 3),),
     },
     "blackwell": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -103,9 +111,15 @@ def generation():
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
 
 
-def blocks_of(kernel, query, value, has_dropout=False):
-    """The Tile of "forward", "dkdv", "dq" or "dtable"; has_dropout: of the row for that, where there is one."""
+def blocks_of(kernel, query, value, has_dropout=False, is_describable=False):
+    """The Tile of "forward", "dkdv", "dq" or "dtable": of the first row that is for such a call."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
-    row = rows.get(f"{kernel} dropout" if has_dropout else kernel, rows[kernel])
     width = max(padded(query.shape[3]), padded(value.shape[3]))
-    return Tile(*row[0 if width <= 64 else 1 if width <= 128 else 2])
+    column = 0 if width <= 64 else 1 if width <= 128 else 2
+    kinds = {"dropout": has_dropout, "narrow": width <= 32, "described": is_describable and width > 32}
+    for kind, is_asked in kinds.items():
+        row = rows.get(f"{kernel} {kind}", ()) if is_asked else ()
+        if column < len(row):
+            tile = Tile(*row[column])
+            return tile._replace(is_described=True) if kind == "described" else tile
+    return Tile(*rows[kernel][column])

@@ -35,6 +35,7 @@ from .launch import (
     check_sizes,
     config_of,
     describe,
+    is_describable,
     kind_of,
     launch_with_repair,
     like,
@@ -236,7 +237,8 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
     bias, zero = pad_bias(table, signed, (least, largest))
     key_bias = None if key_bias is None else pad_key_bias(key_bias)
-    tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0)
+    may_describe = is_describable((key, value), seqlens)
+    tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0, may_describe)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     config = config_of(
         kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p), tile, IS_DESCRIBED=bool(described),

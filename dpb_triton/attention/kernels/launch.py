@@ -40,18 +40,24 @@ def whole_rows(tensor):
     return tensor
 
 
-def describe(tensors, block, seqlens):
-    """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none.
+def is_describable(tensors, seqlens):
+    """Whether rows of `tensors` (batch, heads, rows, dim) may come by descriptors.
 
     A box of a packed sequence would hold its neighbour's rows, wide rows of float32 are read in chunks, and descriptors
-    take only places and strides of whole 16 bytes, and a last stride of 1.
+    take only strides of 16 bytes and more, from a multiple of 16 bytes on.
     """
     if seqlens is not None or tensors[0].dtype == torch.float32:
+        return False
+    strides = (tensor.stride() for tensor in tensors)
+    return all(last == 1 and all(s and s % 8 == 0 for s in others) for *others, last in strides) and not any(
+        tensor.data_ptr() % 16 for tensor in tensors
+    )
+
+
+def describe(tensors, block, seqlens):
+    """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none."""
+    if not is_describable(tensors, seqlens):
         return None
-    for t in tensors:
-        *strides, last = t.stride()
-        if last != 1 or t.data_ptr() % 16 or not all(s and s % 8 == 0 for s in strides):
-            return None
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 

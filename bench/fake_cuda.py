@@ -3,14 +3,16 @@
 
 Everything of Triton is real, its C launcher too: only `libcuda.so.1` below it is this file's. So it shows without a GPU
 what a launch costs the host, and what the driver would be given: `install().take()` returns the launches since the
-last call, each with the grid and the bytes of every parameter of the kernel, as its PTX declares them. As a real driver
-it refuses grids and blocks beyond the limits. Tensors lie in the CPU's memory. Needs a C compiler, as Triton does.
+last call, each with the grid and the bytes of every parameter of the kernel, as its PTX declares them. A tensor map
+holds what it was encoded from. As a real driver it refuses grids, blocks and tensor maps beyond the limits. Tensors lie
+in the CPU's memory. Needs a C compiler, as Triton does.
 
 One a process, before Triton's first use; it cannot be taken back.
 """
 
 import ctypes
 import functools
+import itertools
 import os
 import re
 import struct
@@ -20,16 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHARED_BYTES = 227 * 1024  # of a block, at most
+WORDS = 256  # 8 bytes each, of all parameters of a launch
+MAP = "b1024"  # PTX has an array of 128 bytes for a tensor map
 
 # Attribute numbers, types and errors are cuda.h's.
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 #include "cuda.h"
-enum { PARAMETERS = 96, LAUNCHES = 4096, FUNCTIONS = 8192, SHARED = %(shared)d };
-typedef struct { uint64_t function, grid[3], threads, shared, values[PARAMETERS]; } Launch;
+enum { PARAMETERS = 192, WORDS = %(words)d, LAUNCHES = 4096, FUNCTIONS = 8192, SHARED = %(shared)d };
+typedef struct { uint64_t function, grid[3], threads, shared, values[WORDS]; } Launch;
 Launch fake_launches[LAUNCHES];
-int fake_count = 0, fake_is_recording = 1;
+int fake_count = 0, fake_is_recording = 1, fake_maps = 0;
 static unsigned char sizes[FUNCTIONS][PARAMETERS];
 static uintptr_t functions = 0;
 
@@ -42,19 +46,44 @@ static CUresult launch(const CUlaunchConfig *config, CUfunction f, void **parame
     return CUDA_ERROR_INVALID_VALUE;
   if (!fake_is_recording) return CUDA_SUCCESS;
   if (fake_count == LAUNCHES) return CUDA_ERROR_OUT_OF_MEMORY;
-  Launch *it = &fake_launches[fake_count++];
+  Launch *it = &fake_launches[__atomic_fetch_add(&fake_count, 1, __ATOMIC_RELAXED)];  // threads launch side by side
   memset(it, 0, sizeof *it);
   it->function = (uintptr_t)f;
   memcpy(it->grid, grid, sizeof grid);
   it->threads = config->blockDimX;
   it->shared = config->sharedMemBytes;
-  for (int n = 0; n < PARAMETERS && sizes[it->function][n]; n++)
-    memcpy(&it->values[n], parameters[n], sizes[it->function][n]);
+  uint64_t *value = it->values;
+  for (int n = 0; n < PARAMETERS && sizes[it->function][n]; n++) {
+    memcpy(value, parameters[n], sizes[it->function][n]);
+    value += (sizes[it->function][n] + 7) / 8;
+  }
   return CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **parameters, void **extra) {
   return launch(config, f, parameters);
+}
+// All it is given, in the order of TensorMap below; the limits are those of cuda.h's documentation.
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  uint64_t *words = (uint64_t *)map;
+  if (rank < 1 || rank > 5 || !address || (uintptr_t)address %% 16) return CUDA_ERROR_INVALID_VALUE;
+  memset(map, 0, sizeof *map);
+  words[0] = (uintptr_t)address;
+  words[1] = type | rank << 8 | interleave << 16 | swizzle << 24 | (uint64_t)promotion << 32 | (uint64_t)fill << 40;
+  for (cuuint32_t n = 0; n < rank; n++) {
+    if (sizes[n] < 1 || sizes[n] > (1ull << 32) || box[n] < 1 || box[n] > 256 || steps[n] != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+    words[2 + n] = sizes[n];
+    words[11 + n] = box[n];
+    if (n + 1 == rank) continue;
+    if (strides[n] %% 16 || strides[n] >= (1ull << 40)) return CUDA_ERROR_INVALID_VALUE;
+    words[7 + n] = strides[n];
+  }
+  fake_maps++;
+  return CUDA_SUCCESS;
 }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
@@ -88,15 +117,26 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
 """
 # what Triton's C names and nothing here calls
 UNUSED = (
     "cuCtxGetDevice", "cuCtxGetLimit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion", "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuTensorMapEncodeIm2col",
-    "cuTensorMapEncodeTiled",
+    "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuTensorMapEncodeIm2col",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """What cuTensorMapEncodeTiled was given; the innermost dimension comes first, strides are bytes."""
+
+    address: int
+    kind: tuple[int, ...]  # type, rank, interleave, swizzle, promotion, fill
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,14 +148,14 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
-    types: tuple[str, ...]  # of the parameters, as PTX writes them: u64, u32, f32, …
-    values: tuple[float, ...]
+    types: tuple[str, ...]  # of the parameters, as PTX writes them: u64, u32, f32, …; MAP
+    values: tuple[object, ...]  # numbers and TensorMaps
 
 
 def _build(folder, include):
     source = Path(folder, "fake.c")
     unused = (f'int no_{name}(void) __asm__("{name}");\nint no_{name}(void) {{ return 801; }}\n' for name in UNUSED)
-    source.write_text(SOURCE % {"shared": SHARED_BYTES} + "".join(unused))
+    source.write_text(SOURCE % {"shared": SHARED_BYTES, "words": WORDS} + "".join(unused))
     library = Path(folder, "libcuda.so.1")
     command = [os.environ.get("CC", "gcc"), "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
     subprocess.run([*command, str(source), "-o", str(library)], check=True, capture_output=True, text=True)
@@ -133,7 +173,9 @@ class FakeCuda:
         """Triton's hook after it has loaded a binary: tells the library how long its parameters are."""
         (ptx,) = (Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
         head = ptx[ptx.index(".entry") :]
-        types = tuple(re.findall(r"\.param \.(\w+)", head[: head.index(")")]))
+        found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^,\[]*(?:\[(\d+)\])?", head[: head.index(")")])
+        types = tuple(f"b{8 * int(length)}" if length else kind for kind, length in found)
+        assert sum(-(-int(kind[1:]) // 64) for kind in types) <= WORDS
         self.functions[function] = name, types
         sizes = bytes(int(kind[1:]) // 8 for kind in types)
         self.library.fake_declare(ctypes.c_size_t(function), len(sizes), sizes)
@@ -145,22 +187,34 @@ class FakeCuda:
     def take(self):
         """The launches since the last call."""
         count = ctypes.c_int.in_dll(self.library, "fake_count")
-        words = 6 + 96
+        words = 6 + WORDS
         rows = (ctypes.c_uint64 * (words * count.value)).in_dll(self.library, "fake_launches")
         found = [self._launch(rows[start : start + words]) for start in range(0, len(rows), words)]
         count.value = 0
         return found
 
+    def maps(self):
+        """How many tensor maps were encoded since the last call."""
+        count = ctypes.c_int.in_dll(self.library, "fake_maps")
+        found, count.value = count.value, 0
+        return found
+
     def _launch(self, row):
-        function, x, y, z, threads, shared, *values = row
+        function, x, y, z, threads, shared, *words = row
         kernel, types = self.functions[function]
-        values = tuple(_value(kind, value) for kind, value in zip(types, values, strict=False))
+        words = iter(words)
+        values = tuple(_value(kind, list(itertools.islice(words, -(-int(kind[1:]) // 64)))) for kind in types)
         return Launch(kernel, function, (x, y, z), threads, shared, types, values)
 
 
-def _value(kind, bits):
+def _value(kind, words):
     """A parameter's value; PTX writes u for ints of either sign."""
-    data = bits.to_bytes(8, "little")
+    if kind == MAP:
+        address, packed, *rest = words
+        rank = packed >> 8 & 255
+        parts = rest[:rank], rest[5 : 4 + rank], rest[9 : 9 + rank]
+        return TensorMap(address, tuple(packed.to_bytes(8, "little")[:6]), *map(tuple, parts))
+    data = words[0].to_bytes(8, "little")
     codes = {"f32": "f", "f64": "d", "u8": "b", "u16": "h", "u32": "i", "u64": "q"}
     return struct.unpack_from("<" + codes[kind], data)[0]
 

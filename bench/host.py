@@ -7,6 +7,7 @@ time. SDPA then runs on the CPU, with one element a head, so that its call is wh
 The least of many short rounds: other work on the machine only adds.
 """
 
+import itertools
 import json
 import os
 import time
@@ -48,20 +49,42 @@ def measure(calls, device, rounds):
     return {name: min(times) for name, times in found.items()}
 
 
+def set_tiles(is_described):
+    """Let every attention kernel that can read by tensor descriptors do so, or none."""
+    from dpb_triton.attention.kernels.blocks import BLOCKS, Tile
+
+    for rows in BLOCKS.values():
+        for name, row in list(rows.items()):
+            kernel, *kind = name.split()
+            if kind == ["described"] and not is_described:
+                del rows[name]
+            elif kernel != "dkdv":
+                rows[name] = tuple(Tile(*tile)._replace(is_described=is_described) for tile in row)
+
+
 def the_calls(device, dtype, *, heads, seq, head_dim):
-    """{name: function}: ours through Triton, and SDPA, which has no bias and makes no table's gradient."""
+    """{name: function}: ours through Triton, and SDPA, which has no bias and makes no table's gradient.
+
+    Ours take two sets of tensors in turn: a training step's lie elsewhere than the last one's, and the tensor maps of a
+    place are encoded once.
+    """
     from dpb_triton import bias_attention, expand_bias
 
     def tensors(*shape):
         return [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
 
-    query, key, value = tensors(1, heads, seq, head_dim)
-    small = (query, key, value) if device == "cuda" else tensors(1, heads, 1, 1)
+    sets = [tensors(1, heads, seq, head_dim) for _ in range(2)]
+    turns = itertools.cycle(sets)
+    small = sets[0] if device == "cuda" else tensors(1, heads, 1, 1)
     table = torch.randn(heads, seq, device=device).requires_grad_()
-    dout, dsmall, dbias = (torch.randn_like(x) for x in (query, small[0], expand_bias(table, seq, seq)))
+    dout, dsmall, dbias = (torch.randn_like(x) for x in (sets[0][0], small[0], expand_bias(table, seq, seq)))
 
-    def attend():
-        return bias_attention(query, key, value, table, is_causal=True, backend="triton")
+    def attend(inputs):
+        return bias_attention(*inputs, table, is_causal=True, backend="triton")
+
+    def train():
+        inputs = next(turns)
+        return torch.autograd.grad(attend(inputs), (*inputs, table), dout)
 
     def expand():
         return expand_bias(table, seq, seq, backend="triton")
@@ -70,8 +93,8 @@ def the_calls(device, dtype, *, heads, seq, head_dim):
         return functional.scaled_dot_product_attention(*small, is_causal=True)
 
     return {
-        "attention forward": torch.no_grad()(attend),
-        "attention training step": lambda: torch.autograd.grad(attend(), (query, key, value, table), dout),
+        "attention forward": torch.no_grad()(lambda: attend(next(turns))),
+        "attention training step": train,
         "SDPA forward": torch.no_grad()(sdpa),
         "SDPA training step": lambda: torch.autograd.grad(sdpa(), small, dsmall),
         "expand forward": torch.no_grad()(expand),
@@ -96,9 +119,10 @@ def count_launches(calls, fake):
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--seq", type=click.IntRange(1), default=64, show_default=True, help="Queries and keys.")
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
+@click.option("--tiles", type=click.Choice(["described", "pointers"]), help="How loops read. Default: as in blocks.py.")
 @click.option("--rounds", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
-def host(device, dtype, heads, seq, head_dim, rounds, path):
+def host(device, dtype, heads, seq, head_dim, tiles, rounds, path):
     """Microseconds of the host a call, beside SDPA; without a GPU by launches that do nothing."""
     device = chosen_device(device)
     if "TRITON_INTERPRET" in os.environ:
@@ -106,6 +130,8 @@ def host(device, dtype, heads, seq, head_dim, rounds, path):
     environment = describe(device)
     torch.set_num_threads(1)
     fake = fake_cuda.let_cpu_tensors_through() if device == "cpu" else None
+    if tiles:
+        set_tiles(tiles == "described")
     calls = the_calls(device, DTYPES[dtype], heads=heads, seq=seq, head_dim=head_dim)
     launches = count_launches(calls, fake) if fake else dict.fromkeys(calls)
     if fake:

@@ -6,11 +6,13 @@
 
 The first launch of a kind is Triton's own and tells which binary serves that kind; the next ones start that binary. A
 kind must therefore be at least as fine as Triton's: the types of all arguments, the dtypes of the tensors and whether
-they lie on 16 bytes, which ints are 1, which are multiples of 16, which do not fit 32 bits, the values of all constants
-and options, the device. Sizes are not among them, so there are a few kinds of a kernel, whatever it is given.
+they lie on 16 bytes, the dtypes and boxes of tensor descriptors, which ints are 1, which are multiples of 16, which do
+not fit 32 bits, the values of all constants and options, the device. Sizes are not among them, so there are a few kinds
+of a kernel, whatever it is given.
 
 What Triton would do besides is left to Triton: hooks and profilers, its interpreter, debugging, versions that nobody
-has tried here, arguments of other types (tensor descriptors), AMD, whose specialisation also looks at a tensor's size.
+has tried here, arguments of other types, AMD, whose specialisation also looks at a tensor's size. So is what becomes of
+a descriptor, a tensor map and its sizes: its launcher in Python sees to that, whatever its form.
 """
 
 import itertools
@@ -22,6 +24,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 IS_INTERPRETED = bool(knobs.runtime.interpret)  # read where kernels are decorated, in this process once
 IS_TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.version.hip is None and not IS_INTERPRETED
@@ -55,7 +58,8 @@ def current_target():
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
 
-    An argument may be a tuple, of tensors and None or of numbers. Constants belong to the parameters behind `args`.
+    An argument may be a tuple, of tensors and None or of numbers, or a TensorDescriptor. Constants belong to the
+    parameters behind `args`.
     Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
@@ -83,6 +87,10 @@ def launch(kernel, grid, *args, **constants):
         tensor = leaves[place]
         pointers.append(pointer := tensor.data_ptr())  # the launcher takes both, and asks less about an int
         kind += tensor.dtype, pointer % 16 == 0
+    for place in binding.descriptors:
+        described = leaves[place]  # Triton names its dtype and box; the rest is for a Triton that names more
+        kind += described.base.dtype, (*described.block_shape,), described.padding
+        kind.append(getattr(described, "round_f32_to_tf32", False))
     kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(leaves)]
     ints = binding.all_ints(leaves)
     if ints and (max(ints) >= INT32 or min(ints) < -INT32):
@@ -151,12 +159,14 @@ class _Binding:
     """Where the values of a call go."""
 
     def __init__(self, kernel, args, names):
-        specialised, ints, self.tensors, place = [], [], [], 0  # places among the leaves
+        specialised, ints, self.tensors, self.descriptors, place = [], [], [], [], 0  # places among the leaves
         for param, arg in zip(kernel.params, args, strict=False):
             is_tuple = isinstance(arg, tuple)
             for value in arg if is_tuple else (arg,):
                 if isinstance(value, torch.Tensor):
                     self.tensors.append(place)
+                elif type(value) is TensorDescriptor:
+                    self.descriptors.append(place)
                 elif type(value) is int:
                     ints.append(place)
                     if is_tuple or not param.do_not_specialize:  # Triton looks into every tuple
@@ -186,6 +196,8 @@ def _bind(kernel, args, constants):
     if not all(param.is_constexpr for param in behind) or any(p.is_constexpr for p in kernel.params[: len(args)]):
         return UNKNOWN
     for arg in args:
+        if type(arg) is TensorDescriptor:
+            continue
         values = arg if isinstance(arg, tuple) else (arg,)
         are_numbers = all(type(value) in (int, float) for value in values)
         if not are_numbers and not all(value is None or isinstance(value, torch.Tensor) for value in values):

@@ -16,14 +16,20 @@ such calls are never repeated; a change of a tensor by torch is not noticed (tes
 A repeated call costs the host a sixth of what it costs otherwise. To find that sizes are new, as in each step of a
 decoder, costs a tenth; to write down costs twice the call, and is not done for what comes once. What a call makes and
 does not return is one allocation when it is repeated, because an allocation on a GPU costs the host microseconds.
+
+A tensor descriptor becomes a tensor map, which holds a pointer, and some ints. A repeated call encodes the map from the
+new pointer, by the one function in C that Triton would call, and not even that where the pointer is the last one's.
 """
 
 import copy
 import functools
 import threading
+import types
+from types import SimpleNamespace
 
 import torch
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch as launching
 
@@ -144,9 +150,10 @@ class _Tape:
             return
         tensors = [leaf for value in values for leaf in (value if isinstance(value, tuple) else (value,))]
         slots = [self.slots.get(id(leaf)) for leaf in tensors if isinstance(leaf, torch.Tensor)]
-        self.is_whole &= None not in slots
+        bases = [self.slots.get(id(value.base)) for value in values if type(value) is TensorDescriptor]
+        self.is_whole &= None not in slots and None not in bases
         self.kernels.append(kernel)
-        self.written.append((compiled, grid, values, slots))
+        self.written.append((compiled, grid, values, slots, bases))
 
     def finish(self, result):
         """Whether it may be repeated."""
@@ -163,10 +170,18 @@ class _Tape:
             self.allocations = [_allocation((*x.shape,), x.stride(), x.dtype, x.device) for x in made]
             self.results = [alone.index(slot) for slot in results]
             self.block, self.places = _block([self.tensors[slot] for slot in inside])
-            self.launches = [
-                (*_starter(compiled, grid), *_pointed(values, [numbers[slot] for slot in slots]))
-                for compiled, grid, values, slots in self.written
-            ]
+            self.launches, maps = [], {}
+            for compiled, grid, values, slots, bases in self.written:
+                start, grid, more, is_flat = _starter(compiled, grid)
+                places = []
+                if bases:
+                    expanded = _expanded(start, grid, more, is_flat, values, [numbers[slot] for slot in bases], maps)
+                    if expanded is None:
+                        self.is_whole = False
+                        break
+                    start, values, places = expanded
+                pointed = _pointed(values, [numbers[slot] for slot in slots])
+                self.launches.append((start, grid, more, is_flat, *pointed, places))
         del self.tensors, self.slots, self.written
         return self.is_whole
 
@@ -179,8 +194,10 @@ class _Tape:
             first = block.data_ptr()
             pointers += [first + place for place in self.places]
         pointers.append(None)
-        for start, grid, more, is_flat, values, pointed in self.launches:
+        for start, grid, more, is_flat, values, pointed, maps in self.launches:
             arguments = pointed.fill(values, pointers)
+            for place, tensor_map in maps:
+                arguments[place] = tensor_map.of(pointers)  # alive until the launch has copied it
             if is_flat:
                 start(*grid, stream, *more, *arguments)
             else:
@@ -216,8 +233,8 @@ def _block(tensors):
 
 def _pointed(values, numbers):
     """(`values` without its tensors, what puts pointers in their places)."""
-    nothing = launching.Pointed(values, [-1] * len(numbers)).fill(values, [None])  # keeps no tensor alive
-    return nothing, launching.Pointed(values, numbers)
+    pointed = launching.Pointed(values, numbers)
+    return pointed.fill(values, [None] * (max(numbers, default=0) + 1)), pointed  # keeps no tensor alive
 
 
 def _starter(compiled, grid):
@@ -240,3 +257,106 @@ def _starter(compiled, grid):
             if before[:3] == [*grid] and before[3] is stream and (last is argument or last == (argument,)):
                 return function, grid, before[4:], last is argument
     return compiled.run, grid, more, True
+
+
+class _Map:
+    """A tensor map of which all is known but the pointer."""
+
+    def __init__(self, number, encode, rest):
+        self.number, self.encode, self.rest = number, encode, rest  # which pointer; encode(pointer, *rest)
+        # One tuple, so that no thread sees another's map beside its own pointer. A map is made of these arguments
+        # alone, so it is the same whatever lies at the pointer by now.
+        self.last = None, None
+
+    def of(self, pointers):
+        pointer = pointers[self.number]
+        last, made = self.last
+        if pointer != last:
+            made = self.encode(pointer, *self.rest)
+            self.last = pointer, made
+        return made
+
+
+class _Base:
+    """Stands for the tensor under a descriptor, and for its pointer."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def data_ptr(self):
+        return self
+
+
+class _Notes:
+    """Stands for Triton's functions in C: each notes its arguments after its name, and returns the note."""
+
+    def __init__(self):
+        self.notes = []
+
+    def __getattr__(self, name):
+        def note(*args):
+            self.notes.append(made := (name, *args))
+            return made
+
+        return note
+
+
+def _expanded(wrapper, grid, more, is_flat, values, numbers, maps):
+    """(function, `values` with descriptors expanded, [(place in these, _Map)]) of a launch that `_starter` took apart.
+
+    None if Triton's launcher has a form that this file does not know. `wrapper` is Triton's in Python: it encodes the
+    descriptors, and calls the function in C with their maps and sizes in their places. A copy of it, with functions
+    that note what they are given in place of those in C, tells what these are. numbers: of the descriptors' pointers;
+    maps: {what makes a _Map: _Map}, so that launches that read a tensor in the same boxes share it.
+    """
+    try:
+        function, utils = _closure(wrapper)["launcher"], driver.active.utils
+        stand_ins, numbers = [], iter(numbers)
+        for value in values:
+            if type(value) is TensorDescriptor:
+                value = copy.copy(value)
+                value.base = _Base(next(numbers))
+            stand_ins.append(value)
+        noted, stream = _Notes(), object()
+        noting = _with_utils(wrapper, noted)
+        before = *grid, stream, *more
+        noting(*before, *stand_ins) if is_flat else noting(*before, tuple(stand_ins))
+        *encoded, (_, *given) = noted.notes
+        if given[: len(before)] != [*before] or not callable(function):
+            return None
+        given = given[len(before) :]
+        expanded, places = [*(given if is_flat else given[0])], []
+        notes = set(map(id, encoded))
+        for place, value in enumerate(expanded):
+            if id(value) in notes:
+                name, base, *rest = value
+                rest = tuple([tuple(part) if isinstance(part, list | tuple) else part for part in rest])
+                key = base.number, name, rest
+                if key not in maps:
+                    maps[key] = _Map(base.number, getattr(utils, name), rest)
+                expanded[place] = None
+                places.append((place, maps[key]))
+    except Exception:  # another Triton's launcher, with other insides
+        return None
+    is_left = {_Base, TensorDescriptor} & set(map(type, expanded))  # as for GPUs without tensor maps
+    return None if is_left or len(places) != len(encoded) else (function, expanded, places)
+
+
+def _closure(function):
+    """{name: value} of what a function in Python takes from the one around it."""
+    return dict(zip(function.__code__.co_freevars, [cell.cell_contents for cell in function.__closure__], strict=True))
+
+
+def _with_utils(wrapper, utils):
+    """A copy of Triton's launcher that finds `utils` behind `triton.runtime.driver.active`, and launches by them."""
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(utils=utils))))
+
+    def copied(function, **others):
+        cells = {**_closure(function), **others} if function.__closure__ else {}
+        cells = tuple([types.CellType(cells[name]) for name in function.__code__.co_freevars])
+        names = {**function.__globals__, "triton": triton, **others}
+        return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+
+    make = "make_tensordesc_arg"  # a global of 3.6's and 3.7's wrapper, in 3.8 in its closure
+    make = _closure(wrapper).get(make) or wrapper.__globals__[make]
+    return copied(wrapper, launcher=utils.launch, make_tensordesc_arg=copied(make))

@@ -97,6 +97,25 @@ def test_rows_by_descriptors(name, monkeypatch, device):
     assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
 
 
+def test_descriptors_where_there_can_be_some():
+    """A TensorDescriptor refuses the others with an assertion."""
+    describe = pytest.importorskip("dpb_triton.attention.kernels.launch").describe
+    whole = torch.zeros(2, 4, 32, 48, dtype=torch.bfloat16)
+    (made,) = describe((whole[..., :40],), 16, None)
+    assert (made.shape, made.strides, made.block_shape) == ([2, 4, 32, 40], [6144, 1536, 48, 1], [1, 1, 16, 64])
+    assert describe((whole, whole[..., 8:44]), 16, None) is not None
+    for tensor in (
+        whole[..., 4:40],  # begins amid 16 bytes
+        whole[..., :36].contiguous(),  # so do its rows
+        whole.transpose(2, 3)[..., :1],  # one column of whole rows
+        whole[:1, :1, :1].expand(2, 4, 32, 48),
+        whole.float(),
+    ):
+        assert describe((tensor,), 16, None) is None
+        assert tensor.dtype == torch.float32 or describe((whole, tensor), 16, None) is None
+    assert describe((whole,), 16, torch.zeros(1, 5)) is None
+
+
 def test_constants_fit_the_kernels():
     """The padding of the bias table wants queries and keys within 256, that of the rows 128."""
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):

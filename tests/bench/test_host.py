@@ -37,6 +37,12 @@ def test_times_and_launches(tmp_path):
         assert name in done.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fast only without a GPU")
+def test_tiles_by_descriptors():
+    done = run("--device", "cpu", "--rounds", 1, "--seq", 16, "--tiles", "described")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_interpreter_is_refused():
     """It has no launches to time."""
     done = run("--device", "cpu", TRITON_INTERPRET="1")

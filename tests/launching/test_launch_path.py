@@ -21,7 +21,7 @@ ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kerne
              "_fold_dtable_kernel"}  # fmt: skip
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
 # Every kernel, and tuples that hold what the others leave None. The other cases are for `make test-full`.
-QUICK = ("causal", "key mask", "packed, window, dropout", "expand")
+QUICK = ("causal", "causal, described", "key mask", "packed, window, dropout", "expand")
 CASES = [name if name in QUICK else slow(name) for name in launch_worker.CASES]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
@@ -59,7 +59,8 @@ def test_the_driver_is_given_what_the_call_says(results, case):
     both = {"expand", "reduce"} if case.startswith("expand") else {"forward", "backward"}
     assert {function for function, _ in found["repeated"]} == both
     # what rounds its result by torch, or copies its input, is not
-    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both}.get(case, set())
+    never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both,
+             "copied, described": both}.get(case, set())  # fmt: skip
     assert {function for function, is_repeated in found["repeated"] if not is_repeated} == never
 
 
@@ -67,8 +68,18 @@ def test_a_repeated_call_takes_its_tensors_one_by_one_and_is_heard(results):
     assert results["repeated"] is None, results["repeated"]
 
 
-def test_every_kind_of_argument_takes_tritons_binary(results):
-    case = results["cases"]["every kind"]
+def test_a_repeated_call_encodes_the_maps_of_its_own_tensors_once(results):
+    assert results["described"] is None, results["described"]
+
+
+def test_a_launcher_of_unknown_form_is_left_to_triton(results):
+    assert results["unknown launcher"] is None, results["unknown launcher"]
+    assert results["unknown launcher repeated"] == [["forward", False], ["backward", False]]
+
+
+@pytest.mark.parametrize("kinds", ["every kind", "every described kind"])
+def test_every_kind_of_argument_takes_tritons_binary(results, kinds):
+    case = results["cases"][kinds]
     assert case["error"] is None, case["error"]
 
 
@@ -78,7 +89,11 @@ def test_named_values_are_compared(results):
         assert len([name for owner, name in results["named"] if owner == kernel]) >= 12
 
 
-@pytest.mark.parametrize("change", [*(change.__name__ for change in launch_worker.BROKEN), "pointers", "the launcher"])
+BROKEN = [change.__name__ for change in (*launch_worker.BROKEN, *launch_worker.DESCRIBED_BROKEN)]
+BROKEN += [*launch_worker.MAPS_BROKEN, *launch_worker.STALE, "all descriptors alike", "pointers", "the launcher"]
+
+
+@pytest.mark.parametrize("change", BROKEN)
 def test_a_broken_launch_is_noticed(results, change):
     assert results["broken"][change] is not None
 

@@ -11,18 +11,21 @@ repeated (`launching/replay.py`), which must give the driver the same launches b
 made. `ptxas` is left out: nothing runs its binaries.
 """
 
+import contextlib
 import importlib
 import inspect
 import itertools
 import json
 import pkgutil
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
@@ -31,10 +34,13 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import fake_cuda
 from dpb_triton import bias_attention, bias_attention_varlen, expand_bias
 from dpb_triton.attention import kernels
+from dpb_triton.attention.kernels import backward as attention_backward
+from dpb_triton.attention.kernels import blocks
 from dpb_triton.attention.kernels import forward as attention_forward
 from dpb_triton.launching import launch as launching
 from dpb_triton.launching import replay
@@ -50,6 +56,26 @@ def same_bits(value, given):
     if isinstance(value, float):
         return given == torch.tensor(value, dtype=torch.float32).item()
     return given == (value or 0)
+
+
+def check_map(descriptor, given):
+    """That the driver was given this descriptor: its map, then its sizes and strides."""
+    (kind, found), rank = next(given), len(descriptor.shape)
+    assert kind == fake_cuda.MAP and found.address == descriptor.base.data_ptr()
+    assert found.kind[1] == rank and found.kind[5] == (descriptor.padding == "nan")
+    assert found.sizes == (*descriptor.shape[::-1],)
+    assert found.strides == (*(n * descriptor.base.element_size() for n in descriptor.strides[-2::-1]),)
+    inner, *outer = found.box  # rows of more than 128 bytes are read in pieces
+    assert 0 < inner <= descriptor.block_shape[-1] and outer == descriptor.block_shape[-2::-1]
+    for ptx, values in (("u32", descriptor.shape), ("u64", descriptor.strides)):
+        for value in values:
+            assert next(given) == (ptx, value)
+
+
+def place_in_memory(value):
+    """Of what a pointer or a descriptor points to; other values as they are."""
+    value = value.base if isinstance(value, TensorDescriptor) else value
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
 def leaves(names, values):
@@ -82,6 +108,10 @@ def check(kernel, grid, args, constants, compiled, launch):
     given = iter(zip(launch.types, launch.values, strict=True))
     for name, place, value in leaves(kernel.arg_names, args):
         param, kind = kernel.params[place[0]], kind_of(signature, name)
+        if isinstance(value, TensorDescriptor):
+            assert kind == triton.runtime.jit.mangle_type(value) and kind.startswith("tensordesc<"), f"{name}: {kind}"
+            check_map(value, given)
+            continue
         wanted = (torch.Tensor, type(None)) if is_pointer(name) else float if is_float(name) else int
         assert isinstance(value, wanted) and not isinstance(value, bool), f"{name}: {value!r} is no {wanted}"
         if kind == "constexpr":
@@ -137,6 +167,7 @@ class Watch:
     expected: dict = field(default_factory=dict)  # {parameter: value} by name
     launched: list = field(default_factory=list)
     repeated: list = field(default_factory=list)  # (function, whether it was)
+    functions: set = field(default_factory=set)  # the binaries that were launched
     named: set = field(default_factory=set)  # (kernel, parameter) whose value was expected and right
     ordinary: int = 0  # launches that Triton did for the launcher
     is_checking: bool = True
@@ -162,9 +193,11 @@ class Watch:
         values = {name: value for name, _, value in leaves([*kernel.arg_names], args)}
         values |= {name: value for name, _, value in leaves([*constants], constants.values())}
         for name in self.expected.keys() & values.keys():
-            assert values[name] == self.expected[name], f"{kernel} {name}: {values[name]}, not {self.expected[name]}"
+            found = place_in_memory(values[name])
+            assert found == self.expected[name], f"{kernel} {name}: {found}, not {self.expected[name]}"
             self.named.add((launches[0].kernel, name))
         self.launched.append(launches[0].kernel)
+        self.functions.add(launches[0].function)
         return compiled
 
     def checked(self, function):
@@ -208,7 +241,10 @@ def compare(first, second, inputs):
     there = {}
     for one, other in zip(first, second, strict=True):
         for kind, value, again in zip(one.types, one.values, other.values, strict=True):
-            if kind == "u64" and value > 2**32 and value not in inputs:
+            if kind == fake_cuda.MAP:
+                assert replace(value, address=0) == replace(again, address=0), (one, other)
+                value, again = value.address, again.address
+            if kind in ("u64", fake_cuda.MAP) and value > 2**32 and value not in inputs:
                 assert there.setdefault(value, again) == again and again not in inputs, (one, other)
                 assert value % 16 == again % 16
             else:
@@ -247,7 +283,35 @@ def draw(*shape, dtype, is_misaligned=False):
     return store.view(batch, length, heads, dim).transpose(1, 2).requires_grad_()
 
 
-def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, value_dim=None, dtype=torch.bfloat16,
+# With these blocks the loops read by tensor descriptors, where there can be some.
+DESCRIBED = {"forward": (64, 64, 4, 2, True), "dq": (64, 64, 4, 2, True), "dtable": (64, 64, 4, 3, True)}
+
+
+@contextlib.contextmanager
+def described(is_described=True):
+    """With descriptors, with pointers, or (None) as blocks.py says."""
+    rows = blocks.BLOCKS["hopper"]
+    before = rows.copy()
+    if is_described is not None:
+        for name in [name for name in rows if name.endswith(" described")]:
+            del rows[name]
+    if is_described:
+        rows.update({name: (row,) * 3 for name, row in DESCRIBED.items()})
+    replay.forget()
+    try:
+        yield
+    finally:
+        rows.clear()
+        rows.update(before)
+        replay.forget()
+
+
+def attention(watch, *, is_described=False, **options):
+    with described(is_described):
+        _attention(watch, **options)
+
+
+def _attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, value_dim=None, dtype=torch.bfloat16,
               signed=False, is_misaligned=False, uses_lse=False, batch_stride=None, mask=None, **options):  # fmt: skip
     """Forward and backward with all gradients."""
     query = draw(batch, heads, i, head_dim, dtype=dtype, is_misaligned=is_misaligned)
@@ -263,6 +327,8 @@ def attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, v
         for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
             is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
             watch.expected[f"layout.{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
+    if not is_misaligned:
+        watch.expected |= {"query_ptr": query.data_ptr(), "key_ptr": key.data_ptr(), "value_ptr": value.data_ptr()}
     if mask is not None:
         mask = torch.zeros(batch, j, dtype=mask).requires_grad_(mask != torch.bool)
     out, lse = bias_attention(
@@ -308,6 +374,13 @@ CASES = {
     "causal, odd, misaligned": (attention, {"is_causal": True, "head_dim": 36, "is_misaligned": True}),
     "causal, odd, aligned again": (attention, {"is_causal": True, "head_dim": 36}),
     "full, grouped, lse used": (attention, {"kv_heads": 2, "uses_lse": True}),
+    "causal, described": (attention, {"is_causal": True, "is_described": True}),
+    "grouped, described": (attention, {"kv_heads": 2, "j": 130, "head_dim": 128, "is_described": True}),
+    "softcap, described": (attention, {"softcap": 20.0, "dtype": torch.float16, "head_dim": 40, "is_described": True}),
+    "key mask, described": (attention, {"mask": torch.bool, "window": (40, 8), "is_described": True}),
+    "causal, as in blocks.py": (attention, {"is_causal": True, "is_described": None}),
+    "copied, described": (attention, {"is_causal": True, "is_misaligned": True, "is_described": True}),
+    "float32, described": (attention, {"is_causal": True, "dtype": torch.float32, "is_described": True}),
     "one key": (attention, {"i": 1, "j": 1}),
     "one query": (attention, {"i": 1, "j": 70, "batch": 1, "kv_heads": 1}),
     "window, signed": (attention, {"window": (40, 8), "signed": True, "i": 70, "j": 90}),
@@ -377,6 +450,95 @@ def every_kind(watch):
         x, inputs, layout, stride, plain, scale, *_ = kind.values()
         constants = {name: value for name, value in kind.items() if name.isupper() or name.startswith("num_")}
         watch(_probe_kernel, (3, 2, 1), x, inputs, layout, stride, plain, scale, **constants)
+
+
+@triton.jit
+def _described_kernel(source, out_ptr, RANK: tl.constexpr, IS_READ: tl.constexpr):
+    value = 1.0
+    if IS_READ:
+        tile = source.load([0, 0]) if RANK == 2 else source.load([0, 1, 0])
+        value += tl.sum(tl.ravel(tile).to(tl.float32))
+    tl.store(out_ptr, value)
+
+
+def every_described_kind(watch):
+    """Other dtypes, boxes and paddings; other sizes, strides and places, which are no kind of their own."""
+    store = torch.zeros(2**14 + 64)
+    out = torch.zeros(16)
+
+    def describe(dtype, shape, strides, box, padding="zero", first=0):
+        return TensorDescriptor(store.view(dtype)[first:], shape, strides, box, padding)
+
+    usual = torch.bfloat16, [64, 64], [64, 1], [16, 64]
+    kinds = [
+        (usual, {}),
+        ((torch.float16, *usual[1:]), {}), ((torch.float32, *usual[1:]), {}), ((torch.int8, *usual[1:]), {}),
+        ((*usual[:3], [32, 64]), {}), ((*usual[:3], [16, 32]), {}), ((*usual[:3], [64, 16]), {}),
+        ((torch.bfloat16, [4, 16, 64], [1024, 64, 1], [1, 16, 64]), {}),
+        (usual, {"padding": "nan"}), (usual, {"first": 64}),
+        ((usual[0], [1, 48], [8, 1], usual[3]), {}), ((usual[0], [32, 16], [16, 1], usual[3]), {}),
+    ]  # fmt: skip
+    for _ in range(2):
+        watch.functions.clear()
+        for parts, more in kinds:
+            for is_read in (True, False):
+                made = describe(*parts, **more)
+                watch(_described_kernel, (2, 1, 1), made, out, RANK=len(made.shape), IS_READ=is_read)
+    boxes = {(parts[0], *parts[3]) for parts, _ in kinds}
+    assert len(watch.functions) == 2 * len(boxes), watch.functions
+
+
+def described_with_others(watch):
+    """A repeated call with descriptors takes the pointers of its own tensors, and encodes their maps once."""
+    watch.is_checking = False
+    forward = importlib.reload(attention_forward).forward  # as they were, with nothing in their place
+    backward = importlib.reload(attention_backward).backward
+
+    def draw_all():
+        """(arguments of forward, of backward)."""
+        query, key, value, dout = (draw(1, 4, 80, 64, dtype=torch.bfloat16).detach() for _ in range(4))
+        table = torch.randn(4, 80)
+        rest = None, None, 80, 80, 0, False, None, 0, 0.125, 0.0, 0.0
+        first = query, key, value, table, None, *rest
+        out, lse, state = forward.__wrapped__(*first)
+        second = dout, torch.zeros_like(lse), query, key, value, table, None, out, state, *rest, False
+        return first, (*second, True, True, True, False)
+
+    def run(function, args):
+        watch.fake.take()
+        watch.fake.maps()
+        function(*args)
+        return watch.fake.take(), watch.fake.maps()
+
+    with described():
+        sets = [draw_all() for _ in range(4)]
+        for which, function in enumerate((forward, backward)):
+            for _ in range(2):
+                function(*sets[0][which])
+            asked = watch.asked
+            run(function, sets[0][which])
+            assert watch.asked == asked, f"{function}: the third call is not repeated"
+            for number, maps in ((0, 0), (1, (2, 4)[which]), (1, 0), (2, (2, 4)[which])):
+                args = sets[number][which]
+                expected, n = run(function.__wrapped__, args)
+                assert n == (4, 8)[which]  # forward and dq are launched twice
+                asked = watch.asked
+                found, n = run(function, args)
+                assert watch.asked == asked and n == maps, f"{n} maps were encoded, not {maps}"
+                compare(expected, found, {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)})
+
+        watch.fake.take()
+        both = [threading.Thread(target=lambda args=args: [forward(*args) for _ in range(300)]) for args, _ in sets[:2]]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        launches = [launch for launch in watch.fake.take() if launch.kernel == "_forward_kernel"]
+        assert len(launches) == 2 * 300 * 2
+        wanted = {tuple(tensor.data_ptr() for tensor in args[:3]) for args, _ in sets[:2]}
+        for launch in launches:
+            maps = [value.address for value in launch.values if isinstance(value, fake_cuda.TensorMap)]
+            assert (launch.values[0], *maps) in wanted, (launch, wanted)
 
 
 def repeated_with_others(watch):
@@ -449,10 +611,55 @@ def renamed_constant(names, args, constants):
     return args, {name.replace("config", "settings"): value for name, value in constants.items()}
 
 
+def dropped_descriptor(names, args, constants):
+    return [*args[:1], *args[2:]], constants
+
+
+def swapped_descriptors(names, args, constants):
+    """Key and value, of one kind: Triton sees nothing wrong."""
+    return [args[0], args[2], args[1], *args[3:]], constants
+
+
+def described_too_much(names, args, constants):
+    """A descriptor in place of a pointer."""
+    shape = [*args[0].shape]
+    return [TensorDescriptor(args[0], shape, [*args[0].stride()], [1, 1, 64, 64]), *args[1:]], constants
+
+
+def described_too_little(names, args, constants):
+    return [args[0], args[1].base, *args[2:]], constants
+
+
+def another_box(names, args, constants):
+    return [args[0], replace(args[1], block_shape=[1, 1, 32, 64]), *args[2:]], constants
+
+
+DESCRIBED_BROKEN = (
+    dropped_descriptor, swapped_descriptors, described_too_much, described_too_little, another_box,
+)  # fmt: skip
 BROKEN = (
     dropped, too_many, swapped_kinds, swapped_strides, too_short, float_for_int, int_for_float,
     no_constant, renamed_constant,
 )  # fmt: skip
+
+
+MAPS_BROKEN = {
+    "another pointer's map": lambda self, pointers: self.encode(pointers[self.number - 1], *self.rest),
+    "a moved map": lambda self, pointers: self.encode(pointers[self.number] + 16, *self.rest),
+    "another map": lambda self, pointers: self.encode(pointers[self.number], *self.rest[:-1], 1),
+    "no map": lambda self, pointers: pointers[self.number],
+}
+encode_map = replay._Map.of
+STALE = {
+    "the first map": lambda self, pointers: self.last[1] or encode_map(self, pointers),
+    "never the last map": lambda self, pointers: self.encode(pointers[self.number], *self.rest),
+}
+
+
+def blind(binding):
+    """A _Binding that sees no descriptor."""
+    binding.descriptors = []
+    return binding
 
 
 def fails(run):
@@ -468,7 +675,8 @@ def main(path, *cases):
     torch.set_num_threads(1)
     watch = install()
     results = {"triton": triton.__version__, "is_tried": launching.IS_TRIED, "cases": {}, "broken": {}}
-    for name, (function, options) in {"every kind": (every_kind, {}), **CASES}.items():
+    kinds = {"every kind": (every_kind, {}), "every described kind": (every_described_kind, {})}
+    for name, (function, options) in {**kinds, **CASES}.items():
         if name not in cases and name in CASES:
             continue
         began = time.perf_counter()
@@ -483,7 +691,22 @@ def main(path, *cases):
     for change in BROKEN:
         watch.change = change
         results["broken"][change.__name__] = fails(lambda: attention(watch, is_causal=True))
+    for change in DESCRIBED_BROKEN:
+        watch.change = change
+        results["broken"][change.__name__] = fails(lambda: attention(watch, is_causal=True, is_described=True))
     watch.change = None
+    for name, swap in MAPS_BROKEN.items():
+        with mock.patch.object(replay._Map, "of", swap):
+            results["broken"][name] = fails(lambda: attention(watch, is_causal=True, is_described=True))
+    bind = launching._bind
+    with mock.patch.object(launching, "_bind", lambda *args: blind(bind(*args))):
+        launching._bindings.clear()
+        results["broken"]["all descriptors alike"] = fails(lambda: every_described_kind(watch))
+    launching._bindings.clear()
+    with mock.patch.object(replay, "_expanded", return_value=None):  # as of a Triton with another launcher
+        watch.repeated.clear()
+        results["unknown launcher"] = fails(lambda: attention(watch, is_causal=True, is_described=True))
+        results["unknown launcher repeated"] = watch.repeated.copy()
     fill = launching.Pointed.fill
     launching.Pointed.fill = lambda self, arguments, pointers: fill(self, arguments, pointers[::-1])
     results["broken"]["pointers"] = fails(lambda: attention(watch, is_causal=True))
@@ -492,6 +715,10 @@ def main(path, *cases):
     launching._bindings.clear()
     results["broken"]["the launcher"] = fails(lambda: every_kind(watch))
     results["repeated"] = fails(lambda: repeated_with_others(watch))
+    results["described"] = fails(lambda: described_with_others(watch))
+    for name, stale in STALE.items():
+        with mock.patch.object(replay._Map, "of", stale):
+            results["broken"][name] = fails(lambda: described_with_others(watch))
     Path(path).write_text(json.dumps(results, indent=1))
 
 

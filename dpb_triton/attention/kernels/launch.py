@@ -2,6 +2,7 @@
 """What the attention launchers share: how the arguments of a call become a kernel's."""
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...launching.replay import empty, launch
 from .arguments import Config, Scores
@@ -57,8 +58,6 @@ def describe(tensors, block, seqlens):
     """Descriptors of `tensors` (batch, heads, rows, dim) in boxes of `block` rows; None where there can be none."""
     if not is_describable(tensors, seqlens):
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     return [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, padded(t.shape[3])]) for t in tensors]
 
 

@@ -64,6 +64,16 @@ def attention(device, n, *, dtype=BF16, head_dim=64, kv_heads=None, **options):
     return _compared(ours, partial(reference.attention, **options), inputs, dtype)
 
 
+def repeated(device, n, **options):
+    """A call that is repeated from what was written down, of other tensors than those."""
+    for _ in range(3):
+        *leaves, dout = _attention_inputs(device, n, dtype=BF16, head_dim=options.get("head_dim", 64))
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = bias_attention(*leaves, is_causal=True, backend="triton")
+        torch.autograd.grad(out, leaves, dout)
+    return attention(device, n, is_causal=True, **options)
+
+
 def dropout(device, n, *, dropout_p=0.3):
     """The mask is a function of the seed that torch's generator gives, the same for backend "torch"."""
     inputs = _attention_inputs(device, n, dtype=BF16, head_dim=64)
@@ -147,6 +157,8 @@ CASES = {
     "attention bf16 softcap": partial(attention, softcap=5.0, is_causal=True),
     "attention bf16 dropout": dropout,
     "attention bf16 varlen": varlen,
+    "attention bf16 d64, repeated": repeated,
+    "attention bf16 d128, repeated": partial(repeated, head_dim=128),
     "graph forward": partial(graph, is_training=False),
     "graph training": partial(graph, is_training=True),
     "csrc fp32": partial(expand, dtype=FP32, j=512, backend="cuda"),

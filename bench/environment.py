@@ -46,8 +46,9 @@ def _version(name):
 
 
 def describe(device, sha=None):
-    """Device, driver, threads, versions, git sha (`sha` where there is no git), date."""
-    found = _git("rev-parse", "--short=10", "HEAD")
+    """Device, driver, threads, versions, `sha` or git's, date."""
+    if sha is None and (sha := _git("rev-parse", "--short=10", "HEAD")):
+        sha += "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "driver": _driver() if device == "cuda" else None,
@@ -56,7 +57,7 @@ def describe(device, sha=None):
         "torch": torch.__version__,
         "triton": _version("triton"),
         "dpb_triton": dpb_triton.__version__,
-        "sha": found + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "") if found else sha,
+        "sha": sha,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
 

@@ -68,7 +68,7 @@ NAMES = [phase.name for phase in phases("cuda")]
 @click.option("--fill-cache", "fill", type=FILE, help="Compile the phases' kernels into this file; needs no GPU.")
 @click.option("--python", type=FILE_THAT_IS, help="With --fill-cache: the GPU machine's Python and Triton.")
 @click.option("--keep-going", is_flag=True, help="Go on where the smoke phase failed.")
-@click.option("--sha", help="The commit, where there is no git.")
+@click.option("--sha", help="The commit; git's unless given.")
 @click.option("--list", "is_list", is_flag=True, help="Print the phases and what to type on a lent machine.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", hidden=True, help="cpu: a rehearsal.")
 def gpu(names, seconds, out, tar, fill, python, keep_going, sha, is_list, device):

@@ -54,6 +54,7 @@ LEFT_OUT = {  # by pattern
     "attention/test_flops.py": CPU_ONLY,
     "launching/test_keys.py": OFFLINE,
     "launching/test_launch_path.py": OFFLINE,
+    "launching/test_replay.py": OFFLINE,
     "test_interpreter.py": OWN_PROCESSES,
     "test_layers.py": OWN_PROCESSES,
     "multihead/test_bad_input.py": BEFORE,

@@ -28,13 +28,14 @@ def _cells(records, key, wanted):
 
 
 def _table(cells, key, columns, ratio):
-    """Rows of the cells that hold our time, least milliseconds first named; `ratio`: (head, a function of a cell)."""
-    key = [name for name in key if any(cell[place] is not None for cell in cells for place in [key.index(name)])]
+    """A row a cell; `ratio`: (its head, a function of a cell's times)."""
+    places = [place for place in range(len(key)) if any(cell[place] is not None for cell in cells)]
+    key = [key[place] for place in places]
     columns = [name for name in dict.fromkeys(columns) if any(name in times for times in cells.values())]
     rows = []
     for cell, times in cells.items():
         shown = [f"{times[name]:.3g}" if name in times else "" for name in columns]
-        rows.append([*("" if value is None else value for value in cell[-len(key) :]), *shown, ratio[1](times)])
+        rows.append(["" if cell[place] is None else cell[place] for place in places] + [*shown, ratio[1](times)])
     return tabulate(rows, [*key, *columns, ratio[0]], "github", disable_numparse=True)
 
 
@@ -47,8 +48,8 @@ def _of(name, over):
 
 def summary(folder):
     """All tables as one text."""
-    _, records = read(folder)
-    here = next(record["environment"] for record in records if "environment" in record)
+    about, records = read(folder)
+    here = about.get("environment") or next(record["environment"] for record in records if "environment" in record)
     first = ", ".join(f"{name} {here[name]}" for name in ("driver", "python", "torch", "triton", "sha", "date"))
     attention = [record for record in records if record.get("dtype") == "bf16" and record["phase"] != "expand"]
     full = {cell: times for cell, times in _cells(attention, CELL, ATTENTION).items() if "dpb_triton" in times}
@@ -65,6 +66,13 @@ def summary(folder):
         "The bias alone, milliseconds; the limit is fill forward, sum backward.",
         _table(cells, ("dtype", "n", "direction"), EXPAND.values(), ("limit / Triton", _of("limit", "Triton"))),
     ]
+    memory = {}
+    for record in records:
+        if record.get("event") == "memory" and not record["stopped"]:
+            memory[record["provider"]] = [record["provider"], record["n"], record["peak_mib"], record["seconds"]]
+    if memory:
+        head = ["", "n", "peak MiB", "seconds"]
+        parts += ["The longest sequence that was trained.", tabulate(memory.values(), head, "github", floatfmt=".4g")]
     host = [[record["call"], f"{record['us']:.0f}"] for record in records if record["phase"] == "host"]
     if host:
         parts += ["The host's time for a call, microseconds.", tabulate(host, ["call", "us"], "github")]

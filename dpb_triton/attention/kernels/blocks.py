@@ -5,10 +5,12 @@ For each generation of GPUs and each width of head the largest tiles for which t
 more shared memory than a block may have, and does no work twice: Triton lays the warps of these products along rows
 only, so a tile with fewer than 16 rows a warp is computed by two warps (of dkdv, whose tiles are transposed, the rows
 are keys). `python -m bench codegen --kernel attention --kernel "attention backward"` compiles them all and says where
-one breaks that. Hopper's of 2-byte types for heads up to 128 wide are the fastest of about 30 each on an H200, causal,
-8,192 positions (`python -m bench sweep` times them), but for dkdv at 128: (64, 128, 8, 3) is 5% faster there and spills
-in most other calls. So are those of float32 up to 64, of about 9 each; dtable with (64, 64, 4, 1) is 8% faster there and
-spills 154 times. The others have been timed on no GPU.
+one breaks that.
+
+Hopper's are the fastest ones on an H200 (`python -m bench sweep` times them; bench/results/h200): of about 30 each of
+2-byte types for heads up to 128 wide, and of about 9 each of float32 up to 64. Two were passed over: (64, 128, 8, 3) of
+dkdv at 128 is 5% faster and spills in most calls that are not plain causal ones, and (64, 64, 4, 1) of float32's dtable
+is 8% faster and spills 154 times. The others have been timed on no GPU.
 
 A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "described",
 dense batches of wider heads, whose rows come by tensor descriptors (TMA).

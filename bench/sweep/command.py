@@ -29,8 +29,9 @@ def constants_of(group):
     from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32
 
     kernel, width, dtype, arch = group
-    table = FLOAT32 if dtype == "fp32" else BLOCKS
-    return Candidate.of(kernel, table[GENERATIONS[arch]][kernel][WIDTHS.index(width)])
+    rows, column = (FLOAT32 if dtype == "fp32" else BLOCKS)[GENERATIONS[arch]], WIDTHS.index(width)
+    described = rows.get(f"{kernel} described", ())  # as a dense batch is served
+    return Candidate.of(kernel, (*described[column], True) if column < len(described) else rows[kernel][column])
 
 
 def _rows(results, wanted, count):
@@ -106,14 +107,20 @@ def advice(times):
         table = FLOAT32 if dtype == "fp32" else BLOCKS
         lines.append(f"{'FLOAT32' if dtype == 'fp32' else 'BLOCKS'}, timed in {dtype}: {GENERATIONS[arch]!r}: {{")
         for kernel in KERNELS:
-            row, remarks = list(table[GENERATIONS[arch]][kernel]), []
+            row, remarks, described = list(table[GENERATIONS[arch]][kernel]), [], {}
             for place, width in enumerate(WIDTHS):
                 rounds = times.get((kernel, width, dtype, arch))
                 if rounds:
                     chosen, ratio = faster(rounds, constants_of((kernel, width, dtype, arch)))
-                    row[place] = chosen.blocks
-                    remarks.append(f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays")
+                    remark = f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays"
+                    if chosen.more[:1] == (True,):
+                        described[width] = chosen.blocks
+                    else:
+                        row[place] = chosen.blocks
+                    remarks.append(remark)
             lines.append(f'    "{kernel}": {tuple(row)},  # {", ".join(remarks) or "not timed"}')
+            if described:
+                lines.append(f'    "{kernel} described": {described},')
         lines.append("}")
     return "\n".join(lines)
 

@@ -151,3 +151,35 @@ def test_dtable_is_right_whatever_its_chunks(programs, monkeypatch, set_tiles, d
     set_tiles(TILES[0] | {"dtable": (16, 16, 4, 1, False, 2)})
     case = Case(batch=3, heads=2, i=70, j=70, options={"is_causal": True})
     check(partial(bias_attention, backend="triton"), case, device)
+
+
+class TestWhichRowServes:
+    """The rows of `blocks.py` that are for some calls only, on Hopper, whose constants the interpreter has, too."""
+
+    @pytest.fixture(autouse=True)
+    def hopper(self, monkeypatch):
+        monkeypatch.setattr(blocks, "generation", lambda: "hopper")
+
+    def tile(self, kernel, dim, dtype=torch.bfloat16, **options):
+        query = torch.empty(1, 1, 1, dim, dtype=dtype)
+        return blocks.blocks_of(kernel, query, query, **options)
+
+    @pytest.mark.parametrize("dim", [33, 64, 65, 128])
+    def test_descriptors_where_there_may_be_some(self, dim):
+        assert self.tile("forward", dim, is_describable=True).is_described
+        assert not self.tile("forward", dim).is_described
+        assert not self.tile("forward", dim, torch.float32, is_describable=True).is_described
+        assert not self.tile("dkdv", dim, is_describable=True).is_described  # there is no such row
+
+    @pytest.mark.parametrize("dim", [16, 32, 129, 256])
+    def test_narrow_and_wide_heads_come_by_pointers(self, dim):
+        assert not any(self.tile(k, dim, is_describable=True).is_described for k in ("forward", "dq", "dtable"))
+
+    def test_narrow_heads_have_rows_of_their_own(self):
+        assert self.tile("dkdv", 32) == blocks.Tile(*blocks.BLOCKS["hopper"]["dkdv narrow"][0])
+        assert self.tile("dkdv", 64) == blocks.Tile(*blocks.BLOCKS["hopper"]["dkdv"][0])
+
+    def test_dropout_comes_before_all_others(self):
+        row = blocks.BLOCKS["hopper"]["dkdv dropout"]
+        assert self.tile("dkdv", 32, has_dropout=True) == blocks.Tile(*row[0])
+        assert self.tile("dkdv", 128, has_dropout=True) == self.tile("dkdv", 128)  # that row is for 64 only

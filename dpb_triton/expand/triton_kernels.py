@@ -59,7 +59,7 @@ REDUCE_BLOCK_N = 128
 PROGRAMS = 2048
 FOLD_BLOCK = 256
 # The fold loads the sums of so many row chunks before it adds the first one.
-FOLD_CHUNKS = tl.constexpr(8)
+FOLD_CHUNKS = tl.constexpr(4)
 VECTOR_BYTES = 16
 LINE_BYTES = 128
 # Positions, and every sum of two of them, are int32 in the kernels.

@@ -138,8 +138,8 @@ def test_ints_that_are_one_stay_arguments(records, layout):
 
 @pytest.mark.slow
 def test_a_spilling_window_fails_the_command():
-    """A window of 128 x 256, which does not fit the registers, is noticed and named."""
-    done = run("--block", 128, 256, "--kernel", "expand", "--arch", "sm_80", "--dtype", "bf16", "--layout", "ragged")
+    """A window of 256 x 256, which does not fit the registers, is noticed and named."""
+    done = run("--block", 256, 256, "--kernel", "expand", "--arch", "sm_80", "--dtype", "bf16", "--layout", "ragged")
     assert done.returncode == 1, done.stderr
     assert "spills" in done.stdout
     assert "1 break a promise" in done.stdout

@@ -204,6 +204,25 @@ def test_dropout(name, options, attend, device):
     check(attend, case, [(name, (0, 1, 8, 2), NAN), (name, (1, 0, 3, 1), NAN)], device, keep=keep)
 
 
+# 39 programs, 13 of each head, whose flags one program of a second launch reads as 32 and 7, four as 10, 10, 10 and 9.
+# A query sees one key, so that no other program meets what one of them meets.
+MANY = Case(heads=3, i=200, j=200, head_dim=4, options={"window": (0, 0)})
+
+
+@pytest.mark.parametrize("attention_backend", ["triton"])
+@pytest.mark.parametrize("repairers", [1, 4])
+@pytest.mark.parametrize("program", [0, 31, 32, 38])
+def test_one_program_of_many(program, repairers, attend, small_tiles, monkeypatch, device):
+    """A program of a second launch reads many flags, and finds each: the first, a group's last, the last of all."""
+    launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
+    monkeypatch.setattr(launch, "REPAIR_WARPS", 4 * repairers)
+    head, block = divmod(program, 13)
+    y, x = 16 * (12 - block) + 5, 16 * block + 5  # a block of queries is the last one first, a block of keys is not
+    numbers = [(name, (0, head, y), NAN) for name in ("key", "value")]
+    numbers += [(name, (0, head, x), NAN) for name in ("query", "dout")]
+    check(attend, MANY, numbers, device)
+
+
 @pytest.mark.parametrize("attention_backend", BACKENDS)
 @pytest.mark.parametrize("tensor", [slow("query"), "key", "value", slow("dout")])
 def test_packed_sequences(tensor, attention_backend, device):
@@ -237,6 +256,29 @@ def test_packed_sequences(tensor, attention_backend, device):
         }
         assert_same(ours, exact, 1e-4)
     assert_same(actual, {"dtable": (total, None)}, 1e-4)
+
+
+@pytest.mark.parametrize("attention_backend", ["triton"])
+def test_nobody_asks_for_a_repair_without_a_nan(attention_backend, small_tiles, monkeypatch, device):
+    """Nor a program beyond the end of its sequence, whatever lay where its flag is: the second launch would look."""
+    attention_of(attention_backend, device)
+    launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
+    flags, empty = [], launch.empty
+
+    def filled(size, dtype, *more):
+        made = empty(size, dtype, *more)
+        if dtype == torch.int32:
+            flags.append(made.fill_(7))
+        return made
+
+    monkeypatch.setattr(launch, "empty", filled)
+    query, key, value = (torch.randn(50, 2, 4, device=device, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, 3, 40, 50], dtype=torch.int32, device=device)
+    table = torch.randn(2, 40, device=device)
+    out = bias_attention_varlen(query, key, value, table, cu, cu, is_causal=True, backend="triton")
+    torch.autograd.grad(out.sum(), (query, key, value))
+    assert [len(found) for found in flags] == [18, 18, 18]  # 3 blocks of 3 sequences and 2 heads
+    assert not torch.cat(flags).any()
 
 
 @pytest.mark.parametrize("tile", [1, 600])

@@ -12,7 +12,7 @@
     holds pairs that do not count: their p and ds are selected away, whatever lies there
 
 A pair that does not count is a zero in a product, and zero times NaN is NaN: dk dv and dq are launched twice, as
-forward is.
+forward is (`launch_with_repair`).
 
 Grids: (blocks, batch, heads) in one dimension, heads slowest, as forward. Each program owns what it writes: no
 atomics, the order of every sum depends on the shape alone, the same bits in every run.

@@ -19,6 +19,7 @@ from ...launching.launch import cdiv
 from .arguments import Matrix
 from .launch import launch_with_repair
 from .tiles import (
+    FLAGS,
     add_bias,
     dot,
     dot_add,
@@ -27,6 +28,7 @@ from .tiles import (
     dropout_of,
     has_nan,
     is_allowed,
+    is_any_set,
     is_kept,
     is_wide,
     key_bias_of,
@@ -144,19 +146,19 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
     return dk, dv, dkey_bias
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
-def _dkdv_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout, gradient_layout, i, j,
-                 offset, left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+@triton.jit
+def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout, gradient_layout, i, j,
+             offset, left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    """The work of the program `pid` of the first launch, in either launch."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    pid = tl.program_id(0)
     block, index, kv_head = place_of(pid, tl.cdiv(j, BLOCK_N), batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_y = block * BLOCK_N
-    if first_y >= span.j:
-        return
-    if config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
-        if tl.load(repair_ptr + pid) == 0:
+    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+        if first_y >= span.j:  # beyond its sequence
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+                tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, _ = visible_blocks(
         first_y, swapped(span), config.HAS_RIGHT, config.HAS_LEFT, BLOCK_N, BLOCK_M
@@ -213,6 +215,24 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gr
     if config.NEEDS_DKEY_BIAS:
         dkey_bias_ptr = gradients.dkey_bias + (row * to.ub + kv_head * to.uh + span.first_key)
         tl.store(dkey_bias_ptr + y, dkey_bias, mask=y < span.j)
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
+def _dkdv_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout, gradient_layout, i, j,
+                 offset, left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    if config.IS_REPAIR:
+        step, programs = tl.num_programs(0), tl.cdiv(j, config.BLOCK_N) * batch * (layout.heads // layout.group)
+        for first in range(tl.program_id(0), programs, step * FLAGS):
+            if is_any_set(repair_ptr, first, step, programs):
+                for pid in range(first, tl.minimum(first + step * FLAGS, programs), step):
+                    if tl.load(repair_ptr + pid) != 0:
+                        _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout,
+                                 gradient_layout, i, j, offset, left, right, zero, width, batch, scores, threshold,
+                                 config)  # fmt: skip
+    else:
+        _program(tl.program_id(0), query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout,
+                 gradient_layout, i, j, offset, left, right, zero, width, batch, scores, threshold,
+                 config)  # fmt: skip
 
 
 def launch_dkdv(tensors, inputs, gradients, layout, counts, scores, threshold, config, tile):

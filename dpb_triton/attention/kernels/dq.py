@@ -17,6 +17,7 @@ from ...launching.keys import settle
 from ...launching.launch import cdiv
 from .launch import launch_with_repair
 from .tiles import (
+    FLAGS,
     add_bias,
     dot,
     dot_add,
@@ -25,6 +26,7 @@ from .tiles import (
     dropout_of,
     has_nan,
     is_allowed,
+    is_any_set,
     is_kept,
     is_wide,
     key_bias_of,
@@ -115,19 +117,20 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
     return dot_add(narrow(ds, key.dtype), key, dq, config)
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
-def _dq_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout, dq_layout, i, j, offset,
-               left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+@triton.jit
+def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout, dq_layout, i, j, offset,
+             left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    """The work of the program `pid` of the first launch, in either launch."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    pid, blocks = tl.program_id(0), tl.cdiv(i, BLOCK_M)
+    blocks = tl.cdiv(i, BLOCK_M)
     block, index, head = place_of(pid, blocks, batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_x = (blocks - 1 - block) * BLOCK_M
-    if first_x >= span.i:
-        return
-    if config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
-        if tl.load(repair_ptr + pid) == 0:
+    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+        if first_x >= span.i:  # beyond its sequence
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+                tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, end = visible_blocks(
         first_x, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -170,6 +173,23 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_p
         tl.store(repair_ptr + pid, has_nan(dq, x < span.i))
     dqs = matrix_of(dq_ptr, row, head, span.first_query, span.i, dq_layout.b, dq_layout.h, dq_layout.x)
     store_rows(dqs, dq * scores.softmax_scale, first_x, BLOCK_M, config.HEAD_DIM, BLOCK_D, True)
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
+def _dq_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout, dq_layout, i, j, offset,
+               left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    if config.IS_REPAIR:
+        step, programs = tl.num_programs(0), tl.cdiv(i, config.BLOCK_M) * batch * layout.heads
+        for first in range(tl.program_id(0), programs, step * FLAGS):
+            if is_any_set(repair_ptr, first, step, programs):
+                for pid in range(first, tl.minimum(first + step * FLAGS, programs), step):
+                    if tl.load(repair_ptr + pid) != 0:
+                        _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout,
+                                 dq_layout, i, j, offset, left, right, zero, width, batch, scores, threshold,
+                                 config)  # fmt: skip
+    else:
+        _program(tl.program_id(0), query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout,
+                 dq_layout, i, j, offset, left, right, zero, width, batch, scores, threshold, config)  # fmt: skip
 
 
 def launch_dq(tensors, inputs, dq, layout, counts, scores, threshold, config, tile):

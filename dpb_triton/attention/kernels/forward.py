@@ -12,8 +12,8 @@ FlashAttention-2's schedule: a running maximum and sum per row rescale the accum
 backward rows of `tiles.py` add the bias for half a load and no address arithmetic an element.
 FLOPs: 4 * i * j * head_dim a head; bytes: q, k, v, out once, O(n) else. The roof is the tensor cores.
 A pair that does not count is a zero in the product with value, and zero times NaN is NaN. So where some pairs do not
-count the kernel is launched twice: a program of the second launch returns at once, unless the accumulator of the first
-held a NaN; then it does the work again, and at the edges pair by pair (`dot_of_pairs`).
+count the kernel is launched twice: the first launch's programs flag an accumulator that holds a NaN, and the second
+launch's few do the flagged work again, at the edges pair by pair (`dot_of_pairs`). `launch_with_repair` draws that.
 Numerics: scores, softmax and accumulators in float32, in units of log2; p is rounded to value's dtype for its product.
 Deterministic: the order of every sum depends on the shape alone.
 """
@@ -45,6 +45,7 @@ from .launch import (
     whole_rows,
 )
 from .tiles import (
+    FLAGS,
     LN2,
     add_bias,
     dot,
@@ -54,6 +55,7 @@ from .tiles import (
     dropout_of,
     has_nan,
     is_allowed,
+    is_any_set,
     is_kept,
     is_wide,
     key_bias_of,
@@ -153,19 +155,20 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
     return acc, m_new, l_i
 
 
-@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
-def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j, offset, left,
-                    right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+@triton.jit
+def _program(pid, query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j, offset, left,
+             right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    """The work of the program `pid` of the first launch, in either launch."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    pid, blocks = tl.program_id(0), tl.cdiv(i, BLOCK_M)
+    blocks = tl.cdiv(i, BLOCK_M)
     block, index, head = place_of(pid, blocks, batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_x = (blocks - 1 - block) * BLOCK_M
-    if first_x >= span.i:
-        return
-    if config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
-        if tl.load(repair_ptr + pid) == 0:
+    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+        if first_x >= span.i:  # beyond its sequence
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+                tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, end = visible_blocks(
         first_x, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -214,6 +217,22 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, 
     # apart, because a large m_i swallows the logarithm of l_i
     tl.store(outputs.state + place, m_i, mask=x < span.i)
     tl.store(outputs.state + out_layout.s + place, l_i, mask=x < span.i)
+
+
+@triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "threshold"])
+def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j, offset, left,
+                    right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
+    if config.IS_REPAIR:
+        step, programs = tl.num_programs(0), tl.cdiv(i, config.BLOCK_M) * batch * layout.heads
+        for first in range(tl.program_id(0), programs, step * FLAGS):
+            if is_any_set(repair_ptr, first, step, programs):
+                for pid in range(first, tl.minimum(first + step * FLAGS, programs), step):
+                    if tl.load(repair_ptr + pid) != 0:
+                        _program(pid, query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i,
+                                 j, offset, left, right, zero, width, batch, scores, threshold, config)  # fmt: skip
+    else:
+        _program(tl.program_id(0), query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j,
+                 offset, left, right, zero, width, batch, scores, threshold, config)  # fmt: skip
 
 
 @repeated(also=lambda query, *_: precision_of(query))

@@ -11,6 +11,10 @@ from .tiles import LOG2E
 
 # Positions, and every sum of four of them, are int32 in the kernels.
 LARGEST = 2**29 - 1
+# Warps of a second launch at most: one wave, as each of Hopper's 132 multiprocessors holds 8 that use all registers. So
+# 256 programs of four warps, of which each reads 16 of 4,096 flags, or 128 of eight. More would wait for others to
+# return; with fewer the multiprocessors would be half empty where there is a NaN.
+REPAIR_WARPS = 1024
 # Elements between two rows, of which a tile has 128 at most: a place in a tile is 32 bits.
 LARGEST_STRIDE = 2**25 - 1
 
@@ -69,14 +73,19 @@ def passes(needs_repair):
 def launch_with_repair(kernel, programs, config, tile, inputs, others):
     """Launch kernel(*inputs, repair, *others, config), and once more for the programs that met a NaN, if it needs that.
 
-    A pair that does not count is a zero in a matrix product, and zero times NaN is NaN. The second launch, whose
-    programs mostly return at once, costs the first nothing: the same code behind a branch would take its registers.
-    repair (programs,): the first launch writes which of them it is to do again.
+    first launch    0 1 2 … 255   256 257 … 511   512 …    its programs; each writes a flag, whether it met a NaN
+    second launch   r = 0 … 255: the flags r, 256 + r, 512 + r, …, FLAGS in one load; does again what is flagged
+
+    A pair that does not count is a zero in a matrix product, and zero times NaN is NaN. The second launch costs the
+    first nothing: the same code behind a branch would take its registers. Mostly no flag is set, and a second launch of
+    as many programs as the first, each of which returns at once, would cost microseconds. Neighbouring flags go to
+    different programs, because a NaN is often met by all blocks of a head.
     """
     repair = empty((programs,), torch.int32, inputs[0].device) if config.NEEDS_REPAIR else None
     for is_repair in passes(config.NEEDS_REPAIR):
+        grid = min(programs, REPAIR_WARPS // tile.num_warps) if is_repair else programs
         launch(
-            kernel, (programs,), *inputs, repair, *others,
+            kernel, (grid,), *inputs, repair, *others,
             config=config._replace(IS_REPAIR=True) if is_repair else config, num_warps=tile.num_warps,
             num_stages=1 if is_repair else tile.num_stages,
         )  # fmt: skip

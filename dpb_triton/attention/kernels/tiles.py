@@ -28,6 +28,7 @@ INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(64)
+FLAGS = tl.constexpr(32)  # that a program of a second launch reads at once: one for each lane of a warp
 KEY_PADDING = tl.constexpr(256)  # of the key bias on both sides: two of the largest blocks
 
 
@@ -110,6 +111,13 @@ def dot_add(a, b, acc, config: tl.constexpr):
 def has_nan(tile, is_row):
     """Whether a NaN is among the rows `is_row` of a tile [rows, columns]; the others may hold anything."""
     return tl.max(((tile != tile) & is_row[:, None]).to(tl.int32)) > 0
+
+
+@triton.jit
+def is_any_set(flags_ptr, first, step, end):
+    """Whether one of the flags first, first + step, … is set, of FLAGS before `end`."""
+    place = first + step * tl.arange(0, FLAGS)
+    return tl.max(tl.load(flags_ptr + place, mask=place < end, other=0)) != 0
 
 
 @triton.jit

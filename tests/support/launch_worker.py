@@ -46,7 +46,7 @@ from dpb_triton.launching import launch as launching
 from dpb_triton.launching import replay
 
 PTX = {"*": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def same_bits(value, given):

@@ -22,6 +22,29 @@ import torch
 
 from ...launching.launch import IS_INTERPRETED, current_target, next_power_of_2
 
+
+class Tile(NamedTuple):
+    """The launch constants of one kernel.
+
+    is_described: what the loop reads comes by tensor descriptors (TMA); bands: of a program of dtable, 1 or 2;
+    registers: of a thread at most, 0 for as many as the compiler likes. Fewer let more programs run at a time.
+    """
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
+    bands: int = 1
+    registers: int = 0
+
+    @property
+    def options(self):
+        """Triton's, of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
+
+
 # {generation: {kernel: for heads up to (64, 128, 256) wide, or fewer of these}}, for 2-byte types
 BLOCKS = {
     "ampere": {
@@ -35,7 +58,7 @@ BLOCKS = {
         "forward described": ((64, 64, 4, 2), (128, 128, 8, 3)),
         "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (32, 32, 4, 1)),
         "dkdv dropout": ((32, 64, 4, 2),),  # the hash wants registers
-        "dkdv narrow": ((32, 64, 4, 3),),
+        "dkdv narrow": (Tile(32, 64, 4, 3, registers=168),),
         "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
         "dq described": ((64, 64, 4, 2), (64, 64, 4, 2)),
         "dtable": ((64, 64, 4, 2), (64, 128, 8, 2), (16, 32, 4, 1)),
@@ -85,20 +108,6 @@ FLOAT32 = {
         "dtable": ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
 }
-
-
-class Tile(NamedTuple):
-    """The launch constants of one kernel.
-
-    is_described: what the loop reads comes by tensor descriptors (TMA); bands: of a program of dtable, 1 or 2.
-    """
-
-    block_m: int  # queries
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
-    is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
-    bands: int = 1
 
 
 def padded(dim):

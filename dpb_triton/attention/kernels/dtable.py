@@ -88,8 +88,8 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _queries_of(own, first_x, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """The Queries of the step whose first one is first_x."""
+def _queries_of(own, first_x, state, config: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The Queries of the step whose first one is first_x; state: theirs, of `load_state`."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     query, dout = first_x, first_x
     if not is_wide(config.BLOCK_D, config.PRECISION):
@@ -98,7 +98,7 @@ def _queries_of(own, first_x, config: tl.constexpr, IS_MASKED: tl.constexpr):
     if not is_wide(config.BLOCK_V, config.PRECISION):
         dout = stream_rows(own.dout_rows, first_x, BLOCK_M, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
                            config.IS_DESCRIBED)  # fmt: skip
-    largest, inverse, delta = load_state(own.rows_ptr, first_x, BLOCK_M, False)
+    largest, inverse, delta = state
     return Queries(first_x, query, dout, largest, inverse, delta)
 
 
@@ -109,6 +109,10 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
     BLOCK_N: tl.constexpr = config.BLOCK_N
     first_x = queries.first_x
     x = first_x + tl.arange(0, BLOCK_M)
+    if not is_wide(config.BLOCK_V, config.PRECISION):
+        # before the first product, that one barrier serves all four blocks that a step reads by descriptors
+        value = stream_rows(own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
+                            config.IS_DESCRIBED)  # fmt: skip
     if is_wide(config.BLOCK_D, config.PRECISION):
         qk = dot_of_rows(own.query_rows, first_x, own.key_rows, first_y, BLOCK_M, BLOCK_N, config.HEAD_DIM, config,
                          False, IS_MASKED, IS_MASKED)  # fmt: skip
@@ -126,8 +130,6 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
         dp = dot_of_rows(own.dout_rows, first_x, own.value_rows, first_y, BLOCK_M, BLOCK_N, config.VALUE_DIM, config,
                          False, IS_MASKED, IS_MASKED)  # fmt: skip
     else:
-        value = stream_rows(own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
-                            config.IS_DESCRIBED)  # fmt: skip
         dp = dot(queries.dout, tl.trans(value), config)
     y = first_y + opaque(tl.arange(0, BLOCK_N))
     if config.HAS_DROPOUT:
@@ -142,10 +144,10 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
 
 
 @triton.jit
-def _add_windows(acc, next_acc, bias, next_bias, own, first_x, span, scores, config: tl.constexpr,
+def _add_windows(acc, next_acc, bias, next_bias, own, first_x, state, span, scores, config: tl.constexpr,
                  IS_MASKED: tl.constexpr):  # fmt: skip
-    """A step of all bands of a program: the queries first_x … and the keys first_x + start …"""
-    queries = _queries_of(own, first_x, config, IS_MASKED)
+    """A step of all bands of a program: the queries first_x …, their `state`, and the keys first_x + start …"""
+    queries = _queries_of(own, first_x, state, config, IS_MASKED)
     first_y = first_x + own.start
     acc = _add_window(acc, bias, own, queries, first_y, span, scores, config, IS_MASKED)
     if config.BANDS == 2:
@@ -261,12 +263,20 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
         outside = tl.minimum(tl.maximum(outside, inside), leave)
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
-            acc, next_acc = _add_windows(
-                acc, next_acc, bias, next_bias, own, step * BLOCK_M, span, scores, config, True
-            )
+            state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
+            acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, state, span, scores,
+                                         config, True)  # fmt: skip
+        # a step ahead: nothing else of a step waits for a load that no pipeline began before
+        state = load_state(rows_ptr, inside * BLOCK_M, BLOCK_M, False)
         for step in range(inside, outside):
-            acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, span, scores, config,
-                                         False)  # fmt: skip
+            if config.IS_DESCRIBED:
+                next_state = load_state(rows_ptr, (step + 1) * BLOCK_M, BLOCK_M, False)
+            else:  # pointers leave no registers for it
+                state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
+                next_state = state
+            acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, state, span, scores,
+                                         config, False)  # fmt: skip
+            state = next_state
 
     span = n_bands * WIDTH
     partial_ptr += (head * n_chunks + chunk) * rows_of_diagonals(BLOCK_M, BLOCK_N) * span + band * WIDTH
@@ -344,8 +354,7 @@ def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores,
     launch(
         _dtable_kernel, (n_bands * n_chunks * heads,), *(described or tensors), inputs, partial, layout, *counts, least,
         n_bands, n_chunks, chunk_batch, step_chunks, chunk_steps, scores, threshold,
-        config=config_of(kind, tile, IS_DESCRIBED=bool(described), BANDS=tile.bands), num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        config=config_of(kind, tile, IS_DESCRIBED=bool(described), BANDS=tile.bands), **tile.options,
     )  # fmt: skip
     dtable = empty((heads, width), torch.float32, table.device)
     launch(

@@ -86,8 +86,8 @@ def launch_with_repair(kernel, programs, config, tile, inputs, others):
         grid = min(programs, REPAIR_WARPS // tile.num_warps) if is_repair else programs
         launch(
             kernel, (grid,), *inputs, repair, *others,
-            config=config._replace(IS_REPAIR=True) if is_repair else config, num_warps=tile.num_warps,
-            num_stages=1 if is_repair else tile.num_stages,
+            config=config._replace(IS_REPAIR=True) if is_repair else config,
+            **(tile._replace(num_stages=1, registers=0) if is_repair else tile).options,
         )  # fmt: skip
 
 

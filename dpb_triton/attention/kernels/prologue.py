@@ -24,8 +24,9 @@ from .bias import BIAS_BLOCK, width_of, write_bias
 from .blocks import padded
 
 ROW_BLOCK = 32
-# Rows beyond the last one that a tile of queries may load, and selects away: the largest block.
-ROW_PADDING = 128
+# Rows beyond the last one that a tile of queries may load, and selects away: the largest block, and one more that
+# dtable loads ahead.
+ROW_PADDING = 256
 
 
 class Read(NamedTuple):

@@ -33,7 +33,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Phase:
-    """A name for --phase, a weight (the seconds of a schedule of ten minutes), and the commands."""
+    """A name for --phase, a weight, which is about the seconds it takes (ten for each command to start), the commands."""
 
     name: str
     weight: float
@@ -69,44 +69,44 @@ def phases(device, tiny=False):
     materialised = ("eager", "sdpa with bias")
     flex = ("flex fixed table", "flex trained table")
     return [
-        Phase("smoke", 60, "is it right at all: every kernel once, against float64", (
+        Phase("smoke", 40, "is it right at all: every kernel once, against float64", (
             _smoke(device, *(("--tiny",) if tiny else ())),
             replace(_smoke(device, "--only", "csrc"), weight=0.3, wants_csrc=True),
         )),
-        Phase("tests", 120, "the suite's tests that need a GPU", (
+        Phase("tests", 130, "the suite's tests that need a GPU", (
             Command(suite.arguments(device, tiny), wants_csrc=True),
         )),
-        Phase("sweep", 90, "launch constants by their times", (
+        Phase("sweep", 60, "launch constants by their times", (
             Command(("-m", "bench", "sweep", "--device", device, "--limit", "{limit}", "--lines", "{lines}")),
         )),
-        Phase("attention", 100, "bf16, causal, 2k to 16k, against peers and limits; head_dim 128 too", (
+        Phase("attention", 150, "bf16, causal, 2k to 16k, against peers and limits; head_dim 128 too", (
             bench("attention", 3, *bf16, lengths=(8192,), peers=materialised),
-            bench("attention", 3, *bf16, lengths=(16384, 2048, 4096), peers=("none",)),
+            bench("attention", 4, *bf16, lengths=(16384, 2048, 4096), peers=("none",)),
             bench("attention", 2, *bf16, "--head-dim", "128", lengths=(8192,), peers=("none",)),
         )),
-        Phase("expand", 50, "the bias alone at 1k to 16k, against fill and sum", (
+        Phase("expand", 45, "the bias alone at 1k to 16k, against fill and sum", (
             bench("expand", 1, *bf16, lengths=(8192,), peers=("eager",), wants_csrc=True),
             bench("expand", 2, *bf16, lengths=(8191, 16384, 1024), peers=("none",), wants_csrc=True),
         )),
         Phase("profile", 60, "ncu's counters of each kernel at 8k", (
             Command(("-m", "bench.gpu.counters", "{out}", NCU_KERNELS, device, "{lines}")),
         )),
-        Phase("flex", 90, "FlexAttention, which compiles for long, at 8k", (
+        Phase("flex", 50, "FlexAttention, which compiles for long, at 8k", (
             bench("attention", 1, *bf16, lengths=(8192,), peers=flex),
         )),
-        Phase("window", 50, "a window with a published time, decoding, padding, all pairs", (
+        Phase("window", 75, "a window with a published time, decoding, padding, all pairs", (
             bench("attention", 2, *bf16, "--cell", "window", peers=("none",)),
             bench("attention", 2, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=("none",)),
-            bench("attention", 1, *bf16, "--cell", "decode", peers=materialised),
+            bench("attention", 1.5, *bf16, "--cell", "decode", peers=materialised),
         )),
-        Phase("float32", 30, "float32's errors as numbers, and its times", (
+        Phase("float32", 50, "float32's errors as numbers, and its times", (
             bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),
             bench("attention", 1, *fp32, "--errors", lengths=(512, 2048, 4096), peers=materialised),
         )),
-        Phase("memory", 40, "the longest sequence that trains at 16 heads", (
+        Phase("memory", 20, "the longest sequence that trains at 16 heads", (
             bench("attention", 1, *bf16, "--memory", "256" if tiny else "76000", peers=("none",)),
         )),
-        Phase("host", 20, "the host's time for a call", (
+        Phase("host", 15, "the host's time for a call", (
             Command(("-m", "bench", "host", "--device", device, "--json", "{json}")),
         )),
     ]  # fmt: skip

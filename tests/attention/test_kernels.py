@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The Triton attention kernels with small tiles: small grids then have edges, whole tiles, several bands and chunks."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -117,15 +118,25 @@ def test_descriptors_where_there_can_be_some():
 
 
 def test_constants_fit_the_kernels():
-    """The padding of the bias table wants queries and keys within 256, that of the rows 128."""
+    """The padding of the bias table wants queries and keys within 256, that of the rows two tiles of dtable's."""
+    prologue = pytest.importorskip("dpb_triton.attention.kernels.prologue")
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
             kernel = kernel.split()[0]
             for row in widths:
                 tile = blocks.Tile(*row)
                 assert tile.block_m + tile.bands * tile.block_n <= 256
-                assert tile.block_m <= 128
+                assert 2 * tile.block_m <= prologue.ROW_PADDING
                 assert tile.bands == 1 or kernel == "dtable"
+
+
+def test_a_tile_may_bound_the_registers():
+    """Triton's AMD backend has no such option, so it is named only where there is a bound."""
+    assert blocks.Tile(64, 32, 4, 2).options == {"num_warps": 4, "num_stages": 2}
+    assert blocks.Tile(64, 32, 4, 2, registers=168).options["maxnreg"] == 168
+    for generation in ("ampere", "cdna"):
+        rows = itertools.chain(*blocks.BLOCKS[generation].values(), *blocks.FLOAT32[generation].values())
+        assert not any(blocks.Tile(*row).registers for row in rows)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2, 5, 7, 64, 1000])

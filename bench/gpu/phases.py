@@ -33,7 +33,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Phase:
-    """A name for --phase, a weight, which is about the seconds it takes (ten for each command to start), the commands."""
+    """A name for --phase; a weight, about the seconds it takes, ten of them for each command to start; the commands."""
 
     name: str
     weight: float

@@ -56,7 +56,7 @@ def set_tiles(is_described):
     for rows in BLOCKS.values():
         for name, row in list(rows.items()):
             kernel, *kind = name.split()
-            if kind == ["described"] and not is_described:
+            if kind[-1:] == ["described"] and not is_described:
                 del rows[name]
             elif kernel != "dkdv":
                 rows[name] = tuple(Tile(*tile)._replace(is_described=is_described) for tile in row)

@@ -10,12 +10,13 @@ from .show import read
 # the columns: our name of a provider, the documentation's
 ATTENTION = {
     "dpb triton": "dpb_triton", "dpb triton frozen": "frozen table", "limit: no bias flash": "FA2, no bias",
-    "limit: no bias cudnn": "cuDNN, no bias", "flex trained table": "FlexAttention", "flex fixed table": "fixed table",
+    "limit: no bias cudnn": "cuDNN, no bias", "limit: no bias efficient": "efficient, no bias",
+    "flex trained table": "FlexAttention", "flex fixed table": "fixed table",
     "sdpa with bias": "SDPA + bias", "eager": "eager",
 }  # fmt: skip
 EXPAND = {"dpb triton": "Triton", "dpb cuda": "CUDA (csrc)", "limit: fill": "limit", "limit: sum": "limit",
           "eager": "eager"}  # fmt: skip
-CELL = ("mask", "head_dim", "batch", "queries", "n", "direction")
+CELL = ("dtype", "mask", "head_dim", "batch", "queries", "n", "direction")
 
 
 def _cells(records, key, wanted):
@@ -51,12 +52,12 @@ def summary(folder):
     about, records = read(folder)
     here = about.get("environment") or next(record["environment"] for record in records if "environment" in record)
     first = ", ".join(f"{name} {here[name]}" for name in ("driver", "python", "torch", "triton", "sha", "date"))
-    attention = [record for record in records if record.get("dtype") == "bf16" and record["phase"] != "expand"]
+    attention = [record for record in records if record["phase"] != "expand"]
     full = {cell: times for cell, times in _cells(attention, CELL, ATTENTION).items() if "dpb_triton" in times}
     ratio = "FA2 / dpb_triton", _of("FA2, no bias", "dpb_triton")
     parts = [
         f"{here['device']}, {first}",
-        "Attention, bf16, milliseconds; training is forward and backward with a trained table.",
+        "Attention, milliseconds; training is forward and backward with a trained table.",
         _table(full, CELL, ATTENTION.values(), ratio),
     ]
     bias = [record for record in records if record["phase"] == "expand"]

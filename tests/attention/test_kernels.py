@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The Triton attention kernels with small tiles: small grids then have edges, whole tiles, several bands and chunks."""
 
+import importlib
 import itertools
 from functools import partial
 
@@ -184,11 +185,34 @@ class TestWhichRowServes:
 
     @pytest.mark.parametrize("dim", [16, 32, 129, 256])
     def test_narrow_and_wide_heads_come_by_pointers(self, dim):
-        assert not any(self.tile(k, dim, is_describable=True).is_described for k in ("forward", "dq", "dtable"))
+        assert not any(self.tile(k, dim, is_describable=True).is_described for k in ("forward", "dq", "dkdv"))
+        assert self.tile("dtable", dim, is_describable=True).is_described == (dim <= 32)
 
     def test_narrow_heads_have_rows_of_their_own(self):
         assert self.tile("dkdv", 32) == blocks.Tile(*blocks.BLOCKS["hopper"]["dkdv narrow"][0])
         assert self.tile("dkdv", 64) == blocks.Tile(*blocks.BLOCKS["hopper"]["dkdv"][0])
+        assert self.tile("dtable", 16) == blocks.Tile(*blocks.BLOCKS["hopper"]["dtable narrow"][0])
+
+    @pytest.mark.parametrize(
+        ("more", "is_plain"),
+        [({}, True), ({"is_causal": True}, True), ({"window": (9, 0)}, False), ({"softcap": 5.0}, False),
+         ({"dropout_p": 0.5}, False), ({"kv_heads": 1, "enable_gqa": True}, False)],
+    )  # fmt: skip
+    def test_plain_calls_have_rows_of_their_own(self, more, is_plain, monkeypatch):
+        seen = {}
+        backward = importlib.import_module("dpb_triton.attention.kernels.backward")
+
+        def spy(kernel, query, value, *calls):
+            seen[kernel] = calls[2]
+            return blocks.blocks_of(kernel, query, value, *calls)
+
+        monkeypatch.setattr(backward, "blocks_of", spy)
+        more = dict(more)
+        query, key, value = (torch.randn(1, n, 17, 8, requires_grad=True) for n in (2, *[more.pop("kv_heads", 2)] * 2))
+        bias_attention(query, key, value, torch.randn(2, 17), backend="triton", **more).sum().backward()
+        assert set(seen.values()) == {is_plain}
+        assert self.tile("dkdv", 128, is_plain=True) != self.tile("dkdv", 128)
+        assert self.tile("dkdv", 32, is_plain=True) == self.tile("dkdv", 32)
 
     def test_dropout_comes_before_all_others(self):
         row = blocks.BLOCKS["hopper"]["dkdv dropout"]

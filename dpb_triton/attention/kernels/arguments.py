@@ -127,3 +127,4 @@ class Config(NamedTuple):
     NEEDS_REPAIR: bool = False  # programs that meet a NaN which does not count are done again
     IS_REPAIR: bool = False  # by this launch
     BANDS: int = 1  # of a program of dtable
+    PREFETCHES: bool = False  # see `tiles.prefetch`

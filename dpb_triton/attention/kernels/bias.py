@@ -17,8 +17,9 @@ from ...launching.launch import cdiv
 from ...launching.replay import empty, launch
 from .tiles import KEY_PADDING, LOG2E
 
-# Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks.
-PADDING = 256
+# Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks, and one
+# more that may be fetched ahead (`tiles.prefetch`).
+PADDING = 384
 BIAS_BLOCK = 1024
 
 

@@ -8,12 +8,12 @@ are keys). `python -m bench codegen --kernel attention --kernel "attention backw
 one breaks that.
 
 Hopper's are the fastest ones on an H200 (`python -m bench sweep` times them; bench/results/h200): of about 30 each of
-2-byte types for heads up to 128 wide, and of about 9 each of float32 up to 64. Two were passed over: (64, 128, 8, 3) of
-dkdv at 128 is 5% faster and spills in most calls that are not plain causal ones, and (64, 64, 4, 1) of float32's dtable
-is 8% faster and spills 154 times. The others have been timed on no GPU.
+2-byte types for heads up to 128 wide, and of about 9 each of float32 up to 64. One was passed over: (64, 64, 4, 1) of
+float32's dtable is 8% faster and spills 154 times. The others have been timed on no GPU.
 
-A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "described",
-dense batches of wider heads, whose rows come by tensor descriptors (TMA).
+A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "plain", dense
+batches with a head of keys for each of queries and at most causality; "described", dense batches, whose rows come by
+tensor descriptors (TMA), of wider heads unless it says "narrow".
 """
 
 from typing import NamedTuple
@@ -27,7 +27,8 @@ class Tile(NamedTuple):
     """The launch constants of one kernel.
 
     is_described: what the loop reads comes by tensor descriptors (TMA); bands: of a program of dtable, 1 or 2;
-    registers: of a thread at most, 0 for as many as the compiler likes. Fewer let more programs run at a time.
+    registers: of a thread at most, 0 for as many as the compiler likes. Fewer let more programs run at a time;
+    prefetches: the next step's bias and state into the L1 cache, which pays where few programs run at a time.
     """
 
     block_m: int  # queries
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
     bands: int = 1
     registers: int = 0
+    prefetches: bool = False
 
     @property
     def options(self):
@@ -55,16 +57,18 @@ BLOCKS = {
     },
     "hopper": {
         "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
-        "forward described": ((64, 64, 4, 2), (128, 128, 8, 3)),
+        "forward described": ((64, 64, 4, 2), Tile(128, 128, 8, 3, prefetches=True)),
         "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (32, 32, 4, 1)),
         "dkdv dropout": ((32, 64, 4, 2),),  # the hash wants registers
         "dkdv narrow": (Tile(32, 64, 4, 3, registers=168),),
+        "dkdv plain": ((64, 64, 4, 2), Tile(64, 128, 8, 3, prefetches=True)),
         "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
-        "dq described": ((64, 64, 4, 2), (64, 64, 4, 2)),
-        "dtable": ((64, 64, 4, 2), (64, 128, 8, 2), (16, 32, 4, 1)),
+        "dq described": ((64, 64, 4, 2), Tile(64, 64, 4, 2, prefetches=True)),
+        "dtable": ((64, 64, 4, 2), Tile(64, 128, 8, 2, prefetches=True), (16, 32, 4, 1)),
         "dtable dropout": ((64, 64, 8, 2), (64, 64, 8, 2)),
         "dtable described": ((64, 64, 4, 3),),
         "dtable narrow": ((64, 64, 4, 3),),
+        "dtable narrow described": (Tile(64, 64, 4, 3, registers=168),),
     },
     "blackwell": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -125,15 +129,18 @@ def generation():
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
 
 
-def blocks_of(kernel, query, value, has_dropout=False, is_describable=False):
+def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_plain=False):
     """The Tile of "forward", "dkdv", "dq" or "dtable": of the first row that is for such a call."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
     width = max(padded(query.shape[3]), padded(value.shape[3]))
     column = 0 if width <= 64 else 1 if width <= 128 else 2
-    kinds = {"dropout": has_dropout, "narrow": width <= 32, "described": is_describable and width > 32}
+    is_narrow = width <= 32
+    kinds = {
+        "dropout": has_dropout, "narrow described": is_narrow and is_describable, "narrow": is_narrow,
+        "plain": is_plain, "described": is_describable and not is_narrow,
+    }  # fmt: skip
     for kind, is_asked in kinds.items():
         row = rows.get(f"{kernel} {kind}", ()) if is_asked else ()
         if column < len(row):
-            tile = Tile(*row[column])
-            return tile._replace(is_described=True) if kind == "described" else tile
+            return Tile(*row[column])._replace(is_described=kind.endswith("described"))
     return Tile(*rows[kernel][column])

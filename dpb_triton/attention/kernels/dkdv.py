@@ -40,6 +40,7 @@ from .tiles import (
     narrow,
     opaque,
     place_of,
+    prefetch,
     span_of,
     store_rows,
     swapped,
@@ -112,6 +113,9 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
                          True, True, IS_MASKED)  # fmt: skip
     else:
         kq = dot(own.key, tl.trans(query), config)  # [BLOCK_N, BLOCK_M]
+    if config.PREFETCHES:
+        prefetch(own.bias_ptr + first_x + (BLOCK_M + BLOCK_N - 1), BLOCK_M)
+        prefetch(own.rows_ptr + 4 * (first_x + BLOCK_M), 4 * BLOCK_M)
     bias = load_bias((own.bias_ptr + first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
     s, slope = add_bias(kq, bias, scores, config.HAS_SOFTCAP)
     if config.HAS_KEY_BIAS:

@@ -38,6 +38,7 @@ from .tiles import (
     narrow,
     opaque,
     place_of,
+    prefetch,
     span_of,
     store_rows,
     stream_of,
@@ -84,6 +85,8 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
                          True, True, IS_MASKED)  # fmt: skip
     else:
         qk = dot(own.query, tl.trans(key), config)  # [BLOCK_M, BLOCK_N]
+    if config.PREFETCHES:
+        prefetch(own.bias_ptr + first_y + (BLOCK_M + BLOCK_N - 1), BLOCK_N)
     bias = load_bias((own.bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, slope = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
     if config.HAS_KEY_BIAS:

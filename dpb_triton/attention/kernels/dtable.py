@@ -42,6 +42,7 @@ from .tiles import (
     move_to,
     opaque,
     place_of,
+    prefetch,
     span_of,
     stream_of,
     stream_rows,
@@ -274,6 +275,8 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
             else:  # pointers leave no registers for it
                 state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
                 next_state = state
+                if config.PREFETCHES:
+                    prefetch(rows_ptr + 4 * (step + 1) * BLOCK_M, 4 * BLOCK_M)
             acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, state, span, scores,
                                          config, False)  # fmt: skip
             state = next_state

@@ -66,6 +66,7 @@ from .tiles import (
     narrow,
     opaque,
     place_of,
+    prefetch,
     span_of,
     store_rows,
     stream_of,
@@ -120,6 +121,8 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
             own.key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, IS_MASKED, config.IS_DESCRIBED
         )
         qk = dot(own.query, tl.trans(key), config)  # [BLOCK_M, BLOCK_N]
+    if config.PREFETCHES:
+        prefetch(own.bias_ptr + first_y + (BLOCK_M + BLOCK_N - 1), BLOCK_N)
     bias = load_bias((own.bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, _ = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
     if config.HAS_KEY_BIAS:

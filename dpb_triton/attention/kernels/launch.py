@@ -101,7 +101,7 @@ def kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p):
 def config_of(kind, tile, **more):
     """The Config of a kernel of such a call; `more`: its last fields."""
     dims, flags = kind
-    return Config(*dims, tile.block_m, tile.block_n, *flags, **more)
+    return Config(*dims, tile.block_m, tile.block_n, *flags, PREFETCHES=tile.prefetches, **more)
 
 
 def precision_of(query):

@@ -25,7 +25,7 @@ from .blocks import padded
 
 ROW_BLOCK = 32
 # Rows beyond the last one that a tile of queries may load, and selects away: the largest block, and one more that
-# dtable loads ahead.
+# is loaded or fetched ahead.
 ROW_PADDING = 256
 
 

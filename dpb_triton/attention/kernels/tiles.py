@@ -44,6 +44,21 @@ def load_bias(ptrs):
 
 
 @triton.jit
+def prefetch(ptr, COUNT: tl.constexpr):
+    """Fetch COUNT float32, those from `ptr` on that the next step reads first, into the L1 cache.
+
+    The bias and the queries' state are loaded by each thread for itself, behind no pipeline, and what of them is new at
+    a step comes from the L2 cache. Where few programs run at a time they wait for it; where many do this costs more.
+    Asked for is the last element of every 128 bytes: the line that the first ones share with older ones is there.
+    """
+    if not INTERPRETED and tl.target_info.is_cuda():
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + 31 + 32 * tl.arange(0, COUNT // 32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def load_state(ptr, first_x, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
     """(largest, 1 / l, delta / l) of the queries first_x … + COUNT - 1, as backward's prologue wrote them, (i, 4).
 

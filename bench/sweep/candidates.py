@@ -13,12 +13,14 @@ PADDING = 256  # of the padded table: room for queries and keys of one tile
 _WARPS = (4, 8, 2)  # two only where no product needs four
 STAGES = (2, 3, 1)  # the likely ones first
 # What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
-# True: keys and values come by descriptors (TMA), which dkdv has no loop for; 2: so many bands a program.
+# True: keys and values come by descriptors (TMA), which dkdv has no loop for; 2: so many bands a program; the True at
+# the end: the next step's bias and state are fetched ahead.
+DEFAULTS = False, 1, 0, False  # of all that
 VARIANTS = {
-    "forward": ((), (True,)),
-    "dkdv": ((),),
-    "dq": ((), (True,)),
-    "dtable": ((), (True,), (False, 2), (True, 2)),
+    "forward": ((), (True,), (True, 1, 0, True)),
+    "dkdv": ((), (False, 1, 0, True)),
+    "dq": ((), (True,), (True, 1, 0, True)),
+    "dtable": ((), (True,), (False, 2), (True, 2), (False, 1, 0, True)),
 }
 
 
@@ -35,8 +37,11 @@ class Candidate:
 
     @classmethod
     def of(cls, kernel, blocks):
-        """From the constants as the launchers take them."""
-        return cls(kernel, *blocks[:4], tuple(blocks[4:]))
+        """From the constants as the launchers take them; one of the same has the same name."""
+        more = tuple(blocks[4:])
+        while more and more[-1] == DEFAULTS[len(more) - 1]:
+            more = more[:-1]
+        return cls(kernel, *blocks[:4], more)
 
     @property
     def blocks(self):

@@ -26,12 +26,15 @@ HEADERS = ["kernel", "arch", "dtype", "width", "tile", "registers", "blocks\n/SM
 
 def constants_of(group):
     """The Candidate that `blocks.py` has for (kernel, width, dtype, arch)."""
-    from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32
+    from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32, Tile
 
     kernel, width, dtype, arch = group
     rows, column = (FLOAT32 if dtype == "fp32" else BLOCKS)[GENERATIONS[arch]], WIDTHS.index(width)
-    described = rows.get(f"{kernel} described", ())  # as a dense batch is served
-    return Candidate.of(kernel, (*described[column], True) if column < len(described) else rows[kernel][column])
+    for kind in ("causal", "described"):  # as a dense causal batch is served
+        row = rows.get(f"{kernel} {kind}", ())
+        if column < len(row):
+            return Candidate.of(kernel, Tile(*row[column])._replace(is_described=kind == "described"))
+    return Candidate.of(kernel, Tile(*rows[kernel][column]))
 
 
 def _rows(results, wanted, count):
@@ -107,20 +110,23 @@ def advice(times):
         table = FLOAT32 if dtype == "fp32" else BLOCKS
         lines.append(f"{'FLOAT32' if dtype == 'fp32' else 'BLOCKS'}, timed in {dtype}: {GENERATIONS[arch]!r}: {{")
         for kernel in KERNELS:
-            row, remarks, described = list(table[GENERATIONS[arch]][kernel]), [], {}
+            rows = table[GENERATIONS[arch]]
+            row, remarks, others = [Candidate.of(kernel, tile).blocks for tile in rows[kernel]], [], {}
             for place, width in enumerate(WIDTHS):
                 rounds = times.get((kernel, width, dtype, arch))
                 if rounds:
-                    chosen, ratio = faster(rounds, constants_of((kernel, width, dtype, arch)))
+                    today = constants_of((kernel, width, dtype, arch))
+                    chosen, ratio = faster(rounds, today)
                     remark = f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays"
                     if chosen.more[:1] == (True,):
-                        described[width] = chosen.blocks
+                        others.setdefault("described", {})[width] = chosen.blocks
+                    elif today.more[:1] != (True,) and today.blocks != row[place]:
+                        others.setdefault("causal", {})[width] = chosen.blocks
                     else:
                         row[place] = chosen.blocks
                     remarks.append(remark)
             lines.append(f'    "{kernel}": {tuple(row)},  # {", ".join(remarks) or "not timed"}')
-            if described:
-                lines.append(f'    "{kernel} described": {described},')
+            lines += [f'    "{kernel} {kind}": {found},' for kind, found in others.items()]
         lines.append("}")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_oracle import Case
 from quick import slow
+from recompiled import begin_anew, why_again
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen
@@ -15,7 +16,7 @@ from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varle
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    begin_anew()
     yield
     torch._dynamo.reset()
 
@@ -53,7 +54,7 @@ def assert_one_graph(compiler, options, backend, device):
         assert_same(ours, attention_oracle.run(attend, *tensors, **options))
         if n == 5:
             first = counter.frame_count  # 2 where a float is an argument: Dynamo starts again to make it a constant
-    assert counter.frame_count == first <= (2 if options else 1), "recompiled"
+    assert counter.frame_count == first <= (2 if options else 1), why_again()
 
 
 def test_offset_and_window_are_symbols(device):
@@ -64,7 +65,7 @@ def test_offset_and_window_are_symbols(device):
         tensors = Case(i=i, j=j, options=options, spare=3).draw(device)
         ours = attention_oracle.run(compiled, *tensors, **options)
         assert_same(ours, attention_oracle.run(bias_attention, *tensors, **options))
-    assert counter.frame_count == 1, "recompiled"
+    assert counter.frame_count == 1, why_again()
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", slow("inductor")])
@@ -118,7 +119,7 @@ def test_a_layer_trains_in_one_graph(autocast, device):
         for eager, ours in zip(*grads, strict=True):
             size = eager.abs().max()
             assert (ours - eager).abs().max() <= (0.03 if autocast else 1e-4) * size + 1e-6
-    assert counter.frame_count == 1, "recompiled"
+    assert counter.frame_count == 1, why_again()
 
 
 def test_packed_sequences(device):
@@ -138,7 +139,7 @@ def test_packed_sequences(device):
             results.append((out.detach(), *(leaf.grad for leaf in leaves)))
         for eager, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
-    assert counter.frame_count == 1, "recompiled"
+    assert counter.frame_count == 1, why_again()
 
 
 def test_errors_inside_a_graph(device):

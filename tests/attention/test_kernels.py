@@ -194,11 +194,13 @@ class TestWhichRowServes:
         assert self.tile("dtable", 16) == blocks.Tile(*blocks.BLOCKS["hopper"]["dtable narrow"][0])
 
     @pytest.mark.parametrize(
-        ("more", "is_plain"),
-        [({}, True), ({"is_causal": True}, True), ({"window": (9, 0)}, False), ({"softcap": 5.0}, False),
+        ("more", "is_causal"),
+        [({}, False), ({"is_causal": True}, True), ({"window": (9, 0)}, False), ({"softcap": 5.0}, False),
          ({"dropout_p": 0.5}, False), ({"kv_heads": 1, "enable_gqa": True}, False)],
     )  # fmt: skip
-    def test_plain_calls_have_rows_of_their_own(self, more, is_plain, monkeypatch):
+    def test_causal_calls_have_rows_of_their_own(self, more, is_causal, monkeypatch, device):
+        if reason := why_not("triton", device):
+            pytest.skip(reason)
         seen = {}
         backward = importlib.import_module("dpb_triton.attention.kernels.backward")
 
@@ -207,12 +209,14 @@ class TestWhichRowServes:
             return blocks.blocks_of(kernel, query, value, *calls)
 
         monkeypatch.setattr(backward, "blocks_of", spy)
-        more = dict(more)
-        query, key, value = (torch.randn(1, n, 17, 8, requires_grad=True) for n in (2, *[more.pop("kv_heads", 2)] * 2))
-        bias_attention(query, key, value, torch.randn(2, 17), backend="triton", **more).sum().backward()
-        assert set(seen.values()) == {is_plain}
-        assert self.tile("dkdv", 128, is_plain=True) != self.tile("dkdv", 128)
-        assert self.tile("dkdv", 32, is_plain=True) == self.tile("dkdv", 32)
+        more = {"is_causal": "window" not in more} | more if more else {}
+        heads = more.pop("kv_heads", 2)
+        query, key, value = (torch.randn(1, n, 17, 8, device=device, requires_grad=True) for n in (2, heads, heads))
+        table = torch.randn(2, 17, device=device)
+        bias_attention(query, key, value, table, backend="triton", **more).sum().backward()
+        assert set(seen.values()) == {is_causal}
+        assert self.tile("dkdv", 128, is_causal=True) != self.tile("dkdv", 128)
+        assert self.tile("dkdv", 32, is_causal=True) == self.tile("dkdv", 32)
 
     def test_dropout_comes_before_all_others(self):
         row = blocks.BLOCKS["hopper"]["dkdv dropout"]

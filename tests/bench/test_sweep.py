@@ -114,7 +114,8 @@ def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
     assert sweep_offline.compile_candidates(wanted, results, 1, 0) > 100  # no time: none
     assert not asked
     assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
-    assert [candidate.kernel for candidate in asked[:6]] == ["dkdv", "dq"] * 3
+    assert [candidate.kernel for candidate in asked[:2]] == ["dkdv", "dq"]
+    assert {candidate.kernel for candidate in asked[2:6]} == {"dkdv", "dq"}  # less what the first ones rule out
     assert len([c for c in asked if c.kernel == "dkdv" and (c.block_m, c.block_n, c.warps) == first[:3]]) == 1
     crowded = [c for c in asked if c.kernel == "dq" and c.block_m * c.block_n >= 4096]
     assert crowded
@@ -284,7 +285,7 @@ def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
     rows = ast.literal_eval(body)
     blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks")
     assert rows["dkdv"][0] == better["dkdv"].blocks
-    assert rows["dkdv"][1] == command.constants_of(("dkdv", 128, "bf16", "sm_90")).blocks
+    assert rows["dkdv"][1] == blocks.BLOCKS["hopper"]["dkdv"][1]
     assert rows["forward"] == blocks.BLOCKS["hopper"]["forward"]
     assert "64: 1.50 times as fast" in body
     events = [json.loads(line) for line in lines.read_text().splitlines()]

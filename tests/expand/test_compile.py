@@ -4,6 +4,7 @@
 import pytest
 import torch
 from quick import slow
+from recompiled import begin_anew, why_again
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dpb_triton import DynamicPositionBias, expand_bias
@@ -23,7 +24,7 @@ class Attention(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    begin_anew()
     yield
     torch._dynamo.reset()
 
@@ -51,7 +52,7 @@ def test_one_graph_for_five_lengths(compiler, options, device):
             results.append([out.detach()] + [parameter.grad.clone() for parameter in model.parameters()])
         for eager, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 1, "recompiled"
+    assert counter.frame_count == 1, why_again()
 
 
 def test_lengths_and_offset_are_symbols(device):
@@ -62,14 +63,15 @@ def test_lengths_and_offset_are_symbols(device):
     )
     for i, j, offset in ((4, 9, 2), (5, 11, 3), (7, 12, 5), (8, 20, 9), (30, 40, 7)):
         torch.testing.assert_close(compiled(i, j, offset), module(i, j, offset=offset))
-    assert counter.frame_count == 1
+    assert counter.frame_count == 1, why_again()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float64)], ids=str)
 def test_dtypes_and_autocast(dtype, device):
     module = DynamicPositionBias(8, 2).to(device, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    assert torch.equal(compiled(4, 9), module(4, 9)) and compiled(4, 9).dtype == dtype
+    torch.testing.assert_close(compiled(4, 9), module(4, 9))  # the dtype, too; Inductor rounds in another order
+    assert module(4, 9).dtype == dtype
 
     module = module.float()
 

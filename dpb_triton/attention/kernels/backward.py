@@ -84,8 +84,8 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
     tensors = query, key, value, dout
     rest = layout, counts, *scores_of(scale, softcap, dropout_p)
     may_describe = is_describable(tensors, seqlens)
-    has_more = key_bias is not None or left is not None or softcap > 0 or dropout_p > 0
-    calls = dropout_p > 0, may_describe, seqlens is None and kv_heads == heads and not has_more
+    is_causal = right is not None and left is None and key_bias is None and softcap == 0 and dropout_p == 0
+    calls = dropout_p > 0, may_describe, is_causal and seqlens is None and kv_heads == heads
     tiles = {name: blocks_of(name, query, value, *calls) for name in ("dkdv", "dq", "dtable")}
     tiles |= {name: Tile(*block) for name, block in (blocks or {}).items()}
     if needs_keys:

@@ -11,9 +11,9 @@ Hopper's are the fastest ones on an H200 (`python -m bench sweep` times them; be
 2-byte types for heads up to 128 wide, and of about 9 each of float32 up to 64. One was passed over: (64, 64, 4, 1) of
 float32's dtable is 8% faster and spills 154 times. The others have been timed on no GPU.
 
-A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "plain", dense
-batches with a head of keys for each of queries and at most causality; "described", dense batches, whose rows come by
-tensor descriptors (TMA), of wider heads unless it says "narrow".
+A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "causal", dense
+batches with a head of keys for each of queries, causality and nothing else; "described", dense batches, whose rows
+come by tensor descriptors (TMA), of wider heads unless it says "narrow".
 """
 
 from typing import NamedTuple
@@ -61,7 +61,7 @@ BLOCKS = {
         "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (32, 32, 4, 1)),
         "dkdv dropout": ((32, 64, 4, 2),),  # the hash wants registers
         "dkdv narrow": (Tile(32, 64, 4, 3, registers=168),),
-        "dkdv plain": ((64, 64, 4, 2), Tile(64, 128, 8, 3, prefetches=True)),
+        "dkdv causal": ((64, 64, 4, 2), Tile(64, 128, 8, 3, prefetches=True)),
         "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
         "dq described": ((64, 64, 4, 2), Tile(64, 64, 4, 2, prefetches=True)),
         "dtable": ((64, 64, 4, 2), Tile(64, 128, 8, 2, prefetches=True), (16, 32, 4, 1)),
@@ -129,7 +129,7 @@ def generation():
     return "ampere" if target.arch < 90 else "hopper" if target.arch < 100 else "blackwell"
 
 
-def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_plain=False):
+def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_causal=False):
     """The Tile of "forward", "dkdv", "dq" or "dtable": of the first row that is for such a call."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
     width = max(padded(query.shape[3]), padded(value.shape[3]))
@@ -137,7 +137,7 @@ def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_
     is_narrow = width <= 32
     kinds = {
         "dropout": has_dropout, "narrow described": is_narrow and is_describable, "narrow": is_narrow,
-        "plain": is_plain, "described": is_describable and not is_narrow,
+        "causal": is_causal, "described": is_describable and not is_narrow,
     }  # fmt: skip
     for kind, is_asked in kinds.items():
         row = rows.get(f"{kernel} {kind}", ()) if is_asked else ()

@@ -20,11 +20,14 @@ CELL = ("dtype", "mask", "head_dim", "batch", "queries", "n", "direction")
 
 
 def _cells(records, key, wanted):
-    """{cell: {column: ms}} of the lines that were timed; the last line of a cell counts."""
+    """{cell: {column: ms}} of the lines that were timed, "column, graph" of replays; the last line of a cell counts."""
     found = {}
     for record in records:
         if record.get("event") == "timed" and record.get("ms") and record["provider"] in wanted:
-            found.setdefault(tuple(record.get(name) for name in key), {})[wanted[record["provider"]]] = record["ms"]
+            times = found.setdefault(tuple(record.get(name) for name in key), {})
+            times[wanted[record["provider"]]] = record["ms"]
+            if record.get("graph_ms"):
+                times[f"{wanted[record['provider']]}, graph"] = record["graph_ms"]
     return found
 
 
@@ -63,9 +66,10 @@ def summary(folder):
     bias = [record for record in records if record["phase"] == "expand"]
     cells = _cells(bias, ("dtype", "n", "direction"), EXPAND)
     cells = {cell: times for cell, times in cells.items() if "Triton" in times}
+    columns = ["Triton", "Triton, graph", *list(EXPAND.values())[1:3], "limit, graph", "eager"]
     parts += [
-        "The bias alone, milliseconds; the limit is fill forward, sum backward.",
-        _table(cells, ("dtype", "n", "direction"), EXPAND.values(), ("limit / Triton", _of("limit", "Triton"))),
+        "The bias alone, milliseconds; the limit is fill forward, sum backward; graph: replays, without the host.",
+        _table(cells, ("dtype", "n", "direction"), columns, ("limit / Triton", _of("limit", "Triton"))),
     ]
     memory = {}
     for record in records:

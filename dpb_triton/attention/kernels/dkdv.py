@@ -115,7 +115,7 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
         kq = dot(own.key, tl.trans(query), config)  # [BLOCK_N, BLOCK_M]
     if config.PREFETCHES:
         prefetch(own.bias_ptr + first_x + (BLOCK_M + BLOCK_N - 1), BLOCK_M)
-        prefetch(own.rows_ptr + 4 * (first_x + BLOCK_M), 4 * BLOCK_M)
+        prefetch(own.rows_ptr + 4 * tl.cast(first_x + BLOCK_M, tl.int64), 4 * BLOCK_M)
     bias = load_bias((own.bias_ptr + first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
     s, slope = add_bias(kq, bias, scores, config.HAS_SOFTCAP)
     if config.HAS_KEY_BIAS:

@@ -276,7 +276,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
                 state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
                 next_state = state
                 if config.PREFETCHES:
-                    prefetch(rows_ptr + 4 * (step + 1) * BLOCK_M, 4 * BLOCK_M)
+                    prefetch(rows_ptr + 4 * tl.cast((step + 1) * BLOCK_M, tl.int64), 4 * BLOCK_M)
             acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, state, span, scores,
                                          config, False)  # fmt: skip
             state = next_state

@@ -70,8 +70,11 @@ def test_lengths_and_offset_are_symbols(device):
 def test_dtypes_and_autocast(dtype, device):
     module = DynamicPositionBias(8, 2).to(device, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    torch.testing.assert_close(compiled(4, 9), module(4, 9))  # the dtype, too; Inductor rounds in another order
-    assert module(4, 9).dtype == dtype
+    ours, eager = compiled(4, 9), module(4, 9)
+    if device == "cpu":
+        assert torch.equal(ours, eager)
+    torch.testing.assert_close(ours, eager)  # on a GPU Inductor's kernels may round in another order
+    assert ours.dtype == dtype
 
     module = module.float()
 

@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from hf_models import decoder, padding, t5, tokens
 from quick import slow
-from recompiled import why_again
+from recompiled import begin_anew, why_again
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from transformers.generation.configuration_utils import CompileConfig
@@ -25,7 +25,7 @@ def test_compiles_to_one_graph(name):
     model.set_attn_implementation(NAME)
     inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
     inputs |= {"decoder_input_ids": tokens(2, 5)} if name == "T5" else {"use_cache": False}
-    torch._dynamo.reset()
+    begin_anew()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)

@@ -71,9 +71,7 @@ def test_dtypes_and_autocast(dtype, device):
     module = DynamicPositionBias(8, 2).to(device, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     ours, eager = compiled(4, 9), module(4, 9)
-    if device == "cpu":
-        assert torch.equal(ours, eager)
-    torch.testing.assert_close(ours, eager)  # on a GPU Inductor's kernels may round in another order
+    torch.testing.assert_close(ours, eager)  # not equal bits: Inductor's order of sums depends on the vector width
     assert ours.dtype == dtype
 
     module = module.float()

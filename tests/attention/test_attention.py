@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fused attention against the loops of the definition, forward and backward, within the error budget: each option
+"""Fused attention agrees with the loops of the definition within the error budget, forward and backward: each option
 alone, every size and layout, extreme tables, and random combinations of all of them."""
 
 from functools import partial
@@ -97,7 +97,7 @@ def test_case(case, attention_backend, device):
 )
 def test_dtypes(name, dtype, attention_backend, device):
     if dtype == torch.float64 and attention_backend == "triton":
-        pytest.skip("float64 is served by torch alone; test_bad_input.py holds the refusal")
+        pytest.skip("only backend torch serves float64; test_bad_input.py tests the refusal")
     case = (OPTIONS | SIZES)[name]
     check(attend(attention_backend), Case(**vars(case) | {"dtype": dtype}), device)
 
@@ -106,13 +106,13 @@ def test_dtypes(name, dtype, attention_backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", attention_oracle.LAYOUTS[1:])
 def test_layouts(layout, dtype, lengths, attention_backend, device):
-    """No layout needs a copy, and what lies between the rows (NaN here) is not read."""
+    """No layout needs a copy, and nothing reads the memory between the rows (NaN here)."""
     i, j = lengths
     check(attend(attention_backend), Case(batch=2, i=i, j=j, heads=2, kv_heads=1, dtype=dtype, layout=layout), device)
 
 
 def test_layout_of_the_results(attention_backend, device):
-    """As (batch, length, heads, dim) in memory, which the projection behind takes without a copy."""
+    """out lies as (batch, length, heads, dim) in memory, so the projection after it needs no copy."""
     query, key, value, table, dout, dlse = Case(value_dim=24).draw(device)
     results = attention_oracle.run(attend(attention_backend), query, key, value, table, dout, dlse)
     assert results["out"].transpose(1, 2).is_contiguous()
@@ -127,7 +127,7 @@ def test_extreme_tables(table, options, attention_backend, device):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_one_huge_value(seed, attention_backend, device):
-    """Whatever the value (1e30, 1.234567e20, 3e5), the keys at that distance share all, in backward too."""
+    """The keys at the distance of a huge value (1e30, 1.234567e20, 3e5) share all the weight, in backward too."""
     check(attend(attention_backend), Case(table="huge", heads=1, seed=seed), device)
 
 
@@ -137,7 +137,7 @@ def test_extreme_tables_in_low_precision(table, attention_backend, device):
 
 
 def test_hard_mask_is_a_mask(attention_backend, device):
-    """-inf at every distance above 6 is window=(6, 6), bit for bit in value, but for the table's own columns."""
+    """-inf at every distance above 6 gives the results of window=(6, 6), and those columns get no gradient."""
     query, key, value, table, dout, dlse = Case().draw(device)
     masked = table.clone()
     masked[:, 7:] = -torch.inf
@@ -154,7 +154,7 @@ def test_hard_mask_is_a_mask(attention_backend, device):
     ids=str,
 )
 def test_a_window_needs_its_distances_only(options, attention_backend, device):
-    """A table of the window's distances serves any length."""
+    """A table that holds the window's distances serves any length."""
     query, key, value, table, dout, dlse = Case(options=options).draw(device)
     n = table.shape[1] // 2 + 1 if options.get("signed") else table.shape[1]
     short = table[:, n - 7 : n + 6] if options.get("signed") else table[:, :7]
@@ -168,7 +168,7 @@ def test_a_window_needs_its_distances_only(options, attention_backend, device):
 
 @st.composite
 def cases(draw, longest, most, dtypes):
-    """Any combination of sizes, dtype, layout, table and options; at most `most` heads in all."""
+    """Any combination of sizes, dtype, layout, table and options; at most `most` heads in the whole batch."""
     i, j = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     options = {}
     if draw(st.booleans()):

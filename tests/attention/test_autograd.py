@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention under autograd: which gradients, finite differences, graphs, checkpoints, autocast, what is refused."""
+"""Attention under autograd: finite differences, some gradients only, CUDA graphs, checkpoints, autocast, refusals."""
 
 from functools import partial
 from itertools import product
@@ -33,7 +33,7 @@ CHECKED = {
 
 @pytest.mark.parametrize("options", CHECKED.values(), ids=CHECKED)
 def test_finite_differences(options, device):
-    """All four inputs, through out and through lse, in float64."""
+    """Check the gradients of all four inputs, through out and through lse, in float64."""
     case = Case(heads=2, kv_heads=1, i=4, j=6, head_dim=3, value_dim=2, dtype=torch.float64, options=options)
     tensors = [tensor.requires_grad_() for tensor in case.draw(device)[:4]]
 
@@ -47,7 +47,7 @@ def test_finite_differences(options, device):
 
 @pytest.mark.parametrize("trained", [which for which in product([False, True], repeat=4) if any(which)], ids=str)
 def test_each_subset_of_the_gradients(trained, attend, device):
-    """What is frozen gets none, what is trained the same bits as when all are; the table alone works too."""
+    """A frozen input gets no gradient. A trained one, also the table alone, gets the bits of training all four."""
     *tensors, dout, _ = Case(heads=1).draw(device)
     everything = attention_oracle.run(attend, *tensors, dout)
     leaves = [tensor.detach().requires_grad_(flag) for tensor, flag in zip(tensors, trained, strict=True)]
@@ -83,7 +83,7 @@ def test_gradients_from_above_of_any_strides(name, attend, device):
     *tensors, dout, _ = Case(heads=3).draw(device)
     batch, heads, i, dim = dout.shape
     dout = {
-        "one number": torch.ones((), device=device).expand(dout.shape),  # what .sum().backward() passes
+        "one number": torch.ones((), device=device).expand(dout.shape),  # .sum().backward() passes this
         "one row": torch.randn(batch, heads, 1, dim, device=device).expand(dout.shape),
         "transposed": torch.randn(batch, heads, dim, i, device=device).mT,
         "every second": torch.randn(batch, heads, i, 2 * dim, device=device)[..., ::2],
@@ -95,7 +95,7 @@ def test_gradients_from_above_of_any_strides(name, attend, device):
 
 
 def test_one_tensor_as_query_key_and_value(attend, device):
-    """Their gradients add up."""
+    """The gradients of its three roles add up."""
     x, *_ = Case(i=9, j=9).draw(device)
     table = torch.randn(2, 9, device=device)
     grads = []
@@ -117,7 +117,7 @@ def test_gradients_accumulate(attend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_table_of_low_precision(dtype, attend, device):
-    """Is used in float32, and its gradient comes in its own dtype."""
+    """Attention uses the table in float32; the gradient has the table's own dtype."""
     query, key, value, table, dout, _ = Case().draw(device)
     leaf = table.to(dtype).requires_grad_()
     attend(query, key, value, leaf).backward(dout)
@@ -175,7 +175,7 @@ def test_torch_func(transform, place, device):
 
 
 def arguments(device, seqlens=None, dropout_p=0.0, key_bias=False, requires_grad=False):
-    """Of the forward operator, dense or of two packed sequences; which of them are differentiated."""
+    """Arguments of the forward operator, dense or of two packed sequences."""
     packed = seqlens is not None
     case = Case(batch=1 if packed else 2, heads=2, kv_heads=1, i=7, j=11, head_dim=5, value_dim=3)
     tensors = [tensor.requires_grad_(requires_grad) for tensor in case.draw(device)[:4]]
@@ -234,7 +234,7 @@ def test_opcheck_backward(name, needs, is_part, attention_backend, device):
 
 
 def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, device):
-    """Backward over a part of the keys, given the out and state of all: what context parallelism sums."""
+    """Backward over a part of the keys, with out and state of all, gives the terms that context parallelism sums."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 9, 8, device=device), torch.randn(2, 2, 24, 8, device=device)
     value, table = torch.randn(2, 2, 24, 5, device=device), torch.randn(4, 47, device=device)
@@ -242,7 +242,7 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
     bias = torch.randn(2, 24, device=device).masked_fill(torch.arange(24, device=device) % 5 == 2, -torch.inf)
     forward, backward = (dispatch.OPERATORS[f"attention_{way}_{attention_backend}"] for way in ("forward", "backward"))
 
-    def options(y):  # query 0 stands at -2, so that causality leaves two rows without a key
+    def options(y):  # query 0 has position -2, so causality leaves two rows without a key
         return None, None, 9, y.stop - y.start, -2 - y.start, True, 7, 0, 0.4, 3.0, 0.0
 
     out, _, state = forward(query, key, value, table, bias, *options(slice(0, 24)))
@@ -315,7 +315,7 @@ def test_activation_checkpointing(use_reentrant, dropout_p, attend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("is_backward_inside", [False, True])
 def test_autocast(is_backward_inside, dtype, attend, device):
-    """query, key, value in autocast's dtype, gradients in their own; the table stays float32 into the scores."""
+    """Autocast casts query, key and value; gradients keep their own dtype. The table enters the scores in float32."""
     *tensors, dout, _ = Case(table="large").draw(device)
     low = [tensor.to(dtype) for tensor in tensors[:3]]
     expected = attention_oracle.run(attend, *low, tensors[3], dout.to(dtype))
@@ -330,7 +330,7 @@ def test_autocast(is_backward_inside, dtype, attend, device):
 
 
 def test_autocast_takes_what_it_would_make_equal(attend, device):
-    """As scaled_dot_product_attention: a float32 key beside a bfloat16 query, from a rotary embedding perhaps."""
+    """A float32 key, perhaps from a rotary embedding, may meet a bfloat16 query, as in scaled_dot_product_attention."""
     query, key, value, table, *_ = Case().draw(device)
     with torch.autocast(device, torch.bfloat16):
         mixed = attend(query.bfloat16(), key, value.bfloat16(), table)
@@ -341,7 +341,7 @@ def test_autocast_takes_what_it_would_make_equal(attend, device):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_cuda_graph(dropout_p, device):
     if device != "cuda":
-        pytest.skip("CUDA graphs are for --device cuda")
+        pytest.skip("CUDA graphs need --device cuda")
     *tensors, dout, _ = Case(i=128, j=128, head_dim=64, dtype=torch.bfloat16).draw(device)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
 

@@ -21,7 +21,7 @@ def randn(*shape, **options):
 
 
 def dense(query=None, key=None, value=None, table=None, **options):
-    """A call that is right, but for what is given: batch 2, heads 4, i 5, j 9, head_dim 8, value_dim 6."""
+    """A call that is valid except for the given arguments: batch 2, heads 4, i 5, j 9, head_dim 8, value_dim 6."""
     given = {"query": query, "key": key, "value": value, "table": table}
     right = {"query": randn(2, 4, 5, 8), "key": randn(2, 4, 9, 8), "value": randn(2, 4, 9, 6), "table": randn(4, 9)}
     return lambda: bias_attention(*(right[name] if given[name] is None else given[name] for name in right), **options)
@@ -36,7 +36,8 @@ def cu(*numbers, dtype=INT32):
 
 
 def packed(cu_q=None, cu_k=None, query=None, key=None, value=None, table=None, **options):
-    """A call that is right, but for what is given: lengths 2, 3 and 4, 5; heads 4, head_dim 8, value_dim 6."""
+    """A call that is valid except for the given arguments: 2 and 3 queries, 4 and 5 keys, heads 4, head_dim 8,
+    value_dim 6."""
     query = randn(5, 4, 8) if query is None else query
     key, value = randn(9, 4, 8) if key is None else key, randn(9, 4, 6) if value is None else value
     table = randn(4, 5) if table is None else table
@@ -48,7 +49,7 @@ def module(*args, **options):
     return lambda: DynamicPositionBias(8, 4).attention(*args, **options)
 
 
-# name: (call, exception, what the message must hold)
+# name: (call, exception, words that the message must contain)
 CASES = {
     # ranks and kinds
     "query 3-D": (dense(query=randn(4, 5, 8)), ValueError, ["query", "(4, 5, 8)"]),
@@ -65,7 +66,7 @@ CASES = {
     "value jagged": (dense(value=JAGGED), TypeError, ["value", "nested"]),
     "table nested": (dense(table=NESTED), TypeError, ["table", "nested"]),
     "query sparse": (dense(query=randn(2, 4, 5, 8).to_sparse()), TypeError, ["query", "sparse"]),
-    # the mask of keys
+    # the key mask
     "mask list": (dense(key_padding_mask=[[True]]), TypeError, ["key_padding_mask", "list"]),
     "mask int": (dense(key_padding_mask=torch.zeros(2, 9, dtype=torch.int64)), TypeError, ["key_padding_mask", "int64"]),
     "mask float8": (
@@ -211,7 +212,7 @@ CASES = {
     "packed dropout_p": (packed(dropout_p=2.0), ValueError, ["dropout_p", "2.0"]),
     "packed offset": (packed(offset=2), TypeError, ["offset"]),
     "packed backend": (packed(backend="cpp"), ValueError, ["backend", "'cpp'"]),
-    # the module's
+    # the module
     "module query 3-D": (module(randn(4, 5, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 8)), ValueError, ["query", "(4, 5, 8)"]),
     "module key list": (module(randn(2, 4, 5, 8), [1.0], randn(2, 4, 9, 8)), TypeError, ["key", "list"]),
     "module heads": (module(*[randn(2, 3, 5, 8)] * 3), ValueError, ["table", "3", "(4, 5)"]),
@@ -253,7 +254,7 @@ def test_a_longest_sequence_that_nothing_reaches(longest):
     assert torch.equal(bias_attention_varlen(*inputs, max_seqlen_q=longest, max_seqlen_k=longest), expected)
 
 
-# What a GPU checks by itself: cu_seqlens of 5 queries and 9 keys, offsets, (left, right), the message
+# Checks that run on the GPU. name: (cu_seqlens of 5 queries, of 9 keys, offsets, (left, right), the message)
 ON_DEVICE = {
     "start": (cu(1, 2, 5), cu(0, 4, 9), None, (None, None), "cu_seqlens_q must rise"),
     "end": (cu(0, 2, 5), cu(0, 4, 8), None, (None, None), "cu_seqlens_k must rise"),
@@ -278,8 +279,8 @@ def test_the_check_on_the_device(case):
     with pytest.raises(RuntimeError, match=message):
         check(cu_q, cu_k, offsets, bounds)
     check(cu(0, 2, 5), cu(0, 4, 9), None, (None, None))
-    check(cu(0, 2, 5), cu(0, 4, 9), cu(2**31 - 1, -(2**31)), (3, 3))  # nothing within the window
-    with pytest.raises(RuntimeError, match="cu_seqlens_k must rise"):  # as int32 the differences wrap to lengths
+    check(cu(0, 2, 5), cu(0, 4, 9), cu(2**31 - 1, -(2**31)), (3, 3))  # the window holds no pair
+    with pytest.raises(RuntimeError, match="cu_seqlens_k must rise"):  # in int32 the differences wrap to valid lengths
         check(cu(0, 0, 2, 5), cu(0, 2**31 - 1, -2, 9), cu(0, 0, 0), (0, 0), longest=2**31 - 1)
 
 

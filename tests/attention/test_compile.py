@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.compile and torch.export of attention: one graph for all lengths, eager's numbers, forward and backward."""
+"""torch.compile and torch.export of attention make one graph for all lengths, with eager's numbers and gradients."""
 
 from functools import partial
 
@@ -47,13 +47,13 @@ def assert_one_graph(compiler, options, backend, device):
     attend = partial(bias_attention, backend=backend)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
-    for n in (5, 8, 32) if backend == "triton" else (5, 8, 13, 32, 77):  # its interpreter takes its time
+    for n in (5, 8, 32) if backend == "triton" else (5, 8, 13, 32, 77):  # Triton's interpreter is slow
         kv_heads = 2 if "enable_gqa" in options else 4
         tensors = Case(heads=4, kv_heads=kv_heads, i=n, j=n + n // 2, options=options).draw(device)
         ours = attention_oracle.run(compiled, *tensors, **options)
         assert_same(ours, attention_oracle.run(attend, *tensors, **options))
         if n == 5:
-            first = counter.frame_count  # 2 where a float is an argument: Dynamo starts again to make it a constant
+            first = counter.frame_count  # 2 with a float argument: Dynamo starts again to make it a constant
     assert counter.frame_count == first <= (2 if options else 1), why_again()
 
 
@@ -70,8 +70,8 @@ def test_offset_and_window_are_symbols(device):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", slow("inductor")])
 def test_dropout(compiler, device):
-    """A compiled call drops its share, afresh each time, and the backward pass knows the mask: the gradient of value
-    is the kept probabilities."""
+    """Each compiled call draws a new mask of the right rate, and backward uses the same mask: the gradient of value is
+    the sum of the kept probabilities."""
     query, key, _, table, *_ = Case(i=33, j=47).draw(device)
     value = torch.eye(47, device=device).expand(1, 2, 47, 47).clone().requires_grad_()
     attend = partial(bias_attention, query, key, table=table, dropout_p=0.4)

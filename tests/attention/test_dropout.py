@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Dropout: the mask is a function of the seed and the position, the same for every backend, tiling and pass."""
+"""The dropout mask depends on the seed and the position alone: it is the same for every backend, tiling and pass."""
 
 import math
 from functools import partial
@@ -18,7 +18,7 @@ def identity(batch, heads, j, device):
 
 
 def forward(backend, query, key, value, table, seed, dropout_p, **options):
-    """The operator itself, which takes a seed."""
+    """Call the operator itself, which takes a seed."""
     i, j = query.shape[2], key.shape[2]
     arguments = (None, None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
     operator = dispatch.OPERATORS[f"attention_forward_{backend}"]
@@ -26,7 +26,7 @@ def forward(backend, query, key, value, table, seed, dropout_p, **options):
 
 
 def kept(out):
-    """The mask, read off an output whose value was the identity."""
+    """The mask, read from an output whose value was the identity."""
     return out.detach().cpu() != 0
 
 
@@ -49,7 +49,7 @@ def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
 
 
 def test_mask_of_many_blocks(attention_backend, device):
-    """Over a hundred and more rows and keys, with grouped heads and a window, through the public function."""
+    """The public function, with 150 rows and 200 keys, and with a window."""
     query, key, _, table, *_ = Case(i=150, j=200).draw(device)
     attend = partial(bias_attention, query, key, table=table, backend=attention_backend, dropout_p=0.4)
     torch.manual_seed(3)
@@ -79,7 +79,7 @@ def test_forward_and_backward_use_that_mask(case, attention_backend, device):
 
 
 def test_rate_and_independence(attention_backend, device):
-    """The mean is 1 - p, within five deviations, as is the agreement of any two heads, rows, keys or calls."""
+    """Within five deviations the mean is 1 - p, and heads, rows, keys and calls agree as often as if independent."""
     query, key, _, table, *_ = Case(batch=2, heads=4, i=64, j=128).draw(device)
     p = 0.3
     attend = partial(bias_attention, query, key, identity(2, 4, 128, device), table, dropout_p=p)

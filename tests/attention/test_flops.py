@@ -24,7 +24,7 @@ def counted(function):
 
 
 def torchs(batch, heads, i, j, head_dim, value_dim):
-    """What torch counts for flash attention of these sizes, (forward, backward)."""
+    """torch's counts for flash attention of these sizes, (forward, backward)."""
     query, key, value = (batch, heads, i, head_dim), (batch, heads, j, head_dim), (batch, heads, j, value_dim)
     return sdpa_flop_count(query, key, value), sdpa_backward_flop_count((*query[:3], value_dim), query, key, value)
 
@@ -39,7 +39,7 @@ OPTIONS = [{}, {"is_causal": True}, {"window": (2, 1)}, {"softcap": 3.0, "dropou
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_forward_and_backward(options, attention_backend):
-    """All pairs, whatever a bound leaves out: torch says "we aren't accounting for causal attention here"."""
+    """Masked pairs count too, as in torch, which says "we aren't accounting for causal attention here"."""
     forward, backward = torchs(2, 4, 5, 9, 8, 6)
     assert (forward, backward) == (2 * 2 * 4 * 45 * 14, 2 * 2 * 4 * 45 * 36)
     tensors = draw()
@@ -106,7 +106,7 @@ def test_expanding_multiplies_nothing(backend):
 
 
 def test_the_modules():
-    """The MLP, the projections and the attention, each under its module's name."""
+    """The counter counts the modules' MLP and attention, and lists MultiheadAttention's under its name."""
     module = DynamicPositionBias(8, 4)
     query, key, value, _ = draw(value_dim=8)
     attention = torchs(2, 4, 5, 9, 8, 8)

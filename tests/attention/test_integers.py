@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Integers at their ends: bounds that mean "no limit", offsets far away, places beyond 2^31 elements. Nothing wraps."""
+"""Extreme integers do not wrap: bounds that mean "no limit", far offsets, addresses beyond 2^31 elements."""
 
 import sys
 
@@ -60,7 +60,7 @@ def test_an_offset_beyond_the_window_leaves_no_pair(offset, device, attention_ba
 
 @pytest.mark.parametrize("offset", [2**31 - 1, -(2**31), 2**30 + 7])
 def test_an_offset_of_one_sequence_beyond_the_window(offset, device, attention_backend):
-    """The other sequence is what it is without."""
+    """The other sequence gives the same results as alone."""
     query, key, value, table = draw(device, 40, 40)
     query, key, value = (x[0].transpose(0, 1).contiguous().requires_grad_() for x in (query, key, value))
     lengths = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
@@ -81,16 +81,16 @@ def test_an_offset_of_one_sequence_beyond_the_window(offset, device, attention_b
 
 
 def far(shape, strides, dtype=torch.bfloat16):
-    """Random numbers far apart, in memory that is mostly never touched."""
+    """Random numbers that lie far apart; most of the memory between them is never touched."""
     size = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True)) + 1
     return torch.empty(size, dtype=dtype).as_strided(shape, strides).copy_(torch.randn(shape))
 
 
 @pytest.mark.parametrize("stride", [2**25 - 8, 2**25, 2**26])
 def test_rows_far_apart(stride, device, attention_backend):
-    """(length, batch, heads, head_dim) of large batches: 128 rows of a tile then lie 2^32 elements apart."""
+    """Memory order (length, batch, heads, head_dim) with a large batch: the 128 rows of a tile span 2^32 elements."""
     if device != "cpu":
-        pytest.skip("needs memory that nobody touches, which a GPU does not have")
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
     shapes = (1, 2, 33, 8), (1, 2, 35, 8), (1, 2, 35, 8)
     inputs = [*(far(shape, (2**24, 8, stride, 1)) for shape in shapes), torch.randn(2, 40)]
     plain = [x.contiguous() for x in inputs]
@@ -106,7 +106,7 @@ def test_rows_far_apart(stride, device, attention_backend):
 @pytest.mark.parametrize("shape", [(2, 3, 40)])
 def test_reduce_of_elements_far_apart(shape, strides, device, backend):
     if device != "cpu":
-        pytest.skip("needs memory that nobody touches, which a GPU does not have")
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
     dbias = far(shape, strides)
     suffix = {"torch": "_torch", "triton": "_triton", "cpp": ""}[backend]
     found, expected = (ReduceBias.apply(x, 50, 3, False, torch.float32, suffix) for x in (dbias, dbias.contiguous()))
@@ -114,7 +114,7 @@ def test_reduce_of_elements_far_apart(shape, strides, device, backend):
 
 
 def test_sizes_that_the_kernels_cannot_count(device):
-    """Positions are 32 bits there: a clear error, before anything of that size is made."""
+    """The kernels count positions in 32 bits; larger sizes raise a clear error before anything is allocated."""
     from dpb_triton.dispatch import why_not
 
     if why_not("triton", device) is not None:

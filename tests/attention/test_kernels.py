@@ -30,12 +30,12 @@ CASES = {
     "bf16, grouped, batch": Case(batch=2, heads=2, kv_heads=1, i=40, j=40, dtype=torch.bfloat16, layout="transposed"),
     "huge": Case(i=40, j=57, table="huge", options={"softcap": 2.0}),
     "masked": Case(i=40, j=57, table="masked", options={"is_causal": True, "offset": 9}),
-    # float32 rows beyond 64 columns, which are multiplied in chunks of 64: the last one full, short, one element
+    # float32 rows of more than 64 columns are multiplied in chunks of 64: the last chunk is full, short, one column
     "wide": Case(i=40, j=57, head_dim=128, value_dim=65, options={"is_causal": True}),
     "wide values": Case(heads=4, kv_heads=2, i=33, j=33, head_dim=40, value_dim=100, options={"window": (9, 9)}),
     "wide keys": Case(i=33, j=50, head_dim=136, value_dim=24, layout="sliced"),
 }
-# By tensor descriptors: dense batches of 2-byte types; the others of these fall back to pointers
+# Tensor descriptors serve dense batches of 2-byte types; "float32" and "odd" fall back to pointers
 DESCRIBED = {
     "causal": Case(batch=2, i=70, j=70, head_dim=40, dtype=torch.bfloat16, options={"is_causal": True}),
     "window, grouped": Case(
@@ -48,7 +48,7 @@ DESCRIBED = {
 }  # fmt: skip
 
 
-# `make test`: each kind of edge with the square tiles, and two with the others
+# `make test` runs each kind of edge with the square tiles, and two cases with the other tiles
 QUICK = ("plain", "causal", "window", "bf16, grouped, batch", "masked", "wide", "wide keys")
 TILED = [
     (pytest.param if name in (QUICK if tile == "16" else QUICK[2:4]) else slow)(name, tiles, id=f"{tile}-{name}")
@@ -67,7 +67,7 @@ def test_small_tiles(name, tiles, set_tiles, device):
 
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_rows_by_descriptors(name, monkeypatch, device):
-    """The same results, and descriptors where the case allows them."""
+    """The results are right, and the kernels use descriptors where the case allows them."""
     if reason := why_not("triton", device):
         pytest.skip(reason)
     launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
@@ -95,21 +95,21 @@ def test_rows_by_descriptors(name, monkeypatch, device):
         return bias_attention(*tensors, backend="triton", **options)
 
     check(attend, case, device, keep)
-    assert len(made) >= 4  # forward, dq, and two of dtable
+    assert len(made) >= 4  # forward, dq, and two for dtable
     assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
 
 
 def test_descriptors_where_there_can_be_some():
-    """A TensorDescriptor refuses the others with an assertion."""
+    """A TensorDescriptor would refuse the other tensors with an assertion."""
     describe = pytest.importorskip("dpb_triton.attention.kernels.launch").describe
     whole = torch.zeros(2, 4, 32, 48, dtype=torch.bfloat16)
     (made,) = describe((whole[..., :40],), 16, None)
     assert (made.shape, made.strides, made.block_shape) == ([2, 4, 32, 40], [6144, 1536, 48, 1], [1, 1, 16, 64])
     assert describe((whole, whole[..., 8:44]), 16, None) is not None
     for tensor in (
-        whole[..., 4:40],  # begins amid 16 bytes
+        whole[..., 4:40],  # begins off a 16-byte boundary
         whole[..., :36].contiguous(),  # so do its rows
-        whole.transpose(2, 3)[..., :1],  # one column of whole rows
+        whole.transpose(2, 3)[..., :1],  # its last stride is 48
         whole[:1, :1, :1].expand(2, 4, 32, 48),
         whole.float(),
     ):
@@ -119,7 +119,7 @@ def test_descriptors_where_there_can_be_some():
 
 
 def test_constants_fit_the_kernels():
-    """The padding of the bias table wants queries and keys within 256, that of the rows two tiles of dtable's."""
+    """The bias table's padding fits tiles of 256 queries and keys; the row padding fits two blocks of queries."""
     prologue = pytest.importorskip("dpb_triton.attention.kernels.prologue")
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
@@ -132,7 +132,7 @@ def test_constants_fit_the_kernels():
 
 
 def test_a_tile_may_bound_the_registers():
-    """Triton's AMD backend has no such option, so it is named only where there is a bound."""
+    """Triton's AMD backend has no such option, so `options` names it only if the tile has a bound."""
     assert blocks.Tile(64, 32, 4, 2).options == {"num_warps": 4, "num_stages": 2}
     assert blocks.Tile(64, 32, 4, 2, registers=168).options["maxnreg"] == 168
     for generation in ("ampere", "cdna"):
@@ -166,7 +166,7 @@ def test_dtable_is_right_whatever_its_chunks(programs, monkeypatch, set_tiles, d
 
 
 class TestWhichRowServes:
-    """The rows of `blocks.py` that are for some calls only, on Hopper, whose constants the interpreter has, too."""
+    """Rows of `blocks.py` that serve only some calls, on Hopper. The interpreter uses Hopper's constants too."""
 
     @pytest.fixture(autouse=True)
     def hopper(self, monkeypatch):
@@ -181,7 +181,7 @@ class TestWhichRowServes:
         assert self.tile("forward", dim, is_describable=True).is_described
         assert not self.tile("forward", dim).is_described
         assert not self.tile("forward", dim, torch.float32, is_describable=True).is_described
-        assert not self.tile("dkdv", dim, is_describable=True).is_described  # there is no such row
+        assert not self.tile("dkdv", dim, is_describable=True).is_described  # dkdv has no such row
 
     @pytest.mark.parametrize("dim", [16, 32, 129, 256])
     def test_narrow_and_wide_heads_come_by_pointers(self, dim):
@@ -221,4 +221,4 @@ class TestWhichRowServes:
     def test_dropout_comes_before_all_others(self):
         row = blocks.BLOCKS["hopper"]["dkdv dropout"]
         assert self.tile("dkdv", 32, has_dropout=True) == blocks.Tile(*row[0])
-        assert self.tile("dkdv", 128, has_dropout=True) == self.tile("dkdv", 128)  # that row is for 64 only
+        assert self.tile("dkdv", 128, has_dropout=True) == self.tile("dkdv", 128)  # that row serves heads up to 64 wide

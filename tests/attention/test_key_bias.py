@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Attention with a mask of keys: any pattern, with every option, against the loops of the definition."""
+"""Attention with a key mask agrees with the loops of the definition, for any pattern and with every option."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from dpb_triton.attention import torch_grid as attention_cpu_grid
 
 
 def mask(*rows):
-    """One string a sequence: . is seen, # is not."""
+    """One string per sequence: . is a seen key, # is a hidden one."""
     return torch.tensor([[letter == "#" for letter in row] for row in rows])
 
 
@@ -83,9 +83,8 @@ QUICK = (
 def test_options(case, attention_backend, device):
     skip_what_triton_lacks(case, attention_backend)
     masks = [LEFT, HOLES]
-    if (
-        case.dtype.itemsize > 2
-    ):  # of 9 keys a row, where the kernels' delta, made of a rounded out, errs more than eager
+    # In 2-byte types the kernels compute delta from a rounded out; with 9 keys a row that errs more than eager.
+    if case.dtype.itemsize > 2:
         masks.append(MASKS["float and -inf on both sides"].to(case.dtype))
     for keys in masks:
         check(attend(attention_backend), with_mask(case, keys, device), device)
@@ -113,7 +112,7 @@ def test_unseen_keys_may_hold_anything_finite(attention_backend, device):
 
 @pytest.mark.parametrize("number", [-6e7, -1e30, torch.finfo(torch.float32).min, 1e6, -torch.inf])
 def test_the_same_number_on_all_keys_moves_lse_only(number, attention_backend, device):
-    """However large: a softmax does not know it."""
+    """A softmax ignores the number, however large it is."""
     query, key, value, table, *_ = Case(batch=2, i=13, j=23).draw(device)
     attend = attention_of(attention_backend, query, key, value, table)
     out, lse = attend()
@@ -125,7 +124,7 @@ def test_the_same_number_on_all_keys_moves_lse_only(number, attention_backend, d
 
 
 def test_rows_that_see_hidden_keys_only(attention_backend, device):
-    """A window of two keys, both of them hidden for some rows, among others that are not."""
+    """The window holds two keys. Some rows find both hidden; the rows between them do not."""
     keys = mask(".....##....##..........", "##..............##.....")
     case = Case(batch=2, i=23, j=23, options={"window": (1, 0), "key_padding_mask": keys.to(device)})
     check(attend(attention_backend), case, device)
@@ -135,7 +134,7 @@ def test_rows_that_see_hidden_keys_only(attention_backend, device):
 
 
 def test_a_row_of_large_negative_numbers_only(attention_backend, device):
-    """What transformers' masks do to left padding under causality: the first rows see masked keys, and these alone."""
+    """transformers' masks do this to left padding under causality: the first rows see masked keys only."""
     keys = torch.zeros(2, 23, device=device).masked_fill(LEFT.to(device), -1e4)
     case = Case(batch=2, i=23, j=23, options={"is_causal": True})
     check(attend(attention_backend), with_mask(case, keys, device), device)
@@ -155,7 +154,7 @@ def attention_of(backend, *tensors):
 @pytest.mark.parametrize("tile", [1, 700, 2000])
 @pytest.mark.parametrize("keys", [RIGHT, HOLES, MASKS["everything of one"], MASKS["float with -inf"]])
 def test_cut_into_tiles(keys, tile, monkeypatch, device):
-    """In plain torch: several blocks of heads, of batch elements, of rows."""
+    """Plain torch works in several blocks of heads, of batch elements, and of rows."""
     monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
     monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
     for options in ({"softcap": 3.0}, {"is_causal": True}):

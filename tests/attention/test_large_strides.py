@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Tensors whose rows lie 2^26 elements apart, as a slice of somebody's large one, and more pairs than int32 counts.
+"""Tensors whose rows lie 2^26 elements apart, as in a slice of a large tensor, and more pairs than int32 can count.
 
-Their memory is never written but for the rows, so the machine does not give it.
+The tests write the rows only, so the machine never provides the memory between them.
 """
 
 from functools import partial
@@ -14,11 +14,11 @@ from quick import slow
 
 from dpb_triton import bias_attention, dispatch
 
-FAR = 1 << 26  # with 34 rows, elements beyond 2^31
+FAR = 1 << 26  # 34 rows reach beyond element 2^31
 
 
 def far_apart(tensor, dim):
-    """The same numbers, neighbours in dimension `dim` 2^26 elements apart."""
+    """The same numbers, with neighbours in dimension `dim` 2^26 elements apart."""
     shape, strides, size = tensor.shape, [0] * tensor.dim(), 1
     for k in reversed(range(tensor.dim())):
         if k != dim % tensor.dim():
@@ -45,7 +45,7 @@ def test_attention(dim, options, attention_backend, device):
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_reduce(dim, signed, backend, device):
     shape = [34 if k == dim else (2, 9, 20)[k] for k in range(3)]
-    dbias = torch.randint(-9, 9, shape, device=device).to(torch.bfloat16)  # whose sums are exact
+    dbias = torch.randint(-9, 9, shape, device=device).to(torch.bfloat16)  # their sums are exact
     reduce = dispatch.OPERATORS["reduce" + dispatch.SUFFIXES[backend]]
     assert torch.equal(*(reduce(x, 34, 0, signed, torch.float32) for x in (dbias, far_apart(dbias, dim))))
 
@@ -59,7 +59,7 @@ def test_expand(dim, signed, backend, device):
 
 
 def test_more_pairs_than_int32_counts():
-    """65,537 queries and keys, of which each query sees two."""
+    """65,537 queries and keys; each query sees two keys."""
     n = (1 << 16) + 1
     query, key, value = torch.randn(3, 1, 1, n, 4)
     table = torch.tensor([[0.5, -0.5]], requires_grad=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""NaN and Inf: a pair that is masked says nothing, whatever its numbers are; a pair that is seen passes them on.
+"""NaN and Inf: a masked pair has no effect, whatever its numbers are; a seen pair passes them on.
 
-Against the loops of the definition, which never read a masked pair. Forward, lse and all gradients.
+out, lse and all gradients must agree with the loops of the definition, which never read a masked pair.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def attend(attention_backend, device, request):
 
 @pytest.fixture
 def small_tiles(set_tiles):
-    """Tiles that some pairs of which are masked are then computed pair by pair in less of the interpreter's time."""
+    """Partly masked tiles are computed pair by pair. If tiles are small, that takes the interpreter less time."""
     set_tiles(dict.fromkeys(("forward", "dkdv", "dq", "dtable"), (16, 16, 4, 1)))
 
 
@@ -44,22 +44,22 @@ def attention_of(backend, device):
 
 
 def mask(*rows):
-    """One string a batch element: . is seen, # is not."""
+    """One string per batch element: . is a seen key, # is a hidden one."""
     return torch.tensor([[letter == "#" for letter in row] for row in rows])
 
 
 def set_numbers(tensors, numbers):
-    """Write numbers into query, key, …: (name, index, number) each. Layouts stay as they are."""
+    """Write each (name, index, number) into query, key, … and keep their layouts."""
     for name, index, number in numbers:
         tensors[name][index] = number
 
 
 def assert_same(actual, exact, tolerance, only_nan=True):
-    """Near where the definition is finite, and not finite where it is not; NaN there where nothing else can be."""
+    """Results are close where the definition is finite, else not finite; `only_nan` asks for NaN in the same places."""
     for name, (expected, _) in exact.items():
         ours, theirs = actual[name].double().cpu(), expected
         if name == "lse":
-            assert torch.equal(ours.isneginf(), theirs.isneginf()), "lse: other rows see nothing"
+            assert torch.equal(ours.isneginf(), theirs.isneginf()), "lse: the rows that see nothing differ"
             ours, theirs = (x.masked_fill(expected.isneginf(), 0) for x in (ours, theirs))
         wrong = ours.isfinite() != theirs.isfinite()
         assert not wrong.any(), f"{name}: {wrong.nonzero()[:5].tolist()} {ours[wrong][:5]} for {theirs[wrong][:5]}"
@@ -85,7 +85,7 @@ def check(function, case, numbers, device, keep=None):
     assert_same(actual, exact, tolerance, only_nan=all(number != number for *_, number in numbers))
 
 
-# Each has masked pairs, seen ones, and, but for two, keys and queries that meet both.
+# Each case has masked and seen pairs. In all but two cases some keys and queries have both.
 HOLES = mask("#..#....#.........##", "...##..........#....")
 ENDS = mask("." * 9 + "#" * 11, "#" * 9 + "." * 11)
 CASES = {
@@ -110,9 +110,8 @@ CASES = {
     "bfloat16": Case(i=20, j=20, dtype=torch.bfloat16, options={"is_causal": True}),
     "table of -inf": Case(i=20, j=20, table="masked", options={"is_causal": True}),
 }  # fmt: skip
-# Of these the interpreter takes half a second each; `make test` has QUICK, where pairs are hidden by causality and
-# by a window and a mask. Not there: rows that are dead because all their scores are -inf, whose
-# dout and query the kernels do not leave out.
+# Each of these takes the interpreter half a second. `make test` runs QUICK, where causality hides pairs, or a window
+# and a mask. Rows whose scores are all -inf are not here, because the kernels still use their dout and query.
 ON_TRITON = (
     "causal", "window", "rows that see nothing", "mask and causality", "float mask with -inf", "grouped heads and mask",
     "softcap", "value_dim", "bfloat16",
@@ -121,7 +120,7 @@ QUICK = ("rows that see nothing", "float mask with -inf")
 
 
 def on_backends(first=None):
-    """Cases of CASES on each backend; on Triton the `first` of ON_TRITON."""
+    """All CASES on torch, and the first `first` of ON_TRITON on Triton."""
     pairs = [(name, "torch") for name in CASES] + [(name, "triton") for name in ON_TRITON[:first]]
     params = [
         (pytest.param if backend == "torch" or name in QUICK else slow)(CASES[name], backend, id=f"{name}-{backend}")
@@ -130,7 +129,7 @@ def on_backends(first=None):
     return pytest.mark.parametrize(("case", "attention_backend"), params)
 
 
-PLACES = {  # of each tensor: in the middle, at an end
+PLACES = {  # for each tensor: one in the middle, one at an end
     "query": [(0, 1, 7, 3), (-1, 0, 0, 0)],
     "key": [(0, 1, 8, 3), (-1, 0, 0, 0)],
     "value": [(0, 1, 8, 2), (-1, 0, -1, 0)],
@@ -142,7 +141,7 @@ PLACES = {  # of each tensor: in the middle, at an end
 
 
 def places(case, name):
-    """Those that there are."""
+    """The PLACES of a tensor that exist in this case."""
     if name == "mask":
         keys = case.options.get("key_padding_mask")
         return PLACES[name] if keys is not None and keys.is_floating_point() else []
@@ -157,14 +156,14 @@ def places(case, name):
 @on_backends()
 def test_one_nan(case, name, attention_backend, attend, device):
     numbers = [(name, index, NAN) for index in places(case, name)]
-    # the interpreter is slow: all in one call
+    # the interpreter is slow, so it gets all numbers in one call
     for part in [[number] for number in numbers] if attention_backend == "torch" else [numbers]:
         check(attend, case, part, device)
 
 
 @on_backends()
 def test_whole_keys_hold_nothing_else(case, attention_backend, attend, device):
-    """Rows of key and value, of every head, masked for some queries or for all."""
+    """Whole rows of key and value in every head, masked for some queries or for all."""
     for number in (NAN, INF, -INF)[: 3 if attention_backend == "torch" else 1]:
         rows = [(name, (slice(None), slice(None), y), number) for name in ("key", "value") for y in (0, 3, 8, 19)]
         check(attend, case, rows, device)
@@ -178,12 +177,12 @@ def test_one_inf(case, names, attend, device):
 
 @on_backends()
 def test_everything_is_nan(case, attend, device):
-    """A model that diverged."""
+    """As in a model that diverged."""
     check(attend, case, [(name, ..., NAN) for name in ("query", "key", "value", "dout")], device)
 
 
 def test_infinite_values_give_infinity_not_nan(device):
-    """As a product does: +Inf, -Inf, NaN where both meet; of rows that see them."""
+    """Rows that see an infinite value get +Inf or -Inf, and NaN where both meet, as in a matrix product."""
     attend = attention_of("torch", device)
     query, key, value, table, *_ = Case(i=6, j=6).draw(device)
     value[0, 0, 2, 0], value[0, 0, 4, 0], value[0, 0, 3, 1] = INF, -INF, -INF
@@ -204,8 +203,8 @@ def test_dropout(name, options, attend, device):
     check(attend, case, [(name, (0, 1, 8, 2), NAN), (name, (1, 0, 3, 1), NAN)], device, keep=keep)
 
 
-# 39 programs, 13 of each head, whose flags one program of a second launch reads as 32 and 7, four as 10, 10, 10 and 9.
-# A query sees one key, so that no other program meets what one of them meets.
+# 39 programs, 13 for each head. In a second launch one program reads their flags as 32 and 7, or four programs read
+# 10, 10, 10 and 9. A query sees one key, so each NaN meets one program only.
 MANY = Case(heads=3, i=200, j=200, head_dim=4, options={"window": (0, 0)})
 
 
@@ -213,11 +212,11 @@ MANY = Case(heads=3, i=200, j=200, head_dim=4, options={"window": (0, 0)})
 @pytest.mark.parametrize("repairers", [1, 4])
 @pytest.mark.parametrize("program", [0, 31, 32, 38])
 def test_one_program_of_many(program, repairers, attend, small_tiles, monkeypatch, device):
-    """A program of a second launch reads many flags, and finds each: the first, a group's last, the last of all."""
+    """A program of the second launch reads many flags and finds each: the first, a group's last, the last of all."""
     launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
     monkeypatch.setattr(launch, "REPAIR_WARPS", 4 * repairers)
     head, block = divmod(program, 13)
-    y, x = 16 * (12 - block) + 5, 16 * block + 5  # a block of queries is the last one first, a block of keys is not
+    y, x = 16 * (12 - block) + 5, 16 * block + 5  # program 0 takes the last block of queries, but the first of keys
     numbers = [(name, (0, head, y), NAN) for name in ("key", "value")]
     numbers += [(name, (0, head, x), NAN) for name in ("query", "dout")]
     check(attend, MANY, numbers, device)
@@ -226,7 +225,7 @@ def test_one_program_of_many(program, repairers, attend, small_tiles, monkeypatc
 @pytest.mark.parametrize("attention_backend", BACKENDS)
 @pytest.mark.parametrize("tensor", [slow("query"), "key", "value", slow("dout")])
 def test_packed_sequences(tensor, attention_backend, device):
-    """NaN in a sequence is in that one alone, and there as in a call of its own."""
+    """A NaN stays in its own sequence, and acts there as in a call with that sequence alone."""
     attention_of(attention_backend, device)
     lengths, offsets = [(5, 9), (7, 7), (0, 3), (6, 4)], (4, 0, 1, -2)
     starts = [(sum(i for i, _ in lengths[:n]), sum(j for _, j in lengths[:n])) for n in range(5)]
@@ -260,7 +259,7 @@ def test_packed_sequences(tensor, attention_backend, device):
 
 @pytest.mark.parametrize("attention_backend", ["triton"])
 def test_nobody_asks_for_a_repair_without_a_nan(attention_backend, small_tiles, monkeypatch, device):
-    """Nor a program beyond the end of its sequence, whatever lay where its flag is: the second launch would look."""
+    """Programs beyond the end of their sequence clear their flags too, else a second launch would act on old memory."""
     attention_of(attention_backend, device)
     launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
     flags, empty = [], launch.empty
@@ -277,14 +276,14 @@ def test_nobody_asks_for_a_repair_without_a_nan(attention_backend, small_tiles, 
     table = torch.randn(2, 40, device=device)
     out = bias_attention_varlen(query, key, value, table, cu, cu, is_causal=True, backend="triton")
     torch.autograd.grad(out.sum(), (query, key, value))
-    assert [len(found) for found in flags] == [18, 18, 18]  # 3 blocks of 3 sequences and 2 heads
+    assert [len(found) for found in flags] == [18, 18, 18]  # 3 blocks for each of 3 sequences and 2 heads
     assert not torch.cat(flags).any()
 
 
 @pytest.mark.parametrize("tile", [1, 600])
 @pytest.mark.parametrize("name", ["mask and causality", "grouped heads", "softcap", "rows that see nothing"])
 def test_cut_into_tiles(name, tile, monkeypatch, device):
-    """In plain torch: several blocks of heads and rows, a number in one of them."""
+    """Plain torch works in several blocks of heads and rows; one of them holds the NaN."""
     monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
     monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
     for tensor in ("query", "value"):
@@ -293,7 +292,7 @@ def test_cut_into_tiles(name, tile, monkeypatch, device):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_where_the_numbers_would_have_to_be_waited_for(case, monkeypatch, device):
-    """In plain torch on other devices nobody asks whether there is a NaN."""
+    """On other devices plain torch does not ask whether there is a NaN: it would wait for the answer."""
     monkeypatch.setattr(attention_cpu_products, "is_at_hand", lambda tensor: False)
     monkeypatch.setattr(attention_cpu_products, "has_nan", None)
     for name, number in (("query", NAN), ("key", INF), ("value", NAN), ("value", INF), ("dout", NAN), ("mask", NAN)):
@@ -302,7 +301,7 @@ def test_where_the_numbers_would_have_to_be_waited_for(case, monkeypatch, device
 
 @pytest.mark.parametrize("length", [300, 1500])
 def test_long_rows_of_every_kernel(length):
-    """Torch's own kernels on the CPU pass a NaN on, wherever it is in their vectors and blocks."""
+    """torch's own CPU kernels pass a NaN on from any place in their vectors and blocks."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 1, length, 8)
     table = torch.randn(1, length)
@@ -325,7 +324,7 @@ def poisoned(tensor, y):
     return tensor
 
 
-# Anything
+# Random calls
 
 SIDES = st.none() | st.integers(0, 12) | st.sampled_from([2**31 - 1, 2**31, 2**62, 2**63 - 1])
 FAR = st.sampled_from([2**31 - 1, -(2**31), 2**32 + 5, 2**60, -(2**60)])
@@ -333,7 +332,7 @@ FAR = st.sampled_from([2**31 - 1, -(2**31), 2**32 + 5, 2**60, -(2**60)])
 
 @st.composite
 def calls(draw, kinds=(NAN, INF, -INF), tables=("normal", "masked")):
-    """(case, numbers): odd layouts, extreme integers, NaN and Inf anywhere, where masks hide them or not."""
+    """(case, numbers, a far offset or None): odd layouts, extreme integers, NaN and Inf anywhere, masked or seen."""
     i, j = draw(st.integers(1, 16)), draw(st.integers(1, 16))
     heads, kv_heads = draw(st.sampled_from([(1, None), (2, None), (4, 2), (3, 1)]))
     options = {name: True for name in ("is_causal", "signed") if draw(st.booleans())}
@@ -374,7 +373,7 @@ def check_call(call, backend, device):
     side = None if far is None else left if far > 0 else right
     if side is None or side > 12:
         return
-    # so far away that nothing is seen
+    # an offset so far that no pair is seen
     *tensors, dout, dlse = case.draw(device)
     options = case.options | {"offset": far, "enable_gqa": True}
     results = attention_oracle.run(attend, *tensors, dout, dlse, **options)
@@ -411,7 +410,7 @@ def packed_calls(draw):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(call=packed_calls())
 def test_random_packed_sequences(call, device):
-    """Each is what it is alone, whatever its neighbours hold, forward and backward."""
+    """Each sequence gives the same as alone, whatever its neighbours hold, forward and backward."""
     lengths, options, numbers = call
     total = [sum(length[side] for length in lengths) for side in (0, 1)]
     generator = torch.Generator().manual_seed(0)

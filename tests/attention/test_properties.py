@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What must hold whatever the numbers are: plain attention, sums of gradients, slices, decoding, shards, repeats."""
+"""Properties that hold for any numbers: plain attention, sums of gradients, slices, decoding, shards, repeats."""
 
 from functools import partial
 
@@ -51,7 +51,7 @@ def test_is_sdpa_with_the_expanded_bias(signed, attend, device):
     "options", [{}, {"signed": True}, {"is_causal": True}, {"window": (3, 5), "softcap": 2.0}], ids=str
 )
 def test_the_gradients_of_a_row_sum_to_zero(options, attend, device):
-    """A softmax does not see a constant, so neither does the table."""
+    """A softmax ignores a constant added to all its scores, so the table's gradient sums to zero."""
     results = run(attend, *Case(i=33, j=61, options=options).draw(device)[:5], **options)
     total, size = results["dtable"].sum(1), results["dtable"].abs().sum(1)
     assert (total.abs() <= 1e-5 * size).all(), f"{total} of {size}"
@@ -70,7 +70,7 @@ OPTIONS = [{}, {"signed": True, "is_causal": True}, {"window": (9, 2), "softcap"
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_slice_of_queries_has_its_offset(options, attend, device):
-    """bias is Toeplitz: queries start .. stop with offset + start are rows start .. stop of the whole."""
+    """The bias is Toeplitz: queries start .. stop with offset + start give rows start .. stop of the whole."""
     query, key, value, table, *_ = Case(i=29, j=43, options=options).draw(device)
     out, lse = attend(query, key, value, table, return_lse=True, **options)
     for start, stop in ((0, 10), (10, 29), (28, 29), (3, 4)):
@@ -80,7 +80,7 @@ def test_a_slice_of_queries_has_its_offset(options, attend, device):
 
 
 def test_moving_queries_and_keys_together_changes_nothing(attend, device):
-    """Only the distance counts: queries 5 .. 20 and keys 2 .. 30 by themselves are that block of the window's whole."""
+    """Only the distance counts: queries 5 .. 20 with keys 2 .. 30 give these rows of the whole, other keys masked."""
     query, key, value, table, *_ = Case(i=43, j=43).draw(device)
     out = attend(query[:, :, 5:20], key[:, :, 2:30], value[:, :, 2:30], table, offset=3)
     mask = torch.zeros(43, dtype=torch.bool, device=device)
@@ -99,7 +99,7 @@ def test_decoding_token_by_token_is_the_causal_whole(options, attend, device):
 
 
 def merge(parts):
-    """Attention over all keys from (out, lse) of each shard of them."""
+    """Attention over all keys, from (out, lse) of each shard of the keys."""
     outs, lses = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
     lse = lses.logsumexp(0)
     return ((lses - lse).exp()[..., None] * outs).sum(0), lse
@@ -107,7 +107,7 @@ def merge(parts):
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"signed": True, "window": (11, 20)}], ids=str)
 def test_shards_of_keys_merge_by_lse(options, attend, device):
-    """Values and gradients; under causality the last shard gives some rows no key at all."""
+    """Values and gradients merge; under causality the last shard has no key for some rows."""
     tensors = Case(i=37, j=37, heads=2, kv_heads=1, options=options).draw(device)
 
     def sharded(query, key, value, table, return_lse):
@@ -162,7 +162,7 @@ def test_inputs_are_left_alone(attend, device):
 
 @pytest.mark.parametrize("table", ["all masked", "normal"])
 def test_rows_without_a_key(table, attend, device):
-    """0, -inf, and zero gradients that nothing turns to NaN, also with infinite gradients from above elsewhere."""
+    """A row without a key gives out 0, lse -inf and zero gradients, and never NaN."""
     options = {} if table == "all masked" else {"offset": -60, "is_causal": True}
     tensors = Case(table=table, options=options).draw(device)
     with attention_oracle.poison():

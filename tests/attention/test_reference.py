@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The oracle and `reference.attention` were written apart from each other: in float64 they agree to rounding."""
+"""The oracle and `reference.attention` were written independently; in float64 they agree up to rounding."""
 
 import attention_oracle
 import pytest
@@ -56,7 +56,7 @@ def test_dropout():
 
 
 def test_dropout_hash():
-    """Golden numbers, worked out with Python's big integers."""
+    """The oracle's hash agrees with one written here with Python's big integers."""
     mask = 0xFFFFFFFF
 
     def mix(h):
@@ -76,7 +76,7 @@ def test_dropout_hash():
 
 
 NOBODY = [[False] * 3 + [True] * 2 + [False] * 3 + [True] * 3] * 2
-UNSEEN = {  # options, and the keys that they hide from all queries
+UNSEEN = {  # (options, the keys that they hide from all queries)
     "mask": ({"key_padding_mask": torch.tensor(NOBODY)}, NOBODY[0]),
     "mask of -inf": ({"key_padding_mask": torch.zeros(2, 11).masked_fill(torch.tensor(NOBODY), -torch.inf)}, NOBODY[0]),
     "a cache's end": ({"is_causal": True, "offset": 1}, [False] * 8 + [True] * 3),
@@ -109,7 +109,7 @@ def test_nan_in_a_future_key_and_in_a_seen_one():
 
 def test_a_large_number_on_all_keys_moves_lse_only():
     query, key, value, table, *_ = Case(batch=2, i=5, j=9).draw()
-    mask = torch.arange(18.0).view(2, 9) * 8  # float32 holds these beside -6e7
+    mask = torch.arange(18.0).view(2, 9) * 8  # float32 adds these to -6e7 exactly
     out, lse = reference.attention(query, key, value, table, return_lse=True, key_padding_mask=mask)
     for number in (-6e7, 1e6):
         ours, moved = reference.attention(query, key, value, table, return_lse=True, key_padding_mask=mask + number)
@@ -127,7 +127,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_torch_func(transform):
-    """Against autograd through a softmax written here; a row without a key stays finite in every transform."""
+    """Every transform agrees with autograd through a softmax written here, and is finite for a row without a key."""
     query, key, value, table, *_ = Case(heads=1, i=3, j=4, head_dim=2, dtype=torch.float64).draw()
 
     def first_row_has_no_key(table):

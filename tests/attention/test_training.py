@@ -33,12 +33,12 @@ def test_the_mlp_is_trained(options, attention_backend, device):
         else:
             mask = torch.ones(13, 29, dtype=torch.bool, device=device).tril(16)
             bias = module(13, 29).masked_fill(~mask, -torch.inf)
-            with sdpa_kernel(SDPBackend.MATH):  # the fused one's backward refuses 13 queries on a GPU
+            with sdpa_kernel(SDPBackend.MATH):  # torch's fused backward refuses 13 queries on a GPU
                 out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
         out.square().sum().backward()
         grads.append([parameter.grad.clone() for parameter in module.parameters()])
     for (name, _), ours, theirs in zip(module.named_parameters(), *grads, strict=True):
-        # the last Linear's bias moves all distances alike, which a softmax does not see: rounding is all there is
+        # the last Linear's bias moves all distances alike, which a softmax ignores: its gradient is rounding only
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -61,7 +61,7 @@ def test_the_module_passes_its_options_on(attention_backend, device):
 
 
 def test_a_module_of_bfloat16_under_autocast(attention_backend, device):
-    """The table is float32 into the scores whatever the module's dtype."""
+    """The table enters the scores in float32, whatever the module's dtype is."""
     module = DynamicPositionBias(8, 2).to(device, torch.bfloat16)
     query = torch.randn(1, 2, 9, 8, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -74,7 +74,7 @@ def test_a_module_of_bfloat16_under_autocast(attention_backend, device):
 
 
 class LanguageModel(torch.nn.Module):
-    """Two layers with a dynamic position bias and no other position: order is learnt through the bias alone."""
+    """Two layers with a dynamic position bias and no other positions: the model learns order through the bias alone."""
 
     def __init__(self, attention):
         super().__init__()
@@ -126,7 +126,7 @@ def train(attention, steps, device):
     torch.manual_seed(0)
     model = LanguageModel(attention)
     tokens = torch.randint(VOCABULARY, (steps, 1, LENGTH + 1))
-    for t in range(3, LENGTH + 1):  # each token is the one three before: only the distance tells
+    for t in range(3, LENGTH + 1):  # each token repeats the one three places before: only the distance predicts it
         tokens[:, :, t] = tokens[:, :, t - 3]
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -147,6 +147,6 @@ def test_a_language_model_learns_the_same(steps, attention_backend, device):
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     assert losses[-1] < losses[0] - 0.3
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        # the true gradients of these, or of a part of them, are 0, and Adam makes steps of the rounding
+        # all or a part of these gradients is truly 0, and Adam turns their rounding errors into steps
         if not name.endswith(("bias.mlp.4.bias", "qkv.bias")):
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packed sequences are each sequence alone, whatever lies beside it: values, lse, gradients."""
+"""Each packed sequence gives the same values, lse and gradients as alone, whatever lies beside it."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def draw(case, q_lengths, k_lengths, offsets, device):
 
 
 def alone(query, key, value, table, q_lengths, k_lengths, offsets, **options):
-    """Each sequence by the definition in plain torch, in float32 or more."""
+    """Each sequence in a call of its own, by the definition in plain torch, in at least float32."""
     outs, lses = [], []
     sequences = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), offsets, strict=True)
     for q, k, v, offset in sequences:
@@ -103,7 +103,7 @@ def test_lengths(q_lengths, k_lengths, attention_backend, device):
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (4, 4), "signed": True}], ids=str)
 def test_offsets(options, attention_backend, device):
-    """Each sequence its own: before, within and beyond its keys; more queries than keys, no key at all."""
+    """Each sequence has its own offset: before, within, beyond its keys, with fewer keys than queries, without keys."""
     lengths = (6, 5, 9, 4, 3), (4, 11, 9, 7, 0)
     assert_packed_is_alone(Case(options=options), *lengths, attention_backend, device, offsets=(-9, 2, 0, 30, 4))
 
@@ -137,7 +137,7 @@ def test_results_are_contiguous(attention_backend, device):
 
 
 def test_a_neighbour_is_not_read(attention_backend, device):
-    """NaN in one sequence stays in it."""
+    """A NaN in one sequence stays in that sequence."""
     tensors = draw(Case(), (5, 7, 6), (9, 7, 6), (4, 0, 0), device)
     query, key, value, *_ = tensors
     for tensor, start, length in ((query, 5, 7), (key, 9, 7), (value, 9, 7)):
@@ -168,7 +168,7 @@ def test_repeats_bit_for_bit(attention_backend, device):
 
 @st.composite
 def packs(draw):
-    """(case, lengths of queries, of keys, offsets or None)."""
+    """(case, query lengths, key lengths, offsets or None)."""
     has_offsets = draw(st.booleans())
     sequences = draw(
         st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(-8, 25)), min_size=1, max_size=5)

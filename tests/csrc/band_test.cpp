@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Runs every thread of whole grids of the CUDA kernels on the host (csrc/band.h) and checks each access:
-//   expand   every element written exactly once, with the table's right entry, vectors aligned and inside their row
-//   reduce   every element read exactly once, the folded sums exact, vectors aligned and inside their row
-// Prints the number of cases; exits with 1 and the case at the first mistake.
+//   expand   writes each element exactly once, with the right table entry; vectors are aligned and inside their row
+//   reduce   reads each element exactly once, and its folded sums are exact; vectors are aligned and inside their row
+// Prints the number of cases. At the first mistake it prints the case and exits with 1.
 
 #include "band.h"
 
@@ -27,7 +27,7 @@ struct Case {
 
 Case current;
 std::vector<int> touched;  // accesses of each element of the tensor's storage
-int64_t scalars = 0;       // accesses that were no vectors
+int64_t scalars = 0;       // accesses of single elements
 uintptr_t storage = 0;     // address of element 0 of the storage, a 16-byte boundary
 
 [[noreturn]] void fail(const char* what, int64_t at) {
@@ -86,7 +86,7 @@ int64_t index_of(const Case& c, int64_t x, int64_t y) {
 template <class W>
 band::Cut cut_of(const Case& c) {
   band::Cut cut = band::cut<W>(c.heads, c.i, c.j);
-  if (c.rows) {  // chunks that only large tensors get
+  if (c.rows) {  // as many chunks as only large tensors have
     cut.rows = c.rows;
     cut.bands = band::ceil_div(c.j + c.rows, cut.block_n);
     cut.chunks = band::ceil_div(c.i, c.rows);
@@ -204,7 +204,7 @@ int64_t pick(std::mt19937& random, int64_t low, int64_t high) {
 
 template <class T>
 int sweep(std::mt19937& random) {
-  constexpr int LINE = 128 / sizeof(T);  // elements; a window that writes whole lines is tried beside the kernels' own
+  constexpr int LINE = 128 / sizeof(T);  // elements; expand also runs with a window that writes whole lines
   const int64_t sizes[] = {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 300, 511, 530};
   int cases = 0;
   const auto both = [&](Case c) {
@@ -254,10 +254,10 @@ int sweep(std::mt19937& random) {
       case 0:  // transposed
         c.stride_x = 1, c.stride_y = i + padding, c.stride_h = j * c.stride_y;
         break;
-      case 1:  // one number
+      case 1:  // every element is the same memory
         c.stride_h = c.stride_x = c.stride_y = 0;
         break;
-      case 2:  // one row for all
+      case 2:  // every row is the same memory
         c.stride_x = 0;
         break;
       default:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Call the operators directly with random arguments, sensible and not: `python fuzz.py CALLS SEED`.
+"""Call the operators directly with random arguments, valid and invalid: `python fuzz.py CALLS SEED`.
 
-What an operator accepts must agree with the torch implementation; what it refuses it must refuse with an exception.
-Run under AddressSanitizer by tests/test_csrc.py. Prints how many calls were accepted.
+An accepted call must agree with the torch implementation; a refused call must raise an exception.
+tests/csrc/test_csrc.py runs this file under AddressSanitizer. Prints how many calls were accepted.
 """
 
 import random
@@ -14,17 +14,17 @@ from dpb_triton import dispatch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ODD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
-# Nothing that could be allocated.
+# Sizes that nobody can allocate.
 NONSENSE = [-1, -7, -(2**31), 2**45, 2**60, 2**61, -(2**61), 2**63 - 1, -(2**63)]
 
 
 def size(most=40):
-    """Small, seldom nonsense."""
+    """A small size, rarely nonsense."""
     return random.choice(NONSENSE) if random.random() < 0.05 else random.randint(0, most)
 
 
 def tensor(dim):
-    """A tensor of random shape, dtype and strides; seldom of another rank, another dtype, or without a storage."""
+    """A tensor of random shape, dtype and strides; rarely with another rank, an odd dtype, or too small a storage."""
     if random.random() < 0.05:
         dim = random.randint(0, 4)
     dtype = random.choice(ODD_DTYPES) if random.random() < 0.05 else random.choice(DTYPES)
@@ -50,7 +50,7 @@ def tensor(dim):
 
 
 def misaligned(values):
-    """The same numbers one byte behind an element's boundary, as in a file that is mapped into memory."""
+    """The same numbers, one byte after an element boundary, as in a memory-mapped file."""
     if values.numel() == 0:
         return values
     memory = bytearray(values.numel() * values.element_size() + 1)
@@ -58,7 +58,7 @@ def misaligned(values):
 
 
 def expand_arguments():
-    """Half of the time a table that fits."""
+    """Arguments of expand; in half of the calls the table fits."""
     table = tensor(2)
     signed = random.random() < 0.5
     i, j, offset = size(), size(), size(20) - 10
@@ -71,7 +71,7 @@ def expand_arguments():
 
 
 def reduce_arguments():
-    """Half of the time an n that fits."""
+    """Arguments of reduce; in 70% of the calls n fits."""
     dbias = tensor(3)
     n, offset = size(140), size(20) - 10
     if random.random() < 0.7 and dbias.dim() == 3:
@@ -82,7 +82,7 @@ def reduce_arguments():
 
 
 def main(calls, seed):
-    """Half of the calls for each operator."""
+    """Each operator gets half of the calls."""
     random.seed(seed)
     torch.manual_seed(seed)
     accepted = 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""csrc/: the CUDA kernels' threads run on the host, the CPU kernels under sanitizers, the compilers' warnings and code.
+"""csrc/: the CUDA kernels' threads on the host, the CPU kernels under sanitizers, compiler warnings, generated code.
 
-The agreement of the backends is in the tests that take the fixture `backend`.
+The tests that take the fixture `backend` check that the backends agree.
 """
 
 import os
@@ -36,7 +36,7 @@ def run(*command, **environment):
 
 
 def build_extension(folder, *flags):
-    """A copy of the package with its extension compiled with `flags`; returns what PYTHONPATH needs."""
+    """Copy the package and compile its extension with `flags`; returns the folder for PYTHONPATH."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     package = folder / "dpb_triton"
@@ -58,7 +58,7 @@ def build_extension(folder, *flags):
 
 @pytest.fixture(scope="module")
 def band_test(tmp_path_factory):
-    """The program of band_test.cpp."""
+    """The compiled program of band_test.cpp."""
     path = tmp_path_factory.mktemp("csrc") / "band_test"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
     source = ROOT / "tests/csrc/band_test.cpp"
@@ -74,7 +74,7 @@ def test_every_thread_of_the_cuda_kernels_on_the_host(band_test, seed):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's AddressSanitizer")
+@pytest.mark.skipif(sys.platform != "linux", reason="the test preloads gcc's AddressSanitizer")
 def test_random_calls_under_address_sanitizer(tmp_path):
     path = build_extension(
         tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"
@@ -106,7 +106,7 @@ torch.save(found, sys.argv[1])
 @pytest.mark.slow
 @needs_compiler
 def test_same_bits_with_any_threads_and_instruction_set(tmp_path):
-    """The machine's own instruction set against the baseline of its architecture, 1 thread against 2."""
+    """The machine's own instruction set gives the bits of its architecture's baseline; 2 threads give the bits of 1."""
     results = []
     for name, flags in (("host", []), ("baseline", ["-DDPB_BASELINE"])):
         (tmp_path / name).mkdir()
@@ -162,7 +162,7 @@ def test_a_freed_storage_is_refused(cpp):
 
 
 def test_half_conversions_are_exact(cpp):
-    """Every float16 there is, each alone on a distance."""
+    """Every float16 number, each alone at its distance."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     dtable = dispatch.OPERATORS["reduce"](every.view(1, 1, -1), 2**16, 0, False, torch.float32)
     assert torch.equal(dtable[0].nan_to_num(7.0), every.float().nan_to_num(7.0))
@@ -171,7 +171,7 @@ def test_half_conversions_are_exact(cpp):
 
 @pytest.fixture(scope="module")
 def nvcc():
-    pytest.importorskip("triton", reason="its wheel has the disassembler")
+    pytest.importorskip("triton", reason="Triton's wheel holds the disassembler")
     from bench.codegen import cuda as codegen_cuda
 
     if codegen_cuda.nvcc() is None:
@@ -179,9 +179,9 @@ def nvcc():
     return codegen_cuda
 
 
-@pytest.mark.parametrize("arch", ["sm_90", *map(slow, ("sm_80", "sm_100", "sm_120"))])  # the last is in no list
+@pytest.mark.parametrize("arch", ["sm_90", *map(slow, ("sm_80", "sm_100", "sm_120"))])  # no list has sm_120
 def test_cuda_kernels_compile_and_keep_their_promises(nvcc, arch):
-    """No spill, 16-byte accesses alone in the interior loops."""
+    """No kernel spills, and the interior loops use 16-byte accesses only."""
     from bench.codegen.promises import broken
 
     records = nvcc.compile_cuda([arch], 2)

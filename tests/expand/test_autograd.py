@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Derivatives: first, second, through graphs that call the operators directly, and the transforms that are refused."""
+"""First and second derivatives, also of operators that are called directly, and the transforms that are refused."""
 
 import oracle
 import pytest
@@ -22,7 +22,7 @@ def test_gradcheck_and_gradgradcheck(signed, backend, device):
         return expand_bias(table, 3, 4, offset=2, signed=signed, backend=backend)
 
     assert torch.autograd.gradcheck(expand, small(device, signed))
-    # linear: the second derivative of a non-linear function of it is the one to check
+    # expand is linear, so the check needs the second derivative of a non-linear function of it
     assert torch.autograd.gradgradcheck(lambda table: expand(table).sin(), small(device, signed))
 
     def reduce(dbias):
@@ -34,7 +34,7 @@ def test_gradcheck_and_gradgradcheck(signed, backend, device):
 
 
 def test_transposes(backend, device):
-    """<expand(t), g> = <t, reduce(g)>: what makes each the other's derivative."""
+    """<expand(t), g> = <t, reduce(g)>, so each is the other's derivative."""
     table, dbias = small(device, True).detach(), torch.randn(1, 3, 4, dtype=torch.float64, device=device)
     left = (expand_bias(table, 3, 4, offset=2, signed=True, backend=backend) * dbias).sum()
     n = (table.shape[1] + 1) // 2
@@ -68,7 +68,7 @@ def test_function_applies_with_defaults(device):
 
 
 def test_gradient_keeps_the_tables_dtype(backend, device):
-    """A float32 table expanded to bf16 gets a float32 gradient that never was bf16."""
+    """A float32 table expanded to bf16 gets a float32 gradient that was never rounded to bf16."""
     table = torch.randn(2, 300, device=device, requires_grad=True)
     dbias = torch.randn(2, 200, 300, device=device).bfloat16()
     expand_bias(table, 200, 300, dtype=torch.bfloat16, backend=backend).backward(dbias)

@@ -20,7 +20,7 @@ def module(*args, **options):
     return DynamicPositionBias(*(args or (8, 2)), **options)
 
 
-# name: (call, exception, what the message must hold)
+# name: (call, exception, words that the message must contain)
 CASES = {
     "i float": (lambda: expand_bias(table(), 3.0, 4), TypeError, ["i must be an int", "3.0", "float"]),
     "j float": (lambda: expand_bias(table(), 3, 4.5), TypeError, ["j must be an int", "4.5"]),

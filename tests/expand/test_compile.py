@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.compile, torch.export: one graph for all lengths, eager's numbers."""
+"""torch.compile and torch.export make one graph for all lengths, with eager's numbers."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_dtypes_and_autocast(dtype, device):
     module = DynamicPositionBias(8, 2).to(device, dtype)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)
     ours, eager = compiled(4, 9), module(4, 9)
-    torch.testing.assert_close(ours, eager)  # not equal bits: Inductor's order of sums depends on the vector width
+    torch.testing.assert_close(ours, eager)  # bits may differ: Inductor's order of sums depends on the vector width
     assert ours.dtype == dtype
 
     module = module.float()
@@ -126,7 +126,7 @@ def test_export_round_trip(device, tmp_path):
 
 
 def test_what_torch_2_11_cannot_trace_is_not_traced(monkeypatch, device):
-    """Whether a device has autocast: a builtin there that Dynamo does not know. Found by the first run on a GPU."""
+    """torch 2.11's is_autocast_available is a builtin that Dynamo cannot trace. The first run on a GPU found this."""
     monkeypatch.setattr(torch.amp, "is_autocast_available", torch._dynamo.disable(torch.amp.is_autocast_available))
     module = DynamicPositionBias(8, 2).to(device)
     tensors = torch.randn(3, 1, 2, 5, 8, device=device).unbind()

@@ -17,7 +17,7 @@ TILES = [
 ]
 
 
-# Every window in float32, and the widest, whose rows have the most vectors, in the other types
+# `make test` runs every window in float32. In the other types it runs the widest, whose rows have the most vectors.
 TILED = [
     (pytest.param if dtype == torch.float32 or tiles is TILES[-1] else slow)(dtype, tiles, id=f"{dtype}-{tiles}")
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
@@ -43,9 +43,9 @@ def test_both_directions(tiles, grid, dtype, device, poisoned):
 
 
 ALIGNED = [
-    (torch.bfloat16, {"block_m": 16, "block_n": 32, "rows": 32}),  # a sector
-    (torch.bfloat16, {"block_m": 64, "block_n": 64, "rows": 64, "warps": 8}),  # a line
-    (torch.bfloat16, {"block_m": 32, "block_n": 128, "rows": 64, "align": 16}),  # a vector
+    (torch.bfloat16, {"block_m": 16, "block_n": 32, "rows": 32}),  # aligned to a sector
+    (torch.bfloat16, {"block_m": 64, "block_n": 64, "rows": 64, "warps": 8}),  # aligned to a line
+    (torch.bfloat16, {"block_m": 32, "block_n": 128, "rows": 64, "align": 16}),  # aligned to a vector
     (torch.float32, {"block_m": 32, "block_n": 64, "rows": 32}),
     (torch.float64, {"block_m": 16, "block_n": 32, "rows": 16}),
 ]
@@ -54,7 +54,7 @@ ALIGNED = [
 @pytest.mark.parametrize("offset", [0, 5, -301])
 @pytest.mark.parametrize(("dtype", "tiles"), ALIGNED, ids=str)
 def test_rows_that_begin_anywhere(dtype, tiles, offset, device, poisoned):
-    """Widths of every residue of the widest alignment, and some that hold no whole vector."""
+    """Widths with many residues of the widest alignment, and some that are less than a vector."""
     line = 128 // dtype.itemsize
     widths = [0, 1, 2, 3, 7, 9, 17, *range(line + 1, 2 * line + 2)]
     for width in widths[:: 3 if offset == 5 else 7]:
@@ -68,7 +68,7 @@ def test_rows_that_begin_anywhere(dtype, tiles, offset, device, poisoned):
 @pytest.mark.parametrize("options", [{"unroll": 2}, {"align": 32, "block_m": 16}, {"warps": 8}], ids=str)
 @pytest.mark.parametrize("width", [300, 333])
 def test_options_of_the_reduction(options, width, device, poisoned):
-    """With another alignment, and with two windows an iteration; more row chunks than the fold loads at a time."""
+    """Two windows per iteration, another alignment, or 8 warps; more row chunks than the fold loads at a time."""
     dbias = torch.randn(2, 150, width, device=device).bfloat16()
     dtable = kernels.reduce(dbias, width, width - 150, False, torch.float32, **(TILES[0] | options))
     eager = reference.reduce(dbias, width, dtype=torch.float32)
@@ -78,7 +78,7 @@ def test_options_of_the_reduction(options, width, device, poisoned):
 @pytest.mark.parametrize("misalignment", range(8))
 @pytest.mark.parametrize("width", [40, 41, 44])
 def test_misaligned_rows(misalignment, width, device, poisoned):
-    """Every phase of the 16-byte boundary, for rows inside wider rows."""
+    """Rows inside wider rows begin at every phase of the 16-byte boundary."""
     memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()[misalignment:]
     dbias = memory.as_strided((2, 20, width), (20 * 48, 48, 1))
     dtable = kernels.reduce(dbias, width, width - 20, False, torch.float32, **TILES[0])

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Expand and reduce of whatever torch can hold: NaN and Inf, tensors of odd strides and addresses, numbers at their
-ends."""
+"""Expand and reduce take anything torch can hold: NaN and Inf, odd strides and addresses, extreme integers."""
 
 import os
 import sys
@@ -26,10 +25,10 @@ def backends(device):
 
 @st.composite
 def grids(draw):
-    """(heads, i, j, offset, n, signed): of a table that is just long enough, or longer, at either end of it."""
+    """(heads, i, j, offset, n, signed): the table is just long enough, or longer; the grid may touch either end."""
     i, j = draw(st.sampled_from([0, 1, 2, 7, 16, 33])), draw(st.sampled_from([0, 1, 2, 9, 40, 65]))
     n = draw(st.integers(max(1, (i + j) // 2 + 1), 140))
-    # x + offset - y from -(n - 1) to n - 1
+    # x + offset - y lies between -(n - 1) and n - 1
     offset = draw(st.sampled_from([j - n, n - i]) | st.integers(min(j - n, n - i), max(j - n, n - i)))
     if i == 0 or j == 0:
         offset = draw(st.sampled_from([offset, 2**31 - 1, -(2**31), 2**62, -(2**62)]))
@@ -42,7 +41,7 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "stepped", "rows apart", "one n
 
 
 def lay_out(values, layout):
-    """The numbers of `values`, or of a part of it that is repeated, in a tensor that lies in memory like this."""
+    """A tensor of this memory layout with the numbers of `values`, or with a part of them repeated."""
     shape = values.shape
     if layout == "transposed":
         return values.mT.contiguous().mT
@@ -51,7 +50,7 @@ def lay_out(values, layout):
             return values
         part = values[..., :1, :1] if layout == "one number" else values[..., :1, :]
         return part.expand(shape)
-    if layout == "off by 4 bytes":  # as a file's or another library's memory may be
+    if layout == "off by 4 bytes":  # as memory from a file or from another library may be
         if values.numel() == 0:
             return values
         memory = np.zeros(values.nbytes + 20, np.uint8)
@@ -102,11 +101,11 @@ def test_expand(request, grid, dtype, layout, seed, specials):
 @quick
 @given(grid=grids(), **VALUES)
 def test_reduce(request, grid, dtype, layout, seed, specials):
-    """A NaN or an Inf of the gradient reaches its own distance and no other; as reduce, and as expand's gradient."""
+    """A NaN or Inf in the gradient reaches its own distance and no other, in reduce and in expand's backward."""
     device = request.config.getoption("--device")
     heads, i, j, offset, n, signed = grid
     dbias = lay_out(draw_values((heads, i, j), dtype, seed, specials), layout).to(device)
-    where = offset if i * j else 0  # of no pair, expand_bias takes any
+    where = offset if i * j else 0  # without pairs, expand_bias takes any offset
     expected = oracle.reduce(dbias, n, where, signed)
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     for backend in backends(device):
@@ -125,7 +124,7 @@ def test_reduce(request, grid, dtype, layout, seed, specials):
     offset=st.none() | st.integers(-20, 40), is_eval=st.booleans(), is_bad=st.booleans(),
 )  # fmt: skip
 def test_module(request, i, j, heads, options, offset, is_eval, is_bad):
-    """The bias is the table at the distances, whatever the MLP makes of them, and its gradient the eager class's."""
+    """The bias is the table at each distance, whatever the MLP gives, and its gradient is that of the eager class."""
     device = request.config.getoption("--device")
     offset = offset if offset is not None or j >= i else 0
     torch.manual_seed(i + j)
@@ -139,7 +138,7 @@ def test_module(request, i, j, heads, options, offset, is_eval, is_bad):
         bias = module(i, j, offset=offset, backend=backend)
         same(bias, oracle.expand(module.table(n), i, j, where, options["signed"]))
         with torch.no_grad():
-            kept = module(i, j, offset=offset, backend=backend)  # in eval mode of a longer table
+            kept = module(i, j, offset=offset, backend=backend)  # in eval mode from a longer table
         torch.testing.assert_close(kept, bias.detach(), rtol=1e-4, atol=1e-4, equal_nan=True)
         if any(options.values()) or is_bad or offset is not None:
             continue
@@ -164,9 +163,9 @@ def test_an_offset_that_no_table_holds(sign, offset, backend, device):
 
 @pytest.mark.parametrize("start", [2**31 - 40, 2**31 - 3, 2**31 + 5])
 def test_a_table_of_more_than_2_to_31_distances(start, backend, tmp_path, device):
-    """4 GiB of a file that holds nothing but its last numbers. Triton's kernels count in int32, and say so."""
+    """The table is a sparse 4 GiB file with numbers only at its end. Triton's kernels count in int32 and refuse it."""
     if device != "cpu":
-        pytest.skip("a file is memory of the CPU")
+        pytest.skip("a mapped file is CPU memory")
     n, numbers = start + 60, torch.arange(1.0, 101.0).half()
     path = tmp_path / "table"
     with path.open("wb") as file:
@@ -174,7 +173,7 @@ def test_a_table_of_more_than_2_to_31_distances(start, backend, tmp_path, device
         file.write(numbers.numpy().tobytes())
     assert os.stat(path).st_size == 2 * n
     table = torch.from_file(str(path), shared=False, size=n, dtype=torch.float16).view(1, n)
-    expected = oracle.expand(table[:, -100:], 20, 30, 70)  # distances from 41 to 89, of 100
+    expected = oracle.expand(table[:, -100:], 20, 30, 70)  # distances 41 to 89 of 100
     for offset in (n - 100 + 70, -(n - 100 + 70)):  # the second grid is the first one's transpose
         grid = (20, 30) if offset > 0 else (30, 20)
         if backend == "triton":

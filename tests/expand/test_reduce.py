@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reduce, the gradient of the table: within the error budget, deterministic, for gradients of any strides."""
+"""Reduce, the gradient of the table, is deterministic and within the error budget, for gradients of any strides."""
 
 import oracle
 import pytest
@@ -12,7 +12,7 @@ from dpb_triton.dispatch import SUFFIXES
 
 
 def gradients(heads, i, j, dtype, device):
-    """The gradients that autograd may pass: dense, sliced, transposed, heads last, broadcast, one byte off."""
+    """Gradients that autograd may pass: dense, sliced, misaligned, transposed, heads last, strided, broadcast."""
     wide = torch.randn(heads, i + 2, j + 5, device=device).to(dtype)
     flat = torch.randn(heads * i * j + 3, device=device).to(dtype)
     return {
@@ -72,7 +72,7 @@ def test_repeats_bit_for_bit(backend, device):
 
 
 def test_low_precision_is_summed_in_float32(device, backend):
-    """bf16 at 2,048 tokens: eager's gradient, on the CPU a scatter in bf16, is off by over ten; ours by rounding."""
+    """bf16 at 2,048 tokens: on the CPU eager scatters the gradient in bf16 and is off by over ten; ours only rounds."""
     n = 2048 if backend != "triton" or device == "cuda" else 256  # the interpreter takes minutes at 2,048
     torch.manual_seed(0)
     dbias = torch.randn(8, n, n, device=device).bfloat16()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the keys are Triton's")
+pytest.importorskip("triton", reason="the test reads Triton's cache keys")
 
 ROOT = Path(__file__).parents[2]
 ATTENTION = ("forward", "backward", "dkdv", "dq", "dtable", "prologue", "bias")
 MODULES = ("expand.triton_kernels", *(f"attention.kernels.{name}" for name in ATTENTION))
-# A process for each order, forked from one that has imported torch and Triton, and none of the kernels.
+# Each order gets its own process, forked from one that has imported torch and Triton but none of the kernels.
 KEYS = """
 import importlib, json, os, sys
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every kernel is launched as on an H100, down to a driver that is not there, by `launch_worker.py` in a process."""
+"""`launch_worker.py`, in a process of its own, launches every kernel as on an H100, down to a fake driver."""
 
 import json
 import os
@@ -20,16 +20,16 @@ ROOT = Path(__file__).parents[2]
 ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
              "_fold_dtable_kernel"}  # fmt: skip
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
-# Every kernel, and tuples that hold what the others leave None. The other cases are for `make test-full`.
+# These cases launch every kernel, and fill tuple fields that are None elsewhere. `make test-full` runs all cases.
 QUICK = ("causal", "causal, described", "key mask", "packed, window, dropout", "expand")
 CASES = [name if name in QUICK else slow(name) for name in launch_worker.CASES]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests launch on it")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the other tests launch on it")
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory, request):
-    """What the worker found, once for all of pytest-xdist's workers; of the cases that are asked for."""
+    """The launch worker's results for the selected cases; it runs once for all of pytest-xdist's workers."""
     calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == Path(__file__))
     cases = {"causal"} | {call.params["case"] for call in calls if call and "case" in call.params}
     shared = tmp_path_factory.getbasetemp()
@@ -37,7 +37,7 @@ def results(tmp_path_factory, request):
     path = shared / "launches.json"
     with FileLock(shared / "launches.lock"):
         if not path.exists():
-            # binaries without code: not for a cache that others read
+            # the binaries hold no code, so they must not enter a cache that others read
             environment = os.environ | {"TRITON_CACHE_DIR": str(shared / "launches"), "PYTHONPATH": _python_path()}
             environment.pop("TRITON_INTERPRET", None)
             command = [sys.executable, "tests/support/launch_worker.py", str(path), *sorted(cases)]
@@ -58,7 +58,7 @@ def test_the_driver_is_given_what_the_call_says(results, case):
     assert set(found["launched"]) == expected | ({"_key_bias_kernel"} if "key mask" in case else set())
     both = {"expand", "reduce"} if case.startswith("expand") else {"forward", "backward"}
     assert {function for function, _ in found["repeated"]} == both
-    # what rounds its result by torch, or copies its input, is not
+    # a call that rounds its result or copies its input with torch is never repeated
     never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both,
              "copied, described": both}.get(case, set())  # fmt: skip
     assert {function for function, is_repeated in found["repeated"] if not is_repeated} == never
@@ -84,7 +84,7 @@ def test_every_kind_of_argument_takes_tritons_binary(results, kinds):
 
 
 def test_named_values_are_compared(results):
-    """Else an int in another's place would pass: Triton knows no names."""
+    """Triton knows no names, so without this an int in another's place would pass."""
     for kernel in ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel"):
         assert len([name for owner, name in results["named"] if owner == kernel]) >= 12
 
@@ -99,5 +99,5 @@ def test_a_broken_launch_is_noticed(results, change):
 
 
 def test_the_tried_versions_are_launched_directly(results):
-    """A new minor version goes through Triton itself until somebody has run this file with it."""
+    """With a new minor version, launches go through Triton itself until somebody has run this file with it."""
     assert results["triton"].startswith(("3.6.", "3.7.", "3.8.")) == results["is_tried"]

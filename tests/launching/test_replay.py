@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a repeated call does not return lies side by side in one block."""
+"""The tensors that a repeated call makes but does not return lie side by side in one block."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Attention from the definition, row by row in float64 numpy, with its gradients and the dropout's hash; the inputs
-that implementations meet; and the error budget they keep."""
+"""The oracle of attention: the definition row by row in float64 numpy, with its gradients and the dropout hash. Also
+the inputs that tests draw, and the error budget that implementations must keep."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")  # and dmask, of a floating mask
+NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")  # and dmask with a floating mask
 
 
 # The definition
@@ -18,8 +18,8 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")  # and dmask, of a floating m
 def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
     """{name: (exact value, magnitude)} of the output, the lse and all gradients.
 
-    The magnitude of an element is the sum of its terms' absolute values, times the condition of the exponential: what
-    rounding errors are relative to, also where the terms cancel.
+    The magnitude of an element is the sum of its terms' absolute values, times the condition of the exponential.
+    Rounding errors are relative to the magnitude, also where the terms cancel.
     """
     query, key, value, table, dout = (_double(tensor) for tensor in (query, key, value, table, dout))
     batch, heads, i, head_dim = query.shape
@@ -55,7 +55,7 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         ]
         distances = np.array([x + offset - y for y in allowed], dtype=np.int64)
         columns = distances + n - 1 if signed else abs(distances)
-        assert not len(columns) or 0 <= columns.min() <= columns.max() < table.shape[1], "a distance not in the table"
+        assert not len(columns) or 0 <= columns.min() <= columns.max() < table.shape[1], "the table lacks a distance"
         q, k, v, grad = query[b, h, x], key[b, g, allowed], value[b, g, allowed], dout[b, h, x]
         t, slope = scale * (k @ q), 1.0
         if softcap is not None:
@@ -73,11 +73,12 @@ def attention(query, key, value, table, dout, dlse=None, *, options, keep=None):
         ds = p * dx
         dt = scale * slope * ds
 
-        # scores rounded relative to their own size move p, those of a row against each other; 1e30 moves nothing
+        # Scores round relative to their own size. That moves a row's scores against each other, and so it moves p. But
+        # a score of 1e30 takes all the weight, whatever its rounding.
         largest = abs(s[p > 0]).max(initial=0)
         top = largest if largest < 1e6 else 0.0
         moved = p * (1 + 2 * top * (1 - p))
-        again = moved + p * min(top, 100)  # backward makes p from an lse that was rounded: not a reason to lose 1e30
+        again = moved + p * min(top, 100)  # backward makes p from a rounded lse, which does not excuse an error at 1e30
         dp_size, delta_size = inverse * (abs(v) @ abs(grad)), (moved * inverse) @ (abs(v) @ abs(grad))
         ds_size = p * (dp_size + delta_size + abs(dlse[b, h, x])) + (again - p) * abs(dx)
         dt_size = abs(scale) * slope * ds_size
@@ -120,7 +121,7 @@ def seed_of(manual_seed, device):
 
 
 def dropout_keep(seed, batch, heads, i, j, dropout_p, longest_query=None):
-    """Which probabilities stay, boolean (batch, heads, i, j), as a function of the seed and the position alone."""
+    """The mask of kept probabilities, boolean (batch, heads, i, j); it depends on the seed and the position alone."""
     low, high = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
     rows = np.arange(batch * heads, dtype=np.uint64).reshape(batch, heads, 1, 1)
     rows = rows * np.uint64(longest_query or i) + np.arange(i, dtype=np.uint64).reshape(i, 1)
@@ -228,7 +229,7 @@ def draw_table(case, generator, dtype):
 
 @contextmanager
 def poison():
-    """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""
+    """torch.empty fills its memory with NaN, so that elements that a kernel forgets to write show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -257,8 +258,8 @@ def run(function, query, key, value, table, dout, dlse=None, **options):
 def assert_within_budget(actual, exact, eager, dtype):
     """|actual - exact| <= 2 (|eager - exact| + eps max|exact| + eps32 max|terms|), names as in NAMES.
 
-    `eager` is the same call in plain torch at that precision, eps the precision of the result. The last term is the
-    rounding of accumulators, which is relative to the terms of the sums: it decides where they cancel.
+    `eager` is the same call in plain torch at that precision; eps is the precision of the result. The last term is the
+    rounding of accumulators, which is relative to the terms of the sums. It dominates where the terms cancel.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     failures = []
@@ -269,7 +270,7 @@ def assert_within_budget(actual, exact, eager, dtype):
         assert ours.shape == reference.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
         if name == "lse":
             dead = reference == -torch.inf
-            assert torch.equal(ours == -torch.inf, dead), "lse: other rows are without a key"
+            assert torch.equal(ours == -torch.inf, dead), "lse: the rows without a key differ"
             ours, theirs, reference = (tensor.masked_fill(dead, 0) for tensor in (ours, theirs, reference))
         if not torch.isfinite(ours).all():
             failures.append(f"{name}: {(~torch.isfinite(ours)).sum()} of {ours.numel()} not finite")
@@ -282,7 +283,7 @@ def assert_within_budget(actual, exact, eager, dtype):
 
 
 def check(function, case, device="cpu", keep=None):
-    """`function` (bias_attention with its backend) on a case, against the definition."""
+    """Compare `function` (bias_attention with its backend) with the definition on a case."""
     from dpb_triton import reference
 
     tensors = case.draw(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases of several processes: context parallelism against one process, forward and backward."""
+"""Cases for several processes: context parallelism gives one process's numbers, forward and backward."""
 
 import itertools
 from functools import partial
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
 def inputs(dtype, heads, kv_heads, signed, total=TOTAL):
-    """The whole, the same on every rank: query, key, value, table."""
+    """The whole query, key, value and table, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     randn = partial(torch.randn, generator=generator, dtype=torch.float64)
     query, key = randn(2, heads, total, 8), randn(2, kv_heads, total, 8)
@@ -44,9 +44,9 @@ def compare(
     nans=(),
     **options,
 ):
-    """The slice of this rank, its gradients, and the table's summed over the ranks are those of one process.
+    """This rank's slice, its gradients, and the table's gradient summed over the ranks equal those of one process.
 
-    nans: (which of query, key, value, table and the gradient of out, index) each.
+    nans: pairs (place, index); place is 0 to 4 for query, key, value, table and the gradient of out.
     """
     if why_not(backend, "cpu") is not None:
         return
@@ -97,7 +97,7 @@ def same_bits():
 
 
 def needs_only(*needed):
-    """Gradients of some inputs only; without any, no graph."""
+    """Only some inputs need gradients; if none does, there is no graph."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     part = own_slice(LENGTHS[mesh.size()], mesh.get_local_rank())
     whole = [x.detach() for x in inputs(torch.float64, 2, 2, False)]
@@ -133,7 +133,7 @@ def autocast():
 
 
 def checkpointed():
-    """Activation checkpointing goes round the ring again."""
+    """Activation checkpointing runs the ring a second time."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     part = own_slice(LENGTHS[mesh.size()], mesh.get_local_rank())
     grads = []

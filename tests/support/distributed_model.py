@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small model whose only positions are the dynamic bias, and what training it by one process gives."""
+"""A small model that knows positions through the dynamic bias alone, and the result of its training in one process."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ VOCABULARY, DIM, HEADS, LENGTH, BATCH, STEPS = 11, 16, 4, 12, 4, 3
 
 
 class Attention(nn.Module):
-    """Works on the heads that its projections give, all or a rank's own."""
+    """Works on the heads that its projections return: all heads, or those of one rank."""
 
     def __init__(self, **options):
         super().__init__()
@@ -49,7 +49,7 @@ def build(dtype=torch.float64, **options):
 
 
 def batches():
-    """(steps, batch, length + 1), the same on every rank: each token is the one three before."""
+    """Tokens (steps, batch, length + 1), the same on every rank: each token repeats the one three places before."""
     tokens = torch.randint(VOCABULARY, (STEPS, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     for t in range(3, LENGTH + 1):
         tokens[:, :, t] = tokens[:, :, t - 3]
@@ -61,7 +61,7 @@ def loss_of(logits, tokens):
 
 
 def train(model, parts=lambda tokens: (tokens[:, :-1], tokens[:, 1:]), **options):
-    """Steps of SGD on each batch's part; the losses, whose mean over the ranks is one process's."""
+    """Train by SGD on a part of each batch. Returns the losses; their mean over the ranks is one process's loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     losses = []
     for tokens in batches():
@@ -75,6 +75,6 @@ def train(model, parts=lambda tokens: (tokens[:, :-1], tokens[:, 1:]), **options
 
 
 def one_process(dtype=torch.float64, **options):
-    """(losses, state_dict) of training the whole."""
+    """(losses, state_dict) of training on the whole batches."""
     model = build(dtype, **options)
     return train(model), {name: tensor.detach() for name, tensor in model.state_dict().items()}

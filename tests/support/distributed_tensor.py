@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases of several processes: tensor parallelism over heads trains a model to one process's numbers."""
+"""Cases for several processes: tensor parallelism over heads trains a model to one process's numbers."""
 
 from functools import partial
 
@@ -37,9 +37,9 @@ def heads(is_plain=False, **options):
 
 
 def every_method(dtype):
-    """table, forward and attention of a rank are those of its heads."""
+    """table, forward and attention on a rank return the results of its heads."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(dist.get_rank())  # the parameters of rank 0 count
+    torch.manual_seed(dist.get_rank())  # every rank must end with rank 0's parameters
     module, whole = DynamicPositionBias(8, HEADS, dtype=dtype), DynamicPositionBias(8, HEADS, dtype=dtype)
     whole.load_state_dict(module.state_dict())
     for tensor in whole.state_dict().values():
@@ -56,7 +56,7 @@ def every_method(dtype):
 
 
 def data_and_tensor():
-    """fully_shard over one dimension of the mesh, heads over the other."""
+    """fully_shard uses one dimension of the mesh, and HeadParallel uses the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(build(), mesh["tensor"], plan())
     for layer in model.layers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases of several processes: DDP, FSDP2 and context parallelism train a model to one process's numbers."""
+"""Cases for several processes: DDP, FSDP and context parallelism train a model to one process's numbers."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def shard_of_batch(tokens):
 
 
 def slice_of_sequence(tokens):
-    """The targets are cut like the inputs, so that every rank has as many."""
+    """Cut the targets like the inputs, so that every rank has equally many."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     return tokens[:, :-1].chunk(ranks, 1)[rank], tokens[:, 1:].chunk(ranks, 1)[rank]
 
@@ -37,7 +37,7 @@ def ranks_mean(losses, group=None):
 
 
 def check_equal(losses, model, expected, atol=1e-12):
-    """The losses and every parameter are those of `one_process`."""
+    """The losses and every parameter equal those of `one_process`."""
     torch.testing.assert_close(losses, expected[0].to(losses.dtype), atol=atol, rtol=atol)
     assert losses[-1] < losses[0] - 0.1
     found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
@@ -51,7 +51,7 @@ def ddp(norm=False, **options):
 
 
 def ddp_of_the_module_alone():
-    """Its forward(i, j) is what DDP synchronises; each rank looks at other rows of the bias."""
+    """DDP synchronises the module's forward(i, j); each rank weights the bias differently."""
     modules = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def fsdp(is_layered, is_alone=False):
 
 
 def fsdp_of_the_module_alone():
-    """forward by itself; `table` and `attention` once they are registered."""
+    """forward works as it is; `table` and `attention` work once they are registered."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     expected = DynamicPositionBias(8, 2).double()
@@ -103,7 +103,7 @@ def fsdp_of_the_module_alone():
         for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, atol=1e-10, rtol=1e-10)
     module.eval(), expected.eval()
-    with torch.no_grad():  # where the table is kept, until a parameter changes
+    with torch.no_grad():  # eval mode keeps the table until a parameter changes
         for _ in range(3):
             torch.testing.assert_close(module(5, 9), expected(5, 9), atol=1e-12, rtol=1e-12)
             for parameter in (*module.parameters(), *expected.parameters()):
@@ -111,7 +111,7 @@ def fsdp_of_the_module_alone():
 
 
 def fsdp_of_each_linear():
-    """Every Linear of the MLP is a group of its own: its parameters are there while it runs, and only then."""
+    """Every Linear of the MLP is a group of its own: its parameters exist only while it runs."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = build()
     shard_linears(model, mesh)
@@ -125,7 +125,7 @@ def shard_linears(module, mesh, **options):
 
 
 def fsdp_of_each_linear_in_bfloat16():
-    """The MLP still runs in float32: the table is the same, bit for bit. A policy for the weights may round them."""
+    """The MLP still runs in float32, so the table has the same bits. A policy for the weights may round them."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     expected, module = (build(torch.bfloat16).layers[0].pos_bias for _ in range(2))
     shard_linears(module, mesh)
@@ -148,7 +148,7 @@ def fsdp_of_each_linear_in_bfloat16():
 
 
 def fsdp1(wrap_policy=None):
-    """FSDP1's default: flat parameters, of which the layers hold views that are no parameters."""
+    """FSDP1's default: flat parameters. The layers hold views of them, and these views are not parameters."""
     options = {"auto_wrap_policy": wrap_policy, "device_id": torch.device("cpu")}
     model = FullyShardedDataParallel(build(), **options)
     check_equal(ranks_mean(train(model, shard_of_batch)), model, one_process())
@@ -165,7 +165,7 @@ def is_linear_or_bias(module, recurse, **_):
 
 
 def multihead_attention(wrap):
-    """The gradients of a rank's batch, averaged by the wrapper, are those of the whole batch."""
+    """The wrapper averages the gradients of the ranks' batches; the averages are the whole batch's gradients."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     modules = []
     for _ in range(2):
@@ -181,7 +181,7 @@ def multihead_attention(wrap):
 
 
 def fsdp_mixed_precision():
-    """bfloat16 for the model; a policy of its own keeps the bias's weights, and so its table, float32."""
+    """The model runs in bfloat16; a policy of its own keeps the bias's weights, and so its table, in float32."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = build(torch.float32)
     tables = [layer.pos_bias.table(LENGTH).detach() for layer in model.layers]
@@ -206,7 +206,7 @@ def fsdp_mixed_precision():
 
 
 def fsdp_state_dict():
-    """The full state_dict is one process's, and loads again, also into a module that is not sharded."""
+    """The full state_dict equals one process's. It loads again, also into a module that is not sharded."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, other = build(), build(norm=False)
@@ -229,7 +229,7 @@ def fsdp_state_dict():
 
 
 def context(wrap):
-    """Each rank trains on a slice of every sequence; nothing but the wrapper sums gradients."""
+    """Each rank trains on a slice of every sequence; only the wrapper sums gradients."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def attend(pos_bias, query, key, value):
@@ -251,7 +251,7 @@ def wrap_fsdp(model, mesh):
 
 
 def context_by_hand():
-    """Slices of different lengths: a rank's loss is its sum over the total, gradients are summed."""
+    """Slices differ in length: a rank divides its sum of losses by the total length, and gradients are summed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     lengths = [LENGTH - 2 * (mesh.size() - 1)] + [2] * (mesh.size() - 1)
     start = sum(lengths[: dist.get_rank()])

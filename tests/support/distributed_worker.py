@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One of several processes: runs every case of `distributed_*.py` and leaves the results for test_distributed.py.
+"""One of several processes: runs every case of `distributed_*.py` and writes the results for test_distributed.py.
 
 python -m torch.distributed.run --standalone --nproc-per-node 4 tests/support/distributed_worker.py results.json [case]
 """
@@ -27,7 +27,7 @@ def names_for(size):
 
 
 def run(name):
-    """What every rank says of a case, None for a rank that passed."""
+    """Run a case. Returns each rank's error, None for a rank that passed."""
     error = None
     try:
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def run(name):
 def main(path, *names):
     torch.set_num_threads(1)
     quick_interpreter.install()
-    # a rank that fails inside a collective leaves the others waiting: they, and with them this launch, give up
+    # if a rank fails inside a collective, the others wait for it: after the timeout they and this launch give up
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results = {}
     for name in names or names_for(dist.get_world_size()):

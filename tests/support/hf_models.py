@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small random transformers models, and how one of them is compared with its own eager attention."""
+"""Small random transformers models, and the comparison of a model with its own eager attention."""
 
 import torch
 import transformers
@@ -10,12 +10,12 @@ VOCAB = 40
 
 
 def decoder(name, seed=0, dtype=torch.float32, **options):
-    """A decoder-only model of a class, in eval mode: 4 heads of 6, 2 key heads, 2 layers."""
+    """A decoder-only model of class `name` in eval mode: 4 heads of dim 6, 2 key heads, 2 layers."""
     torch.manual_seed(seed)
     options = {
         "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 2,
         "intermediate_size": 24, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        # initial weights so large that attention is not flat
+        # the initial weights are so large that attention is not flat
         "initializer_range": 0.3,
     } | options  # fmt: skip
     config = getattr(transformers, f"{name}Config" if name != "Gemma3" else "Gemma3TextConfig")
@@ -23,7 +23,7 @@ def decoder(name, seed=0, dtype=torch.float32, **options):
 
 
 def t5(family="T5", seed=0, dtype=torch.float32, **options):
-    """An encoder-decoder of T5's family on bias_attention, in eval mode: 3 heads of 5, 2 layers each."""
+    """An encoder-decoder of T5's family with bias_attention, in eval mode: 3 heads of dim 5, 2 layers on each side."""
     torch.manual_seed(seed)
     options = {
         "d_model": 20, "d_kv": 5, "num_heads": 3, "d_ff": 16, "num_layers": 2, "vocab_size": VOCAB, "pad_token_id": 0,
@@ -32,7 +32,7 @@ def t5(family="T5", seed=0, dtype=torch.float32, **options):
     config = getattr(transformers, f"{family}Config")(**options)
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
-        if "relative_attention_bias" in name:  # small by T5's initialisation: a wrong one would hide
+        if "relative_attention_bias" in name:  # T5 initialises it so small that a wrong bias would hide
             torch.nn.init.normal_(parameter)
     return use_bias_attention(model)
 
@@ -42,7 +42,7 @@ def tokens(batch, length, seed=0):
 
 
 def padding(batch, length, side, seed=0):
-    """(batch, length), 1 for a token: on the right, on the left, or anywhere; no sequence is empty."""
+    """Mask (batch, length), 1 for a token; padding on the right, on the left, or anywhere. No sequence is empty."""
     generator = torch.Generator().manual_seed(seed)
     if side is None:
         return torch.ones(batch, length, dtype=torch.int64)
@@ -51,14 +51,14 @@ def padding(batch, length, side, seed=0):
         mask[:, 0] = True
     else:
         lengths = torch.randint(1, length + 1, (batch, 1), generator=generator)
-        lengths[0], lengths[-1] = (length + 1) // 2, length  # one is padded for certain, one is full
+        lengths[0], lengths[-1] = (length + 1) // 2, length  # at least one sequence is padded, one is full
         mask = torch.arange(length) < lengths
         mask = mask.flip(1) if side == "left" else mask
     return mask.long()
 
 
 def run(model, implementation, valid=None, **inputs):
-    """(logits of the valid positions, gradient of each parameter under a loss of them)."""
+    """(logits of the valid positions, gradient of each parameter for a loss of these logits)."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     logits = model(**inputs).logits
@@ -69,7 +69,7 @@ def run(model, implementation, valid=None, **inputs):
 
 
 def assert_same(model, valid=None, *, tolerance=2e-5, **inputs):
-    """Logits and every gradient are those of the model's eager attention, to a part of the largest number in each."""
+    """Logits and every gradient equal those of eager attention, within a fraction of the largest number in each."""
     expected, expected_gradients = run(model, "eager", valid, **inputs)
     logits, gradients = run(model, NAME, valid, **inputs)
     assert logits.isfinite().all()

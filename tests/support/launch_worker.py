@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""A process in which every launch is compiled for an H100, started by Triton's own C, and ends in a driver that is not
-there (`bench/fake_cuda.py`). Leaves what it found for test_launch_path.py:
+"""A process that compiles every launch for an H100 and starts it with Triton's own C, on a fake driver
+(`bench/fake_cuda.py`). It writes its results for test_launch_path.py:
 
     python tests/support/launch_worker.py results.json [case …]
 
-A launch is made three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
-and by Triton. All three must give the driver the same binary, grid and parameters, and these must be what the call
-said, parameter by parameter, under what the binary was specialised for. Then the whole function is written down and
-repeated (`launching/replay.py`), which must give the driver the same launches but for where the tensors lie that it
-made. `ptxas` is left out: nothing runs its binaries.
+Each launch runs three times: by the package's launcher, by the launcher again, which then starts a binary it knows,
+and by Triton. All three must give the driver the same binary, grid and parameters. The parameters must be those of the
+call, one by one, and fit the binary's specialisation. Then the whole function is recorded and repeated
+(`launching/replay.py`). The repetition must give the driver the same launches, except for the addresses of the tensors
+that it allocates. The process skips `ptxas`: nothing runs its binaries.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def same_bits(value, given):
-    """Whether the driver was given this argument."""
+    """Whether the driver got this argument."""
     if isinstance(value, torch.Tensor):
         return given == value.data_ptr()
     if isinstance(value, float):
@@ -59,7 +59,7 @@ def same_bits(value, given):
 
 
 def check_map(descriptor, given):
-    """That the driver was given this descriptor: its map, then its sizes and strides."""
+    """Assert that the driver got this descriptor: its map, then its sizes and strides."""
     (kind, found), rank = next(given), len(descriptor.shape)
     assert kind == fake_cuda.MAP and found.address == descriptor.base.data_ptr()
     assert found.kind[1] == rank and found.kind[5] == (descriptor.padding == "nan")
@@ -73,13 +73,13 @@ def check_map(descriptor, given):
 
 
 def place_in_memory(value):
-    """Of what a pointer or a descriptor points to; other values as they are."""
+    """The address in a pointer or a descriptor; other values unchanged."""
     value = value.base if isinstance(value, TensorDescriptor) else value
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
 def leaves(names, values):
-    """(name, place, value) of all values; those of a tuple as name.field and (place of the tuple, place in it)."""
+    """(name, place, value) of all values; a tuple's values have name.field and (place of the tuple, place in it)."""
     for place, (name, value) in enumerate(zip(names, values, strict=False)):
         if isinstance(value, tuple):
             fields = getattr(value, "_fields", range(len(value)))
@@ -90,13 +90,13 @@ def leaves(names, values):
 
 
 def kind_of(signature, name):
-    """Triton's word for the argument of that name."""
+    """Triton's type of the argument with this name."""
     name, _, field = name.partition(".")
     return getattr(signature[name], field) if field else signature[name]
 
 
 def check(kernel, grid, args, constants, compiled, launch):
-    """That `launch` is what the call said and what `compiled` may be given."""
+    """Assert that `launch` matches the call, and that `compiled` may take it."""
     bound = inspect.signature(kernel.fn).bind(
         *args, **{name: value for name, value in constants.items() if name not in OPTIONS}
     )
@@ -113,7 +113,7 @@ def check(kernel, grid, args, constants, compiled, launch):
             check_map(value, given)
             continue
         wanted = (torch.Tensor, type(None)) if is_pointer(name) else float if is_float(name) else int
-        assert isinstance(value, wanted) and not isinstance(value, bool), f"{name}: {value!r} is no {wanted}"
+        assert isinstance(value, wanted) and not isinstance(value, bool), f"{name}: {value!r} is not {wanted}"
         if kind == "constexpr":
             is_special = "." in name or not param.do_not_specialize
             assert value is None or (value == 1 and is_special), f"{name}: {value!r} is a constant"
@@ -125,10 +125,10 @@ def check(kernel, grid, args, constants, compiled, launch):
             pointed = kind.removeprefix("*")
             assert pointed == triton.runtime.jit.mangle_type(value).removeprefix("*"), f"{name}: {kind}"
         for attribute, number in attributes.get(place, ()):
-            assert attribute == "tt.divisibility" and bits % number == 0, f"{name}: {bits} under {attribute} {number}"
-    assert [value for _, value in given] == [0, 0], "what is left is the scratch memory of the device, none here"
+            assert attribute == "tt.divisibility" and bits % number == 0, f"{name}: {bits} breaks {attribute} {number}"
+    assert [value for _, value in given] == [0, 0], "the rest is the device's scratch memory, none here"
     assert launch.grid == (*grid, 1, 1)[:3]
-    assert prod(launch.grid) < 2**31, "Triton's C multiplies the grid in an int, and does not launch what overflows"
+    assert prod(launch.grid) < 2**31, "Triton's C multiplies the grid in an int, and launches nothing if that overflows"
     assert launch.threads == 32 * constants.get("num_warps", 4) == 32 * compiled.metadata.num_warps
     assert constants.get("num_stages", compiled.metadata.num_stages) == compiled.metadata.num_stages
     assert launch.shared == compiled.metadata.shared <= fake_cuda.SHARED_BYTES
@@ -142,12 +142,12 @@ def is_float(name):
     return name == "scale" or name.startswith("scores.")
 
 
-# what a repeated function may ask of torch: nothing that writes
+# torch operators that a repeated function may call: none of them writes
 HARMLESS = {"empty", "empty_strided", "detach", "transpose", "view", "slice", "select", "to", "contiguous"}
 
 
 class Operators(TorchDispatchMode):
-    """The names of torch's operators within."""
+    """Collects the names of the torch operators that run inside it."""
 
     def __init__(self):
         super().__init__()
@@ -160,18 +160,18 @@ class Operators(TorchDispatchMode):
 
 @dataclass
 class Watch:
-    """Stands for the kernels' `launch` and checks each one, and for the functions that are repeated."""
+    """Replaces the kernels' `launch` and the repeated functions, and checks each launch."""
 
     fake: fake_cuda.FakeCuda
     change: object = None  # breaks the forward kernel's launch on purpose
     expected: dict = field(default_factory=dict)  # {parameter: value} by name
     launched: list = field(default_factory=list)
-    repeated: list = field(default_factory=list)  # (function, whether it was)
-    functions: set = field(default_factory=set)  # the binaries that were launched
-    named: set = field(default_factory=set)  # (kernel, parameter) whose value was expected and right
-    ordinary: int = 0  # launches that Triton did for the launcher
+    repeated: list = field(default_factory=list)  # (function, whether it was repeated)
+    functions: set = field(default_factory=set)  # the launched binaries
+    named: set = field(default_factory=set)  # (kernel, parameter) of each value that was in `expected`
+    ordinary: int = 0  # launches that the launcher left to Triton
     is_checking: bool = True
-    asked: int = 0  # launches that a function's own body asked for
+    asked: int = 0  # launches that the function bodies requested
 
     def __call__(self, kernel, grid, *args, **constants):
         self.asked += 1
@@ -183,11 +183,11 @@ class Watch:
         replay.launch(kernel, grid, *args, **constants)
         before = self.ordinary
         compiled = replay.launch(kernel, grid, *args, **constants)
-        assert self.ordinary == before, f"{kernel}: the launcher did not know a launch again"
+        assert self.ordinary == before, f"{kernel}: the launcher did not recognise a known launch"
         theirs = kernel[grid](*args, **constants)
         launches = self.fake.take()
         assert len(launches) == 3, f"{kernel}: {len(launches)} of 3 launches reached the driver"
-        assert compiled is theirs, f"{kernel}: another binary than Triton's for {args} {constants}"
+        assert compiled is theirs, f"{kernel}: not Triton's binary for {args} {constants}"
         assert launches[0] == launches[1] == launches[2], f"{kernel}: {launches}"
         check(kernel, grid, args, constants, compiled, launches[0])
         values = {name: value for name, _, value in leaves([*kernel.arg_names], args)}
@@ -201,7 +201,7 @@ class Watch:
         return compiled
 
     def checked(self, function):
-        """In place of a repeated function: its body, each launch checked; then written down, then repeated."""
+        """Replaces a repeated function: runs its body and checks each launch, then records it, then repeats it."""
 
         def call(*args, **options):
             if not self.is_checking:  # a function that calls itself
@@ -236,7 +236,7 @@ def tensors(result):
 
 
 def compare(first, second, inputs):
-    """The launches of a call and of its repetition, which differ in where the tensors lie that it made."""
+    """Assert that a call and its repetition launch the same, except for the addresses of tensors that they allocate."""
     assert len(first) == len(second) > 0 or not inputs
     there = {}
     for one, other in zip(first, second, strict=True):
@@ -254,7 +254,7 @@ def compare(first, second, inputs):
 
 
 def install():
-    """The Watch, in place of every `launch` and every repeated function of the package's kernels."""
+    """Put a Watch in place of every `launch` and every repeated function of the package's kernels, and return it."""
     fake = fake_cuda.let_cpu_tensors_through()
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: b"nothing"
     watch = Watch(fake)
@@ -277,19 +277,19 @@ def install():
 
 
 def draw(*shape, dtype, is_misaligned=False):
-    """(batch, heads, length, dim) in memory (batch, length, heads, dim), which wants gradients."""
+    """A tensor (batch, heads, length, dim) in memory (batch, length, heads, dim) that requires gradients."""
     batch, heads, length, dim = shape
     store = torch.randn(prod(shape) + 1).to(dtype)[is_misaligned : prod(shape) + is_misaligned]
     return store.view(batch, length, heads, dim).transpose(1, 2).requires_grad_()
 
 
-# With these blocks the loops read by tensor descriptors, where there can be some.
+# With these blocks the loops read by tensor descriptors wherever the inputs allow that.
 DESCRIBED = {"forward": (64, 64, 4, 2, True), "dq": (64, 64, 4, 2, True), "dtable": (64, 64, 4, 3, True)}
 
 
 @contextlib.contextmanager
 def described(is_described=True):
-    """With descriptors, with pointers, or (None) as blocks.py says."""
+    """Use descriptors, pointers, or (None) the choice of blocks.py."""
     rows = blocks.BLOCKS["hopper"]
     before = rows.copy()
     if is_described is not None:
@@ -317,7 +317,7 @@ def _attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, 
     query = draw(batch, heads, i, head_dim, dtype=dtype, is_misaligned=is_misaligned)
     key = draw(batch, kv_heads, j, head_dim, dtype=dtype, is_misaligned=is_misaligned)
     value = draw(batch, kv_heads, j, value_dim or head_dim, dtype=dtype, is_misaligned=is_misaligned)
-    if batch_stride:  # of a batch of one, so nothing lies there
+    if batch_stride:  # the batch is one, so nothing lies that far
         query = torch.as_strided(query, query.shape, (batch_stride, *query.stride()[1:]))
     n = max(i, j)
     table = torch.randn(heads, 2 * n - 1 if signed else n).requires_grad_()
@@ -325,7 +325,7 @@ def _attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, 
     watch.expected |= {"batch": batch, "config.HEAD_DIM": head_dim, "config.VALUE_DIM": value_dim or head_dim}
     for letter, tensor in (("q", query), ("k", key), ("v", value)):
         for axis, dimension in (("b", 0), ("h", 1), ("y" if letter in "kv" else "x", 2)):
-            is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes that begin amid 16 bytes
+            is_copied = is_misaligned and tensor.shape[3] % 8 == 0  # rows of whole 16 bytes, not aligned to 16 bytes
             watch.expected[f"layout.{letter}{axis}"] = (tensor.contiguous() if is_copied else tensor).stride(dimension)
     if not is_misaligned:
         watch.expected |= {"query_ptr": query.data_ptr(), "key_ptr": key.data_ptr(), "value_ptr": value.data_ptr()}
@@ -335,7 +335,7 @@ def _attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, 
         query, key, value, table, signed=signed, enable_gqa=heads != kv_heads, return_lse=True, backend="triton",
         key_padding_mask=mask, **options,
     )  # fmt: skip
-    # of the layout that a projection's gradient has, which is out's
+    # a projection's gradient has out's layout
     grads = [torch.zeros_like(out), torch.zeros_like(lse)] if uses_lse else [torch.zeros_like(out)]
     inputs = (query, key, value, table, *((mask,) if mask is not None and mask.requires_grad else ()))
     torch.autograd.grad([out, lse] if uses_lse else [out], inputs, grads)
@@ -357,7 +357,7 @@ def packed(watch, *, heads=4, kv_heads=2, head_dim=64, **options):
 
 
 def expand(watch, *, i=100, j=128, signed=False, dtype=torch.float32, makes_columns=False):
-    """Expand, and reduce of its transpose too."""
+    """Expand and reduce; with `makes_columns`, reduce gets a transposed tensor."""
     n = max(i, j)
     table = torch.randn(3, 2 * n - 1 if signed else n, dtype=dtype).requires_grad_()
     bias = expand_bias(table, i, j, offset=j - i, signed=signed, backend="triton")
@@ -384,7 +384,7 @@ CASES = {
     "one key": (attention, {"i": 1, "j": 1}),
     "one query": (attention, {"i": 1, "j": 70, "batch": 1, "kv_heads": 1}),
     "window, signed": (attention, {"window": (40, 8), "signed": True, "i": 70, "j": 90}),
-    # its threshold needs 64 bits, that of the next one 32
+    # the dropout threshold needs 64 bits here, and 32 bits in the packed case
     "softcap, much dropout": (attention, {"is_causal": True, "softcap": 20.0, "dropout_p": 0.75}),
     "key mask": (attention, {"is_causal": True, "mask": torch.bool}),
     "added key mask": (attention, {"mask": torch.float32, "kv_heads": 2, "j": 130}),
@@ -424,7 +424,7 @@ def _probe_kernel(x_ptr, inputs, layout, stride, plain, scale, WIDTH: tl.constex
 
 
 def every_kind(watch):
-    """All that a specialisation may depend on, in turn and back again."""
+    """Every property that a specialisation may depend on, one after another, and all of them again."""
     store = torch.zeros(64, dtype=torch.float32)
     tensors = (store[:16], store[1:17], store[4:20], store.to(torch.bfloat16)[:16])
     ints = (0, 1, 2, 15, 16, 48, -1, -16, 2**31 - 1, 2**31, 2**32, 2**40 + 1, -(2**31), -(2**31) - 1)
@@ -462,7 +462,7 @@ def _described_kernel(source, out_ptr, RANK: tl.constexpr, IS_READ: tl.constexpr
 
 
 def every_described_kind(watch):
-    """Other dtypes, boxes and paddings; other sizes, strides and places, which are no kind of their own."""
+    """Other dtypes and boxes make another kind; other paddings, sizes, strides and places do not."""
     store = torch.zeros(2**14 + 64)
     out = torch.zeros(16)
 
@@ -489,13 +489,13 @@ def every_described_kind(watch):
 
 
 def described_with_others(watch):
-    """A repeated call with descriptors takes the pointers of its own tensors, and encodes their maps once."""
+    """A repeated call with descriptors uses the pointers of its own tensors, and encodes their maps once."""
     watch.is_checking = False
-    forward = importlib.reload(attention_forward).forward  # as they were, with nothing in their place
+    forward = importlib.reload(attention_forward).forward  # the originals, without the Watch
     backward = importlib.reload(attention_backward).backward
 
     def draw_all():
-        """(arguments of forward, of backward)."""
+        """(arguments of forward, arguments of backward)."""
         query, key, value, dout = (draw(1, 4, 80, 64, dtype=torch.bfloat16).detach() for _ in range(4))
         table = torch.randn(4, 80)
         rest = None, None, 80, 80, 0, False, None, 0, 0.125, 0.0, 0.0
@@ -542,11 +542,11 @@ def described_with_others(watch):
 
 
 def repeated_with_others(watch):
-    """A call that is written down with one tensor as key and value must not take it for both when they are two.
+    """A call that was recorded with one tensor as key and value must tell them apart when they are two tensors.
 
-    And whoever listens to launches hears of those that would be repeated.
+    Hooks that listen to launches must also hear of launches that would be repeated.
     """
-    forward = importlib.reload(attention_forward).forward  # as it was, with nothing in its place
+    forward = importlib.reload(attention_forward).forward  # the original, without the Watch
     watch.is_checking = False
     query, key, value = (torch.randn(1, 2, 16, 16) for _ in range(3))
     rest = torch.randn(2, 16), None, None, None, 16, 16, 0, False, None, 0, 0.25, 0.0, 0.0
@@ -556,7 +556,7 @@ def repeated_with_others(watch):
     asked = watch.asked
     forward(query, key, value, *rest)
     launched = watch.fake.take()
-    assert watch.asked == asked, "not repeated"
+    assert watch.asked == asked, "the call was not repeated"
     assert {query.data_ptr(), key.data_ptr(), value.data_ptr()} <= set(launched[-1].values)
 
     heard = []
@@ -575,19 +575,19 @@ def too_many(names, args, constants):
 
 
 def swapped_kinds(names, args, constants):
-    """The first pointer and the first int."""
+    """Swap the first pointer and the first int."""
     place = next(place for place, value in enumerate(args) if type(value) is int)
     return [args[place], *args[1:place], args[0], *args[place + 1 :]], constants
 
 
 def _changed(names, args, name, change):
-    """The arguments with another value in place of a tuple."""
+    """The arguments, with the tuple `name` replaced by `change` of it."""
     place = names.index(name)
     return [*args[:place], change(args[place]), *args[place + 1 :]]
 
 
 def swapped_strides(names, args, constants):
-    """Ints that differ: Triton sees nothing wrong."""
+    """Swap two ints: Triton sees nothing wrong."""
     return _changed(names, args, "layout", lambda old: old._replace(qh=old.qx, qx=old.qh)), constants
 
 
@@ -616,12 +616,12 @@ def dropped_descriptor(names, args, constants):
 
 
 def swapped_descriptors(names, args, constants):
-    """Key and value, of one kind: Triton sees nothing wrong."""
+    """Swap key and value, which are of one kind: Triton sees nothing wrong."""
     return [args[0], args[2], args[1], *args[3:]], constants
 
 
 def described_too_much(names, args, constants):
-    """A descriptor in place of a pointer."""
+    """Put a descriptor in place of a pointer."""
     shape = [*args[0].shape]
     return [TensorDescriptor(args[0], shape, [*args[0].stride()], [1, 1, 64, 64]), *args[1:]], constants
 
@@ -663,7 +663,7 @@ def blind(binding):
 
 
 def fails(run):
-    """The error's type and text, None if there was none."""
+    """The traceback of the error, None if there was none."""
     try:
         run()
     except Exception as error:
@@ -703,7 +703,7 @@ def main(path, *cases):
         launching._bindings.clear()
         results["broken"]["all descriptors alike"] = fails(lambda: every_described_kind(watch))
     launching._bindings.clear()
-    with mock.patch.object(replay, "_expanded", return_value=None):  # as of a Triton with another launcher
+    with mock.patch.object(replay, "_expanded", return_value=None):  # as in a Triton with another launcher
         watch.repeated.clear()
         results["unknown launcher"] = fails(lambda: attention(watch, is_causal=True, is_described=True))
         results["unknown launcher repeated"] = watch.repeated.copy()

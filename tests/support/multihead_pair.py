@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MultiheadAttention and torch's own with the same weights, and what the tests draw for them."""
+"""Our MultiheadAttention and torch's with the same weights, and the inputs that tests draw for them."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ PADDING = ("none", "bool", "float")
 
 
 def pair(options, *, is_zero=False, dtype=torch.float64, heads=4):
-    """Ours and torch's with the same projections, all of them random."""
+    """Our module and torch's with the same random projections."""
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(12 if heads == 4 else 3 * heads, heads, dtype=dtype, **options)
     for name, parameter in theirs.named_parameters():
@@ -48,7 +48,7 @@ def draw_mask(kind, shape, dtype):
     if kind.startswith("float"):
         return torch.randn(shape, dtype=dtype)
     mask = torch.rand(shape) < 0.4
-    mask[..., 0] = False  # a query without a key is NaN to torch
+    mask[..., 0] = False  # torch gives NaN for a query without a key
     return mask
 
 
@@ -68,7 +68,7 @@ def as_float(mask, dtype=torch.float64):
 
 
 def biased(ours, theirs, query, key, value, *, attn_mask=None, key_padding_mask=None, batch, offset=None, **options):
-    """torch's module, given ours's bias in its attn_mask."""
+    """torch's module, with our module's bias in its attn_mask."""
     i, j = (x.shape[1 if ours.batch_first and batch is not None else 0] for x in (query, key))
     mask = ours.pos_bias(i, j, offset=j - i if offset is None else offset)
     if attn_mask is not None:
@@ -79,7 +79,7 @@ def biased(ours, theirs, query, key, value, *, attn_mask=None, key_padding_mask=
 
 
 def assert_same(ours, theirs, inputs, mine, reference, tolerance=1e-12, has_bias=True):
-    """Outputs, weights, and the gradients of inputs and parameters."""
+    """Compare outputs, weights, and the gradients of inputs and parameters."""
     assert (mine[1] is None) == (reference[1] is None)
     gradients = []
     for (out, weights), module in ((mine, ours), (reference, theirs)):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Loops from the definition, in float64: what every implementation is compared with; and the inputs they meet."""
+"""The oracle: loops from the definition in float64, and the inputs on which tests compare implementations with it."""
 
 import numpy as np
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# (heads, i, j, offset or None, signed, spare): spare columns beyond the table's needed length
+# (heads, i, j, offset or None, signed, spare); spare: columns beyond the table's needed length
 GRIDS = [
     (1, 1, 1, None, False, 0),
     (2, 1, 33, None, False, 0),
@@ -64,7 +64,7 @@ def reduce(dbias, n, offset=None, signed=False):
 
 
 def assert_within_budget(actual, exact, eager):
-    """|actual - exact| <= 2 (|eager - exact| + eps max|exact|), with eager the same sum in eager torch."""
+    """|actual - exact| <= 2 (|eager - exact| + eps max|exact|), where eager is the same sum in eager torch."""
     actual, eager = actual.detach().double().cpu(), eager.detach().double().cpu()
     assert actual.shape == exact.shape
     assert torch.isfinite(actual).all()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A GPU that is not there: tensors asked for on "cuda" lie on the CPU, and torch.cuda only keeps a record.
+"""A fake GPU: tensors requested on "cuda" lie on the CPU, and torch.cuda only keeps a record.
 
-So every branch of the bench that needs a GPU runs before there is one. Triton's kernels run in their interpreter. What
-only a GPU can say (a stream that is not waited for, a capture that is refused) is not to be learned here.
+So every branch of the bench that needs a GPU also runs without one. Triton's kernels run in their interpreter. The
+fake cannot show what only a GPU shows: a missing wait for a stream, or a refused capture.
 """
 
 import gc
@@ -24,11 +24,11 @@ from bench.report import tables
 CALL_MS = 5.0  # between two events
 QUICK = ["attention", "--device", "cuda", "--smoke", "--heads", "2", "--seq", "24", "--head-dim", "16"]
 TORCH = ["--backend", "torch"]
-REPLAY_MS = 0.3  # what a graph takes, whatever it holds
+REPLAY_MS = 0.3  # the replay of a graph takes this, whatever it holds
 
 
 class _OnTheCpu(TorchFunctionMode):
-    """Every argument that says cuda says cpu."""
+    """Replaces cuda with cpu in every argument."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def moved(value):
@@ -42,17 +42,17 @@ class _OnTheCpu(TorchFunctionMode):
 
 
 class RecordedCuda:
-    """What the bench does to the GPU. Memory counts are `peak` bytes; `refused` SDPBackends have no kernel."""
+    """Records the bench's calls to the GPU. The peak memory is `peak` bytes; `refused` SDPBackends have no kernel."""
 
     def __init__(self):
         self.now = 0.0  # milliseconds
         self.stream = "default"
         self.is_capturing = False
-        self.backends = []  # that sdpa_kernel was asked for
-        self.refused = {}  # SDPBackend: why
+        self.backends = []  # requested from sdpa_kernel
+        self.refused = {}  # {SDPBackend: reason}
         self.peak = 3 * 2**20
         self.flushes = self.emptied = 0
-        self.fails_capture = None  # a predicate that is asked at the end of every capture
+        self.fails_capture = None  # a predicate that runs at the end of every capture
 
 
 def _install(fake, monkeypatch):
@@ -81,7 +81,7 @@ def _install(fake, monkeypatch):
         before, fake.stream, fake.is_capturing = fake.stream, "capturing", True
         yield
         fake.is_capturing = False
-        if fake.fails_capture and fake.fails_capture():  # as torch, which then does not put the stream back
+        if fake.fails_capture and fake.fails_capture():  # like torch, do not restore the stream
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         fake.stream, captured.is_whole = before, True
 
@@ -131,7 +131,7 @@ def _install(fake, monkeypatch):
     monkeypatch.setattr(timing, "L2_BYTES", 64)
     monkeypatch.setattr(timing, "PRODUCT", 8)
     monkeypatch.setattr(timing, "WARM_SECONDS", 0.01)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # half a second here, with all of a suite in memory
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes half a second when a whole suite is in memory
     timing._larger_than_l2.cache_clear()
 
 
@@ -146,9 +146,9 @@ def recorded_cuda(monkeypatch):
 
 
 def run_bench(folder, *arguments):
-    """Runs a command of the bench: (exit code, what it printed, {(direction, provider): record} of its last shape).
+    """Run a command of the bench. Returns (exit code, output, {(direction, provider): record} of its last shape).
 
-    The lines it leaves in `folder` must say what its JSON says.
+    The lines that it writes to `folder` must give the same tables as its JSON.
     """
     done = CliRunner().invoke(cli, [*arguments, "--json", str(folder / "r.json"), "--lines", str(folder / "r.jsonl")])
     if done.exception and not isinstance(done.exception, SystemExit):

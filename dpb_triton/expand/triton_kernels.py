@@ -210,7 +210,7 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
     enter, inside, outside, leave = _steps(rows, column, j, SHIFT, BLOCK_M, BLOCK_N)
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
-        # element by element if rows begin inside a vector: one load of whole vectors and one of the rest cost 41 registers
+        # element by element if rows begin inside a vector: to load whole vectors and then the rest costs 41 registers
         mask = _is_inside(k, rows, column, shift, j, VEC if SHIFT == 0 else 1, BLOCK_M, BLOCK_N)
         acc += tl.load(dbias_ptr + k * step + offs, mask=mask, other=0.0).to(dtype)
     dbias_ptr += inside * step

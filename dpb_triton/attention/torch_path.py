@@ -41,7 +41,7 @@ def forward(
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     is_at_hand = products.is_at_hand(query)
-    # torch's own flash attention on the CPU has no softcap, not our dropout, and needs value_dim == head_dim
+    # torch's own flash attention on the CPU has no softcap, has another dropout, and needs value_dim == head_dim
     is_plain = is_at_hand and not softcap and not dropout_p and query.shape[3] == value.shape[3]
 
     def attend(is_plain, selects):

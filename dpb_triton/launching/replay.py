@@ -132,7 +132,7 @@ class _Tape:
     """Allocations, launches and results. A slot names a tensor: first the inputs, then the tensors that were made."""
 
     def __init__(self, inputs):
-        self.tensors = inputs  # these five fields serve the recording
+        self.tensors = inputs  # this field and the next four are for the recording
         self.slots = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         self.n_inputs = len(inputs)
         self.written = []

@@ -8,8 +8,7 @@ tile if it has fewer than 16 rows per warp (dkdv's tiles are transposed: its row
 
 Hopper's tiles are the fastest ones on an H200 (`python -m bench sweep` times them; bench/results/h200). Each is the
 best of about 30 for 2-byte types and heads up to 128 wide, and of about 9 for float32 and heads up to 64. One
-exception: (64, 64, 4, 1) for float32's dtable is 8% faster but spills 154 times. Nobody has timed the other tiles on a
-GPU.
+exception: (64, 64, 4, 1) for float32's dtable is 8% faster but spills 154 times. Nobody has timed the other tiles.
 
 A word after the kernel's name limits a row to some calls: "dropout"; "narrow", heads up to 32 wide; "causal", dense
 batches with as many key heads as query heads, causality and no other option; "described", dense batches whose rows

@@ -234,7 +234,7 @@ def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
 
 @triton.jit
 def from_column(matrix, start):
-    """The Matrix without its first columns."""
+    """The Matrix without its first `start` columns."""
     return Matrix(matrix.source + start, matrix.rows, matrix.stride)
 
 

@@ -88,7 +88,7 @@ unsigned grid_of(int64_t blocks) {
 uintptr_t checked_address(const char* name, const Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   STD_TORCH_CHECK(address % size_of(tensor.scalar_type()) == 0, "dpb_triton: ", name,
-                  " lies at an address that is no multiple of its element's size");
+                  " lies at an address that is not a multiple of its element's size");
   return address;
 }
 

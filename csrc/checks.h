@@ -108,7 +108,7 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[DIM], ScalarType dtype) 
       aoti_torch_empty_strided(DIM, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle);
   // The shim hides torch's own message. A kernel may have failed asynchronously; then the next allocation reports it.
   STD_TORCH_CHECK(error == TORCH_SUCCESS, "dpb_triton: out of memory: cannot allocate ", stride * size_of(dtype),
-                  " bytes", device_type == aoti_torch_device_type_cpu() ? "" : ", if no earlier kernel has failed");
+                  " bytes", device_type == aoti_torch_device_type_cpu() ? "" : " (or an earlier kernel has failed)");
   return Tensor(handle);
 }
 

@@ -302,7 +302,7 @@ def _check_numbers(query, key, table, n, packing, seqlens, left, right):
         if packing.offsets is None and j < i:
             raise ValueError(
                 f"sequence {sequence} of cu_seqlens_q and cu_seqlens_k has more queries than keys, {i} and {j}: give "
-                "offsets to say where its queries stand"
+                "offsets to place its queries"
             )
         check_reach(table, n, i, j, offset, left, right)
     return longest
@@ -326,7 +326,7 @@ def _check_on_device(query, key, n, packing, seqlens, left, right):
         # compare, because the difference of a decreasing pair may wrap to a positive length
         is_right = (cu[0] == 0) & (cu[-1] == total) & (cu[1:] >= cu[:-1]).all() & (lengths <= longest).all()
         torch._assert_async(
-            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, by max_seqlen_{name} at most"
+            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, in steps of at most max_seqlen_{name}"
         )
     if packing.offsets is None:
         torch._assert_async((j >= i).all(), "a sequence of cu_seqlens_q and cu_seqlens_k has more queries than keys")

@@ -11,8 +11,8 @@
 These determine every launch, together with what `also` names (torch's settings). So a `repeated` function may create
 tensors only with `empty`, change them only with `launch`, and return only what it created. If it creates a tensor in
 another way, such as a copy of an input with strided rows, the tape notices when the function launches with this tensor
-or returns it. Such calls are never replayed. The tape does not notice if torch changes a tensor; tests/launch_worker.py
-looks for such changes.
+or returns it. Such calls are never replayed. The tape does not notice if torch changes a tensor;
+tests/support/launch_worker.py looks for such changes.
 
 A replayed call costs the host a sixth of a normal call. A call with new sizes, as in each step of a decoder, costs a
 tenth more. Recording costs twice the call, so a call that comes only once is not recorded. A replay makes one

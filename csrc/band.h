@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The band algorithm, thread by thread: what every thread of the CUDA kernels (band_cuda.cu) loads, adds and stores.
+// The band algorithm for one thread: what each thread of the CUDA kernels (band_cuda.cu) loads, adds and stores.
 //
 //   expand   bias[h, x, y] = table[h, |x + offset - y|]
 //   reduce   dtable[h, d]  = sum of dbias[h, x, y] over all (x, y) with |x + offset - y| = d
@@ -13,15 +13,15 @@
 //         +-----------------------+
 //
 // A block owns a band inside one chunk of `rows` rows of one head. Expand gathers its window into registers once; its
-// loop is stores only. Reduce adds windows in registers, and sums along the diagonals once, through shared memory.
-// Accesses have 16 bytes for any j: row m of the window is shifted right by s_m, to the next multiple of ALIGN
-// elements. Rows BLOCK_M apart have the same s_m because BLOCK_M is a multiple of ALIGN, and so have all bands because
-// BLOCK_N is. Reads need no more than ALIGN = one vector. Writes do: memory takes whole sectors of 32 bytes, and one
-// that two stores share is read, merged and written again; whole lines of 128 bytes are faster still. A window's rows
-// are dealt to the warps in turn; a lane holds one vector of every 32.
+// loop has stores only. Reduce adds windows in registers, and sums along the diagonals once, through shared memory.
+// Accesses have 16 bytes for any j, because row m of the window is shifted right by s_m, to the next multiple of ALIGN
+// elements. Rows BLOCK_M apart have the same s_m, because BLOCK_M is a multiple of ALIGN. All bands share the s_m too,
+// because BLOCK_N is a multiple of ALIGN. For reads, ALIGN = one vector is enough. Writes need more: memory writes
+// whole sectors of 32 bytes, and if two stores share a sector, it is read, merged and written again. Whole lines of 128
+// bytes are even faster. The warps take a window's rows in turn; a lane holds one of every 32 vectors.
 //
-// Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host, where each store is
-// checked. The arithmetic is that of dpb_triton/expand/triton_kernels.py.
+// Nothing here needs CUDA: tests/csrc/band_test.cpp runs every thread of whole grids on the host and checks each store.
+// The arithmetic is the same as in dpb_triton/expand/triton_kernels.py.
 #pragma once
 
 #include <cstdint>
@@ -44,27 +44,26 @@ namespace band {
 
 constexpr int LANES = 32;
 constexpr int VECTOR_BYTES = 16;
-constexpr int64_t PROGRAMS = 2048;  // blocks to aim at: enough for any GPU, few enough that the gather stays unseen
+constexpr int64_t PROGRAMS = 2048;  // target number of blocks: enough for any GPU; the gathers still cost little
 
 // A window of M x N elements, the threads that hold it, and the boundary at which its rows begin.
 template <class T, int M, int N, int WARPS_, int ALIGN_BYTES>
 struct Window {
   using Element = T;
   static constexpr int BLOCK_M = M, BLOCK_N = N, WARPS = WARPS_, THREADS = LANES * WARPS;
-  static constexpr int WARP_ROWS = BLOCK_M / WARPS;  // that a warp holds
+  static constexpr int WARP_ROWS = BLOCK_M / WARPS;  // rows that a warp holds
   static constexpr int VEC = VECTOR_BYTES / static_cast<int>(sizeof(T));
-  static constexpr int VECTORS = BLOCK_N / (LANES * VEC);  // of a row that a lane holds
+  static constexpr int VECTORS = BLOCK_N / (LANES * VEC);  // vectors of a row that a lane holds
   static constexpr int ALIGN = ALIGN_BYTES / static_cast<int>(sizeof(T));
   static constexpr int SHIFT = ALIGN - 1;  // the largest shift of a row
   static_assert(ALIGN % VEC == 0 && BLOCK_M % ALIGN == 0 && BLOCK_M % WARPS == 0, "");
   static_assert(BLOCK_N % ALIGN == 0 && BLOCK_N % (LANES * VEC) == 0 && BLOCK_M + SHIFT <= BLOCK_N, "");
 };
 
-// Expand's rows begin at lines of 128 bytes, so that no line is written in two parts; they are as many bytes for all
-// types.
+// Expand's rows begin at lines of 128 bytes, so that no line is written in two parts. All types have rows of 512 bytes.
 template <class T>
 using ExpandWindow = Window<T, 128 / sizeof(T), 512 / sizeof(T), sizeof(T) == 2 ? 16 : 8, 128>;
-// Windows of 8-byte elements are half as wide: the registers are as many.
+// Windows of 8-byte elements are half as wide, so they take as many registers.
 template <class T>
 using ReduceWindow = Window<T, 16, sizeof(T) == 8 ? 128 : 256, 4, VECTOR_BYTES>;
 
@@ -81,7 +80,7 @@ DPB_HOST_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-// How a tensor (heads, i, j) is cut into blocks of threads, from the shape alone.
+// The cut of a tensor (heads, i, j) into blocks of threads. It depends on the shape alone.
 struct Cut {
   int64_t i, j, rows, bands, chunks;  // rows of a chunk
   int64_t block_n, shift;             // of the window
@@ -103,7 +102,7 @@ Cut cut(int64_t heads, int64_t i, int64_t j) {
   return {i, j, rows, ceil_div(j + rows, block_n), ceil_div(i, rows), block_n, W::SHIFT};
 }
 
-// One block's band: rows row .. row + rows - 1 of `head`, its first window beginning in `column`, <= 0 on the left.
+// One block's band: rows row .. row + rows - 1 of `head`. Its first window begins in `column`, <= 0 for left bands.
 struct Band {
   int64_t head, row, rows, column, index, chunk;
 };
@@ -116,7 +115,7 @@ DPB_HOST_DEVICE Band band_of(const Cut& cut, int64_t block) {
           index * W::BLOCK_N - cut.rows,    index, chunk};
 }
 
-// The steps at which the window enters the row, lies inside it, is inside no more, and has left the row.
+// The steps at which the window enters the row, lies inside it, stops lying inside it, and has left it.
 struct Steps {
   int64_t enter, inside, outside, leave;
 };
@@ -131,7 +130,7 @@ DPB_HOST_DEVICE Steps steps_of(const Band& band, int64_t j) {
   return {enter, inside, clamp(clamp(right, 0, band.rows) / W::BLOCK_M, inside, leave), leave};
 }
 
-// Where the first window of a thread lies. `start` is the element of (head, row, 0), counted from a boundary.
+// The place of a thread's first window. `start` is the index of element (head, row, 0), counted from a boundary.
 template <class W>
 struct Place {
   int64_t start, stride_x, stride_y, column;
@@ -143,14 +142,14 @@ struct Place {
   DPB_HOST_DEVICE int row(int q) const {
     return row(warp, q);
   }
-  // first column, within the window, of the lane's vector v
+  // first column of the lane's vector v, within the window
   DPB_HOST_DEVICE int first(int v) const {
     return (v * LANES + lane) * W::VEC;
   }
   DPB_HOST_DEVICE int shift_of_row(int m) const {
     return static_cast<int>(-(start + m * stride_x) & W::SHIFT);  // the column is a multiple of ALIGN
   }
-  // element of (row q, the lane's first vector) at step 0
+  // index of the first element of the lane's first vector in row q, at step 0
   DPB_HOST_DEVICE int64_t origin(int q, int shift) const {
     return start + row(q) * stride_x + (column + shift + first(0)) * stride_y;
   }
@@ -159,8 +158,8 @@ struct Place {
   }
 };
 
-// Calls visit(q, v, element, y) for the lane's vectors of the window at step k that lie in the rows; `y` is the
-// vector's first column, which may be outside [0, j).
+// Calls visit(q, v, element, y) for the lane's vectors of the window at step k that lie inside the rows. `y` is the
+// vector's first column; it may be outside [0, j).
 template <class W, class F>
 DPB_HOST_DEVICE void for_each_vector(const Place<W>& place, const int (&shift)[W::WARP_ROWS], int64_t k, int64_t rows,
                                      F&& visit) {
@@ -179,14 +178,14 @@ DPB_HOST_DEVICE void for_each_vector(const Place<W>& place, const int (&shift)[W
 
 // ---- expand
 
-// table[h, index] at table[h * stride_h + index * stride_d]; T is any type of the element's size, bits are moved.
+// table[h, index] is at data[h * stride_h + index * stride_d]. T is any type of the element's size: only bits move.
 template <class T>
 struct Table {
   const T* data;
   int64_t n, offset, stride_h, stride_d;
   bool is_signed;
 
-  // The parts of a window that no step shows may lie outside the table.
+  // The parts of a window that no step stores may lie outside the table.
   DPB_HOST_DEVICE T at(int64_t head, int64_t x, int64_t y) const {
     const int64_t distance = x + offset - y;
     const int64_t magnitude = distance < 0 ? -distance : distance;
@@ -197,7 +196,7 @@ struct Table {
   }
 };
 
-// What one thread does. Memory::store(T* address, value) takes a Vector<T> at a 16-byte boundary, or a T.
+// The work of one thread. Memory::store(T* address, value) takes a Vector<T> at a 16-byte boundary, or a T.
 template <class W, class Memory, class T>
 DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut, int64_t block, int thread) {
   const Band band = band_of<W>(cut, block);
@@ -255,8 +254,8 @@ DPB_HOST_DEVICE void expand_thread(const Table<T>& table, T* out, const Cut& cut
 
 // ---- reduce
 
-// dbias[h, x, y] is data[lead + h * stride_h + x * stride_x + y * stride_y], data being at a 16-byte boundary. UNIT
-// says that stride_y is 1: only then there are vectors, else a lane's elements are loaded one by one.
+// dbias[h, x, y] is data[lead + h * stride_h + x * stride_x + y * stride_y]; data is at a 16-byte boundary. UNIT means
+// that stride_y is 1. Only then a lane loads vectors; otherwise it loads its elements one by one.
 template <class T>
 struct Gradient {
   const T* data;
@@ -292,7 +291,7 @@ DPB_HOST_DEVICE void add_vector(A (&sums)[ReduceWindow<T>::VEC], const Vector<T>
   }
 }
 
-// The steps at which whole windows lie inside the rows.
+// Adds the windows of the steps at which the whole window lies inside the rows.
 template <class Memory, class A, class T, class Widen>
 DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<ReduceWindow<T>>& place,
                                          const int (&shift)[ReduceWindow<T>::WARP_ROWS], const Steps& steps,
@@ -304,7 +303,7 @@ DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<ReduceWindow
     from[q] = data + place.origin(q, shift[q]) + steps.inside * place.step();
   }
   for (int64_t k = steps.inside; k < steps.outside; ++k) {
-    Vector<T> loaded[W::WARP_ROWS][W::VECTORS];  // all on their way before the first is added
+    Vector<T> loaded[W::WARP_ROWS][W::VECTORS];  // all loads are in flight before the first add
     DPB_DEVICE_UNROLL
     for (int q = 0; q < W::WARP_ROWS; ++q) {
       DPB_DEVICE_UNROLL
@@ -323,8 +322,8 @@ DPB_HOST_DEVICE void accumulate_interior(const T* data, const Place<ReduceWindow
   }
 }
 
-// Adds the windows along the band, elementwise. Memory::load<Vector<T>>(address) and Memory::load<T>(address);
-// widen(T) gives what is added.
+// Adds the windows along the band, elementwise. Memory needs load<Vector<T>>(address) and load<T>(address); widen(T)
+// returns the number to add.
 template <class Memory, bool UNIT, class A, class T, class Widen>
 DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut, int64_t block, int thread, Widen widen,
                                        Sums<A, T>& sums) {
@@ -367,7 +366,7 @@ DPB_HOST_DEVICE void accumulate_thread(const Gradient<T>& dbias, const Cut& cut,
   }
 }
 
-// One block's sums side by side, and each row's anchor: the diagonal of its first element, never negative.
+// One block's sums, and each row's anchor: the diagonal of the row's first element, which is never negative.
 template <class A, class T>
 struct SharedWindow {
   using W = ReduceWindow<T>;
@@ -395,9 +394,9 @@ DPB_HOST_DEVICE void share_thread(const Gradient<T>& dbias, const Cut& cut, int6
   }
 }
 
-// Sums along the block's diagonals into its columns of `partial` [heads][chunks][2][bands * BLOCK_N]: diagonal t, and
-// diagonal t - BLOCK_N, which lies left of the window's first element. Bands from right to left, so that the fold finds
-// a chunk's sums in the order of the distance.
+// Stores the sums along the block's diagonals in its columns of `partial` [heads][chunks][2][bands * BLOCK_N]: first
+// diagonal t, then diagonal t - BLOCK_N. Bands are stored from right to left, so that the fold finds a chunk's sums in
+// the order of distances.
 template <class A, class T>
 DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cut& cut, int64_t block, int thread,
                                       A* partial) {
@@ -408,7 +407,7 @@ DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cu
   for (int t = thread; t < N; t += W::THREADS) {
     A lower = 0, upper = 0;
     DPB_DEVICE_UNROLL
-    for (int m = 0; m < W::BLOCK_M; ++m) {  // selected, never multiplied by a mask: an Inf stays on its own diagonal
+    for (int m = 0; m < W::BLOCK_M; ++m) {  // a select, not a product with a mask: an Inf stays on its own diagonal
       const int column = shared.anchor[m] - t;
       if (column >= 0) {
         lower += shared.element[m][column];
@@ -421,7 +420,7 @@ DPB_HOST_DEVICE void diagonals_thread(const SharedWindow<A, T>& shared, const Cu
   }
 }
 
-// The sum over the chunks, in order, at one signed distance of one head, whose sums `partial` is.
+// The sum over the chunks, in order, for one signed distance. `partial` holds the sums of one head.
 template <class A>
 DPB_HOST_DEVICE A sum_of_chunks(const A* partial, const Cut& cut, int64_t distance, int64_t offset) {
   const int64_t span = cut.bands * cut.block_n;
@@ -439,7 +438,7 @@ DPB_HOST_DEVICE A sum_of_chunks(const A* partial, const Cut& cut, int64_t distan
   return total;
 }
 
-// dtable[head, column].
+// Returns dtable[head, column].
 template <class A>
 DPB_HOST_DEVICE A fold_thread(const A* partial, const Cut& cut, int64_t head, int64_t column, int64_t n, int64_t offset,
                               bool is_signed) {
@@ -448,7 +447,7 @@ DPB_HOST_DEVICE A fold_thread(const A* partial, const Cut& cut, int64_t head, in
     return sum_of_chunks(partial, cut, column - (n - 1), offset);
   }
   A total = sum_of_chunks(partial, cut, column, offset);
-  if (column > 0) {  // distance 0 has one sign only
+  if (column > 0) {  // distance 0 has only one sign
     total += sum_of_chunks(partial, cut, -column, offset);
   }
   return total;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Expand and reduce on CUDA without Triton: the grids over band.h's threads, and their launches.
+// Expand and reduce on CUDA without Triton: kernels around the thread functions of band.h, and their launches.
 //
-// Bytes: expand writes h * i * j elements, reduce reads as many; everything else is O(h * (i + j)). The roof is DRAM.
-// Deterministic: no atomics; the cut into blocks depends on the shape alone. No synchronisation with the host, memory
-// from torch's allocator on the current stream: CUDA graphs capture it.
+// Bytes: expand writes h * i * j elements, and reduce reads as many; the rest is O(h * (i + j)). The roof is DRAM.
+// Deterministic: no atomics; the cut into blocks depends on the shape alone. CUDA graphs can capture the calls: these
+// never wait for the GPU, and take memory from torch's allocator on the current stream.
 
 #include <cuda_runtime.h>
 
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(band::ExpandWindow<T>::THREADS)
   band::expand_thread<band::ExpandWindow<T>, Global>(table, out, cut, blockIdx.x, threadIdx.x);
 }
 
-// Three blocks a multiprocessor at least: left to itself, ptxas aims at 80 registers for float64 on sm_80, and spills.
+// At least three blocks per multiprocessor: without this bound ptxas aims at 80 registers for float64 on sm_80, and
+// spills.
 template <bool UNIT, class T, class A>
 __global__ void __launch_bounds__(band::ReduceWindow<T>::THREADS, 3)
     reduce_kernel(band::Gradient<T> dbias, A* partial, band::Cut cut) {
@@ -83,15 +84,15 @@ unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Address of a tensor whose elements lie at multiples of their size, as those of torch's own memory do.
+// The tensor's address. Elements must lie at multiples of their size, as they do in torch's own memory.
 uintptr_t checked_address(const char* name, const Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   STD_TORCH_CHECK(address % size_of(tensor.scalar_type()) == 0, "dpb_triton: ", name,
-                  " lies at an address that is no multiple of its element's size");
+                  " lies at an address that is not a multiple of its element's size");
   return address;
 }
 
-// Bits of an element, for kernels that only move them.
+// An unsigned integer of an element's size, for kernels that only move bits.
 template <int SIZE>
 using Bits = std::conditional_t<SIZE == 8, uint64_t, std::conditional_t<SIZE == 4, uint32_t, uint16_t>>;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the kernels ask of their arguments before they touch memory. The public functions have checked it already, with
-// friendlier words; a direct call of an operator has not.
+// Argument checks that the kernels run before they touch memory. The public functions check the same, with friendlier
+// messages, but direct calls of an operator do not go through them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@ namespace dpb_triton {
 
 using torch::stable::Tensor;
 
-// Sizes and offsets beyond this are nonsense; below it sums and differences of a few do not overflow.
+// Larger sizes and offsets make no sense. Up to this limit, sums and differences of a few numbers cannot overflow.
 constexpr int64_t LARGEST = int64_t{1} << 60;
 
 inline void check_size(const char* name, int64_t value) {
@@ -29,8 +29,8 @@ inline void check_dtype(const char* name, ScalarType dtype) {
                   " must be float16, bfloat16, float32 or float64, got ScalarType ", static_cast<int>(dtype));
 }
 
-// A floating tensor of `dim` dimensions whose every element lies in its storage: FSDP, for one, frees storages and
-// keeps the tensors.
+// Checks for a floating tensor of `dim` dimensions with every element inside its storage. FSDP, for example, frees
+// storages but keeps the tensors.
 inline void check_tensor(const char* name, const Tensor& tensor, int64_t dim) {
   STD_TORCH_CHECK(tensor.dim() == dim, "dpb_triton: ", name, " must have ", dim, " dimensions, got ", tensor.dim());
   check_dtype(name, tensor.scalar_type());
@@ -47,12 +47,12 @@ inline void check_tensor(const char* name, const Tensor& tensor, int64_t dim) {
                   " of a storage of ", bytes, " bytes: has its storage been freed or resized?");
 }
 
-// Columns of a table of n distances.
+// The number of columns of a table of n distances.
 inline int64_t table_width(int64_t n, bool is_signed) {
   return is_signed && n > 0 ? 2 * n - 1 : n;
 }
 
-// Every |x + offset - y| of the grid is less than n.
+// Checks that every |x + offset - y| of the grid is less than n.
 inline void check_distances(int64_t n, int64_t i, int64_t j, int64_t offset) {
   STD_TORCH_CHECK(offset >= -LARGEST && offset <= LARGEST, "dpb_triton: offset must be between -2^60 and 2^60, got ",
                   offset);
@@ -63,7 +63,7 @@ inline void check_distances(int64_t n, int64_t i, int64_t j, int64_t offset) {
   }
 }
 
-// The arguments of expand; returns the table's n.
+// Checks the arguments of expand; returns the table's n.
 inline int64_t check_expand(const Tensor& table, int64_t i, int64_t j, int64_t offset, bool is_signed,
                             ScalarType dtype) {
   check_tensor("table", table, 2);
@@ -78,7 +78,7 @@ inline int64_t check_expand(const Tensor& table, int64_t i, int64_t j, int64_t o
   return n;
 }
 
-// The arguments of reduce.
+// Checks the arguments of reduce.
 inline void check_reduce(const Tensor& dbias, int64_t n, int64_t offset, ScalarType dtype) {
   check_tensor("dbias", dbias, 3);
   check_size("n", n);
@@ -86,7 +86,7 @@ inline void check_reduce(const Tensor& dbias, int64_t n, int64_t offset, ScalarT
   check_distances(n, dbias.size(1), dbias.size(2), offset);
 }
 
-// An uninitialised contiguous tensor on the device of `like`. A size of 0 counts as 1 here, as in the strides.
+// An uninitialised contiguous tensor on the device of `like`. Strides and the overflow check count a size of 0 as 1.
 template <int64_t DIM>
 Tensor empty(const Tensor& like, const int64_t (&sizes)[DIM], ScalarType dtype) {
   int64_t strides[DIM];
@@ -106,9 +106,9 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[DIM], ScalarType dtype) 
   // the shim numbers dtypes as ScalarType does
   const AOTITorchError error =
       aoti_torch_empty_strided(DIM, sizes, strides, static_cast<int32_t>(dtype), device_type, device_index, &handle);
-  // the shim keeps torch's own words to itself; kernels fail behind our back, and the next allocation reports it
+  // The shim hides torch's own message. A kernel may have failed asynchronously; then the next allocation reports it.
   STD_TORCH_CHECK(error == TORCH_SUCCESS, "dpb_triton: out of memory: cannot allocate ", stride * size_of(dtype),
-                  " bytes", device_type == aoti_torch_device_type_cpu() ? "" : ", if no earlier kernel has failed");
+                  " bytes", device_type == aoti_torch_device_type_cpu() ? "" : " (or an earlier kernel has failed)");
   return Tensor(handle);
 }
 

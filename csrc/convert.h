@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The four dtypes: which C++ type each is, and how a number gets from one to another.
+// The four dtypes: the C++ type of each, and conversions between them.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -24,7 +24,7 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
-// Calls f with a value of the C++ type of `dtype`, one of the four.
+// Calls f with a value of the C++ type of `dtype`, which must be one of the four.
 template <class F>
 void with_type(ScalarType dtype, F&& f) {
   switch (dtype) {
@@ -45,7 +45,7 @@ inline int64_t size_of(ScalarType dtype) {
   return size;
 }
 
-// Rounds to nearest even once more at each step, as Tensor.to() does: float64 reaches the 2-byte types through float32.
+// Converts as Tensor.to() does: each step rounds to nearest even, and float64 reaches the 2-byte types through float32.
 template <class To, class From>
 C10_HOST_DEVICE To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
@@ -63,7 +63,7 @@ DPB_INLINE float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// To the accumulator's type, without branches or table lookups, so that a compiler turns loops over it into vectors.
+// Converts to the accumulator's type, without branches or table lookups, so that compilers vectorise loops over it.
 DPB_INLINE double widen(double value) {
   return value;
 }
@@ -80,7 +80,7 @@ DPB_INLINE float widen(Half value) {
   const uint32_t magnitude = value.x & 0x7fffu;
   const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // Inf and NaN keep the largest exponent
   const float normal = bits_to_float((magnitude << 13) + rebias);
-  // a subnormal's unit is 2^-24, the last bit of numbers in [0.5, 1); no subnormal float32 arises on the way
+  // a subnormal's unit is 2^-24, the last bit of numbers in [0.5, 1); the computation needs no subnormal float32
   const float subnormal = bits_to_float(0x3f000000u | magnitude) - 0.5f;
   uint32_t bits;
   const float absolute = magnitude < 0x0400u ? subnormal : normal;

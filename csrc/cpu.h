@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels, as registered in module.cpp. Schemas and meaning: dpb_triton/expand/ops.py.
+// The CPU kernels, which module.cpp registers. dpb_triton/expand/ops.py has their schemas.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 
 namespace dpb_triton {
 
-// The tensor, or a copy of one whose elements do not lie at multiples of their size, as in a file mapped into memory.
+// The tensor, or a copy if its elements do not lie at multiples of their size, as in a memory-mapped file.
 inline Tensor aligned(const Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   return address % size_of(tensor.scalar_type()) == 0 ? tensor : torch::stable::clone(tensor);

@@ -5,9 +5,9 @@
 //   row x                             [t1 t0 t1 t2]             a slice of it,
 //   row x + 1                      [t2 t1 t0 t1]                one element to the left
 //
-// A task is a run of rows of one head: it lays the table out over the signed distances its rows meet, then copies one
-// slice a row. What is read stays in the L1 or L2 cache, so the time is that of writing h * i * j elements; for a fresh
-// large output, that of the kernel handing out pages.
+// A task is a run of rows. For each head it lays the table out over the signed distances that its rows meet, and then
+// copies one slice per row. All reads stay in the L1 or L2 cache. So the time goes into writing h * i * j elements, or,
+// for a fresh large output, into getting pages from the OS.
 
 #include <algorithm>
 #include <cstdlib>
@@ -19,11 +19,11 @@
 namespace dpb_triton {
 namespace {
 
-// Below this a second thread costs more than it saves (torch's own grain is as many elements of 4 bytes).
+// With fewer bytes a second thread costs more than it saves (torch's own grain is as many elements of 4 bytes).
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;
-// Rows are written in pieces that stay in the L2 cache between the kernel's clearing of their pages and our writing.
+// Rows are written in pieces. A piece stays in the L2 cache after the OS has cleared its pages, until it is written.
 constexpr int64_t BYTES_PER_PIECE = 512 << 10;
-// Smaller outputs mostly come from memory that the allocator has kept.
+// Smaller outputs mostly reuse memory that the allocator has kept.
 constexpr int64_t BYTES_LIKELY_FRESH = 4 << 20;
 
 struct Table {
@@ -32,7 +32,7 @@ struct Table {
   bool is_signed;
 };
 
-// out[c] = table[h, distance - c] for c in [0, count): the table over falling signed distances.
+// out[c] = table[h, distance - c] for c in [0, count): the table over decreasing signed distances.
 template <class From, class To>
 void mirror(const Table& table, int64_t head, int64_t distance, int64_t count, To* out) {
   const From* row = static_cast<const From*>(table.data) + head * table.stride_h;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// One source, several instruction sets: the binary runs on any x86-64 and uses AVX2 or AVX-512 where the machine has
-// it.
+// One source, several instruction sets: the binary runs on any x86-64, and uses AVX2 or AVX-512 if the machine has it.
 #pragma once
 
 #include <utility>
@@ -37,7 +36,8 @@ inline Isa host_isa() {
   return isa;
 }
 
-// gcc takes 32-byte vectors for AVX-512 unless told, clang ignores a whole target with a word it does not know
+// gcc uses 32-byte vectors for AVX-512 unless told otherwise; clang ignores a whole target string if it does not know
+// one word
 #ifdef __clang__
 #define DPB_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl"), min_vector_width(512)))
 #else
@@ -55,7 +55,7 @@ __attribute__((target("avx2"))) void run_avx2(Args... args) {
 }
 #endif
 
-// Body::run(args…), compiled for this machine. `run` must be DPB_INLINE, so that it is compiled inside each version.
+// Calls the version of Body::run(args…) for this machine. `run` must be DPB_INLINE, so that each version compiles it.
 template <class Body, class... Args>
 void multiversion(Args... args) {
 #ifdef DPB_X86

@@ -3,13 +3,13 @@
 //
 //   dbias rows              sums over y - x           a row is added to the sums one element
 //   a b c d              [   .  .  a  b  c  d ]       further left than the row above it, so the
-//   e f g h              [   .  e  f  g  h    ]       inner loop is elementwise: several rows a pass,
-//   i j k l              [   i  j  k  l       ]       each sum loaded and stored once for all of them
+//   e f g h              [   .  e  f  g  h    ]       inner loop is elementwise. A pass adds several
+//   i j k l              [   i  j  k  l       ]       rows and loads and stores each sum once
 //
-// A task is a run of rows of one head (a chunk) with sums of its own, in float32 (float64 for float64). A second pass
-// folds the chunks' sums in order and the two signs of each distance. The cut into chunks and the order of every
-// addition depend on the shape alone: the same bits with any number of threads and any instruction set.
-// Bytes: h * i * j elements are read once, as they are; O(h * (i + j)) else.
+// A task is a run of rows of one head (a chunk) with its own sums, in float32 (float64 for float64). A second pass adds
+// the chunks' sums in order, and the two signs of each distance. The cut into chunks and the order of every addition
+// depend on the shape alone: the same bits with any number of threads and any instruction set.
+// Bytes: h * i * j elements are read once, in their own dtype; the rest is O(h * (i + j)).
 
 #include <algorithm>
 #include <memory>
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;
 constexpr int64_t ROWS_PER_PASS = 8;
-// Chunks over all heads: enough for the threads of a large machine, few enough that folding them stays unseen.
+// The target number of chunks over all heads: enough for the threads of a large machine, and so few that the fold costs
+// nothing visible.
 constexpr int64_t CHUNKS = 64;
 constexpr int64_t FOLD_BLOCK = 1024;
 
@@ -31,13 +32,13 @@ int64_t rows_per_chunk(int64_t heads, int64_t i) {
   return std::clamp<int64_t>((rows + ROWS_PER_PASS - 1) / ROWS_PER_PASS * ROWS_PER_PASS, 32, 1024);
 }
 
-// sums[u] += the elements on diagonal u of a pass' rows: row r's column u - (ROWS_PER_PASS - 1 - r),
-// for at least ROWS_PER_PASS columns.
+// sums[u] += the elements on diagonal u of the rows of a pass: row r's column u - (ROWS_PER_PASS - 1 - r).
+// Needs at least ROWS_PER_PASS columns.
 template <class T, class A>
 struct AddRows {
   static DPB_INLINE void run(A* __restrict sums, const T* __restrict rows, int64_t stride, int64_t columns) {
     DPB_UNROLL
-    for (int64_t t = 0; t < LAST; ++t) {  // the few diagonals at either end that not every row meets
+    for (int64_t t = 0; t < LAST; ++t) {  // the few diagonals at both ends, which only some rows meet
       A left = 0, right = 0;
       DPB_UNROLL
       for (int64_t r = LAST - t; r <= LAST; ++r) {
@@ -52,12 +53,12 @@ struct AddRows {
     }
     int64_t u = LAST;
     if (reinterpret_cast<uintptr_t>(sums + u) % 64 != 0 && u + PIECE <= columns) {
-      add<PIECE>(sums + u, rows + u, stride);  // up to a cache line: a store across two counts twice
+      add<PIECE>(sums + u, rows + u, stride);  // up to a cache line: a store across two lines costs twice
       u += PIECE;
     }
     for (; u + LINE <= columns; u += LINE) {
       for (int64_t r = ROWS_PER_PASS; r < 2 * ROWS_PER_PASS; ++r) {
-        prefetch(reinterpret_cast<uintptr_t>(rows) + (r * stride + u) * sizeof(T));  // the next pass, to the L2 cache
+        prefetch(reinterpret_cast<uintptr_t>(rows) + (r * stride + u) * sizeof(T));  // the next pass, into the L2 cache
       }
       add<LINE>(sums + u, rows + u, stride);
     }
@@ -82,7 +83,7 @@ struct AddRows {
     }
   }
 
-  // Rows FIRST .. FIRST + COUNT - 1 of a diagonal, pairwise.
+  // The pairwise sum of rows FIRST .. FIRST + COUNT - 1 of a diagonal.
   template <int64_t FIRST, int64_t COUNT>
   static DPB_INLINE A tree(const T* __restrict rows, int64_t stride) {
     if constexpr (COUNT == 1) {
@@ -92,7 +93,7 @@ struct AddRows {
     }
   }
 
-  static DPB_INLINE void prefetch([[maybe_unused]] uintptr_t address) {  // an address, because it may lie past the end
+  static DPB_INLINE void prefetch([[maybe_unused]] uintptr_t address) {  // an integer, because it may lie past the end
 #if defined(__GNUC__) || defined(__clang__)
     __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
 #endif
@@ -104,8 +105,8 @@ struct Gradient {
   int64_t heads, i, j, stride_h, stride_x, stride_y;
 };
 
-// One chunk: sums[y - x + rows - 1] over its rows x and all columns y. The rows that do not fill a pass come first, so
-// that every pass begins a multiple of ROWS_PER_PASS before the end.
+// Writes the sums of one chunk, sums[y - x + rows - 1] over its rows x and all columns y. The rows that do not fill a
+// pass come first, so that every pass begins a multiple of ROWS_PER_PASS rows before the end.
 template <class T, class A>
 void add_chunk(const Gradient& dbias, int64_t head, int64_t first, int64_t rows, A* sums) {
   std::fill(sums, sums + rows + dbias.j - 1, A(0));
@@ -138,13 +139,13 @@ void add_chunk(const Gradient& dbias, int64_t head, int64_t first, int64_t rows,
   }
 }
 
-// The chunks' sums, [heads][chunks][length], of which a chunk uses rows + j - 1, the last one of a head fewer.
+// The chunks' sums, [heads][chunks][length]. A chunk uses rows + j - 1 of them; the last chunk of a head may use fewer.
 template <class A>
 struct Partial {
   A* data;
   int64_t chunks, rows, i, j;
 
-  // The element that a pass' vectors begin with, LAST behind the first, is the first of a cache line.
+  // The vectors of a pass begin LAST elements after its first sum. LEAD puts that element at a multiple of 32 bytes.
   static constexpr int64_t LEAD = 1, LINE = 64 / sizeof(A);
   static_assert((LEAD + ROWS_PER_PASS - 1) * sizeof(A) % 32 == 0);
 
@@ -160,7 +161,7 @@ struct Partial {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const A* from = sums(head * chunks + chunk);
       const int64_t height = std::min(rows, i - chunk * rows);
-      // distance = x + offset - y, the column is y - (x - chunk * rows) + height - 1
+      // distance = x + offset - y; the column is y - (x - chunk * rows) + height - 1
       const int64_t zero = offset + chunk * rows + height - 1;  // the column of distance 0
       // columns 0 .. height + j - 2 hold the distances zero .. zero - (height + j - 2)
       int64_t low = zero - (height + j - 2), high = zero;
@@ -183,7 +184,7 @@ struct Partial {
   }
 };
 
-// dtable's columns [first, first + count) of one head. `sign` is -1 for a gradient whose rows and columns were swapped.
+// dtable's columns [first, first + count) of one head. `sign` is -1 if the gradient's rows and columns were swapped.
 template <class A, class To>
 void fold(const Partial<A>& partial, int64_t head, int64_t n, int64_t offset, bool is_signed, int64_t sign,
           int64_t first, int64_t count, To* dtable) {
@@ -197,7 +198,7 @@ void fold(const Partial<A>& partial, int64_t head, int64_t n, int64_t offset, bo
     }
   } else {
     partial.add(head, offset, 1, first, first + count, total);
-    const int64_t positive = std::max<int64_t>(first, 1);  // distance 0 has one sign only
+    const int64_t positive = std::max<int64_t>(first, 1);  // distance 0 has only one sign
     partial.add(head, offset, -1, positive, first + count, total + (positive - first));
   }
   for (int64_t c = 0; c < count; ++c) {
@@ -247,7 +248,7 @@ Tensor reduce_cpu(Tensor dbias, int64_t n, int64_t offset, bool is_signed, Scala
   Gradient gradient{dbias.const_data_ptr(), heads,           dbias.size(1),  dbias.size(2),
                     dbias.stride(0),        dbias.stride(1), dbias.stride(2)};
   int64_t sign = 1;
-  if (gradient.stride_x == 1 && gradient.stride_y != 1) {  // its transpose has its rows side by side
+  if (gradient.stride_x == 1 && gradient.stride_y != 1) {  // the transpose has contiguous rows
     std::swap(gradient.i, gradient.j);
     std::swap(gradient.stride_x, gradient.stride_y);
     offset = -offset;

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Attention whose bias is never materialised. A call goes down this list, and its results come back once:
+"""Attention that never materialises its bias. A call goes down this list:
 
     api             the public functions
-    checks          what they ask of their arguments; `key_bias` turns a mask into numbers
-    autograd        the derivative, where one is asked for
+    checks          checks of their arguments; `key_bias` turns a mask into numbers
+    autograd        the derivative, if the caller needs one
     ops             the operators, called by `dispatch.call`
-    torch_path      on the CPU, in tiles (`torch_grid`) of plain products (`torch_products`)
-    kernels/        by Triton: forward, backward (dkdv, dq, dtable); `launch` turns arguments into a kernel's
+    torch_path      for the CPU, in tiles (`torch_grid`) of plain products (`torch_products`)
+    kernels/        in Triton: forward, backward (dkdv, dq, dtable); `launch` prepares a kernel's arguments
     ../launching    starts a kernel
 
-csrc/ has no attention.
+csrc/ contains no attention.
 """

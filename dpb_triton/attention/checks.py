@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the attention functions ask of their arguments, `check_call` first; the rules of the package's `checks.py`."""
+"""Argument checks of the attention functions, by the rules of the package's `checks.py`. `check_call` runs first."""
 
 import itertools
 import math
@@ -28,15 +28,15 @@ MOST_CHECKED = 1024
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SIMPLE = {int, float, bool, str, type(None)}
-_checked = {}  # what `check_dense_call` looked at and found right: its result
+_checked = {}  # {what `check_dense_call` checked and found right: its result}
 
 
 class Call(NamedTuple):
-    """What `check_call` found out."""
+    """The result of `check_call`."""
 
     suffix: str  # of the backend's operators
     n: int  # the table's length
-    left: int | None  # bounds of the keys that a query sees: the window and causality together
+    left: int | None  # bounds of the keys that a query sees: window and causality combined
     right: int | None
     scale: float
     softcap: float  # 0.0 for none
@@ -47,7 +47,7 @@ def check_call(
     query, key, value, table, layout, *, is_causal, scale, signed, window, softcap, enable_gqa, return_lse, backend,
     dropout_p=0,
 ):  # fmt: skip
-    """What every attention function checks. `layout` names the dimensions before head_dim."""
+    """Check the arguments that all attention functions share. `layout` names the dimensions before head_dim."""
     check_heads(query, key, value, layout, enable_gqa)
     n = check_attention_table(table, query, query.shape[layout.index("heads")], signed)
     check_flag("return_lse", return_lse)
@@ -58,10 +58,11 @@ def check_call(
 
 def check_dense_call(query, key, value, table, offset, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa,
                      return_lse, backend):  # fmt: skip
-    """(the Call, the offset) of a dense call: `check_call` and `check_dense`.
+    """(the Call, the offset) of a dense call, by `check_call` and `check_dense`.
 
-    What they found right is remembered by what they look at, types and values: they are a fifth of a small call's time
-    on the host. Tensors of other classes, and whoever records the call for other sizes, have it checked anew.
+    The checks are a fifth of a small call's time on the host. So this function remembers the arguments that passed, by
+    the types and values that the checks read. Tensors of other classes are checked every time, and so are calls that a
+    trace records for other sizes.
     """
     options = offset, is_causal, scale, signed, softcap, dropout_p, enable_gqa, return_lse, backend
     options += (*window, "window") if type(window) is tuple else (window,)
@@ -76,7 +77,7 @@ def check_dense_call(query, key, value, table, offset, is_causal, scale, signed,
         seen = (*seen,)
         found = _checked.get(seen)
         if found:
-            if backend is not None:  # what is there may change
+            if backend is not None:  # the set of available backends may change
                 check_attention_backend(backend, query)
             return found
     call = check_call(
@@ -101,9 +102,10 @@ def check_attention_backend(backend, query):
 
 
 def to_autocast(query, key, value):
-    """The three in autocast's dtype where it is on, as torch's scaled_dot_product_attention takes them.
+    """Cast the three to autocast's dtype if autocast is on, as torch's scaled_dot_product_attention does.
 
-    Before the checks, which ask for one dtype; what is no tensor is left to them.
+    Call this before the checks, because these require one dtype. An argument that is not a tensor passes unchanged, and
+    the checks report it.
     """
     device_type = query.device.type if isinstance(query, torch.Tensor) else None
     if device_type and is_autocast(device_type):
@@ -116,7 +118,7 @@ def to_autocast(query, key, value):
 
 
 def check_number(name, value, expected, is_right):
-    """`value` as a float for which is_right(value); `expected` says that in words. bool is no number here."""
+    """`value` as a float. Raise unless is_right(value), which `expected` says in words. A bool is not a number here."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
     try:
@@ -129,7 +131,7 @@ def check_number(name, value, expected, is_right):
 
 
 def check_scale(scale, head_dim):
-    """The factor of q k^T, 1 / sqrt(head_dim) unless given."""
+    """The factor of q k^T; 1 / sqrt(head_dim) unless given."""
     if scale is None:
         return head_dim**-0.5
     return check_number("scale", scale, "a finite number or None", lambda v: -math.inf < v < math.inf)
@@ -143,12 +145,12 @@ def check_softcap(softcap):
 
 
 def check_dropout(dropout_p):
-    """The probability to drop a score."""
+    """The probability that a score is dropped."""
     return check_number("dropout_p", dropout_p, "at least 0 and less than 1", lambda v: 0 <= v < 1)
 
 
 def check_window(window, is_causal):
-    """(left, right) of a window and causality together, None where unlimited."""
+    """(left, right) of window and causality combined; None for an unlimited side."""
     check_flag("is_causal", is_causal)
     left = right = None
     if window is not None:
@@ -161,7 +163,7 @@ def check_window(window, is_causal):
 
 
 def check_heads(query, key, value, layout, enable_gqa):
-    """Ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
+    """Check ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
     check_flag("enable_gqa", enable_gqa)
     names = (*layout, "head_dim")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -191,7 +193,7 @@ def check_heads(query, key, value, layout, enable_gqa):
 
 
 def check_attention_table(table, query, heads, signed):
-    """The table's length n; its heads and device are query's."""
+    """The table's length n. The table must have query's heads and device."""
     check_flag("signed", signed)
     n = check_table(table, signed)
     if table.shape[0] != heads:
@@ -202,7 +204,7 @@ def check_attention_table(table, query, heads, signed):
 
 
 def longest_distances(i, j, offset, left, right):
-    """(future, past): the extreme distances x + offset - y of the pairs that the bounds leave; None if none is left."""
+    """(future, past): the extreme distances x + offset - y of the pairs inside the bounds; None if there are none."""
     if i == 0 or j == 0:
         return None
     future, past = offset - (j - 1), i - 1 + offset
@@ -214,8 +216,8 @@ def longest_distances(i, j, offset, left, right):
 
 
 def check_reach(table, n, i, j, offset, left, right):
-    """Every distance that the bounds leave is inside a table of length n."""
-    # the whole grid is, mostly: torch.compile then guards no comparison of a length with a window
+    """Raise unless a table of length n holds every distance inside the bounds."""
+    # Usually it holds the whole grid: then torch.compile needs no guard that compares a length with a window.
     if i + offset <= n and j - offset <= n:
         return
     reach = longest_distances(i, j, offset, left, right)
@@ -235,7 +237,7 @@ def check_dense(query, key, table, offset, call):
 
 
 class Packing(NamedTuple):
-    """Where packed sequences lie, as the caller says it: the arguments of `bias_attention_varlen`."""
+    """The arguments of `bias_attention_varlen` that locate the packed sequences."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
@@ -245,9 +247,10 @@ class Packing(NamedTuple):
 
 
 def check_packed(query, key, table, packing, call):
-    """Where the sequences lie, `ops.py`'s seqlens, and the longest of each side: (seqlens, i, j).
+    """(seqlens, i, j): `ops.py`'s seqlens, and the longest sequence of queries and of keys.
 
-    The numbers are read, which on a GPU waits for it, unless both lengths are given; then the GPU checks them.
+    Unless both maximum lengths are given, the host reads the numbers, and waits for the GPU. Otherwise the GPU checks
+    them.
     """
     cu_q, cu_k, max_q, max_k, offsets = packing
     n, left, right = call.n, call.left, call.right
@@ -273,7 +276,7 @@ def check_packed(query, key, table, packing, call):
         _check_on_device(query, key, n, packing, seqlens, left, right)
     else:
         max_q, max_k = _check_numbers(query, key, table, n, packing, seqlens, left, right)
-    if offsets is not None:  # farther away no pair is seen, and the kernels count in int32
+    if offsets is not None:  # beyond these limits no pair is visible, and the kernels count in int32
         seqlens[:, 4].clamp_(-(n + query.shape[0]), n + key.shape[0])
     return seqlens, max_q, max_k
 
@@ -299,31 +302,31 @@ def _check_numbers(query, key, table, n, packing, seqlens, left, right):
         if packing.offsets is None and j < i:
             raise ValueError(
                 f"sequence {sequence} of cu_seqlens_q and cu_seqlens_k has more queries than keys, {i} and {j}: give "
-                "offsets to say where its queries stand"
+                "offsets to place its queries"
             )
         check_reach(table, n, i, j, offset, left, right)
     return longest
 
 
 def _check_longest(name, longest, total):
-    """The longest sequence, as it is given; no sequence has more than all rows, so a larger number says as much."""
+    """The given length of the longest sequence, at most `total`: no sequence has more rows."""
     if longest is None:
         return None
     longest = check_int(name, longest, 0, None)
-    return longest if torch.compiler.is_compiling() else min(longest, total)  # compiled, it would be a guard
+    return longest if torch.compiler.is_compiling() else min(longest, total)  # under compile, min would add a guard
 
 
 def _check_on_device(query, key, n, packing, seqlens, left, right):
-    """The same without waiting for the numbers: a wrong one stops the device with the message."""
-    _, i, _, j, offset = seqlens.long().unbind(1)  # a distance may be no int32
+    """`_check_numbers` without waiting for the device: a wrong number stops the device with the message."""
+    _, i, _, j, offset = seqlens.long().unbind(1)  # a distance may not fit int32
     for name, cu, lengths, total, longest in (
         ("q", packing.cu_seqlens_q, i, query.shape[0], packing.max_seqlen_q),
         ("k", packing.cu_seqlens_k, j, key.shape[0], packing.max_seqlen_k),
     ):
-        # compared, because the difference of a falling pair may wrap to a length
+        # compare, because the difference of a decreasing pair may wrap to a positive length
         is_right = (cu[0] == 0) & (cu[-1] == total) & (cu[1:] >= cu[:-1]).all() & (lengths <= longest).all()
         torch._assert_async(
-            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, by max_seqlen_{name} at most"
+            is_right, f"cu_seqlens_{name} must rise from 0 to the number of rows, in steps of at most max_seqlen_{name}"
         )
     if packing.offsets is None:
         torch._assert_async((j >= i).all(), "a sequence of cu_seqlens_q and cu_seqlens_k has more queries than keys")

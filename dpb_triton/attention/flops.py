@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for the attention operators.
+"""FLOP formulas of the attention operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
-As torch counts its own flash attention, so that the two compare: the products of matrices only, 2 FLOPs a factor, of
-all i * j pairs, also those that causality or a window leaves out.
+They count as torch counts its own flash attention, so that the numbers compare: matrix products only, 2 FLOPs per
+multiply-add, for all i * j pairs, including those that causality or a window excludes.
 
-    forward    q k^T, p v                                            2 i j (head_dim + value_dim)      a head
-    backward   q k^T again, dout v^T, p^T dout, ds k, ds^T q         2 i j (3 head_dim + 2 value_dim)  a head
+    forward    q k^T, p v                                            2 i j (head_dim + value_dim)      per head
+    backward   q k^T again, dout v^T, p^T dout, ds k, ds^T q         2 i j (3 head_dim + 2 value_dim)  per head
 
-Expand and reduce multiply nothing, and torch counts no sums: they have no formula. The module with torch's registry
-takes 0.15 s to import, Triton with it, so the formulas are registered when somebody else imports it.
+Expand and reduce have no formula: they multiply nothing, and torch does not count sums. The module of torch's registry
+also imports Triton and takes 0.15 s, so the formulas are registered only when other code imports that module.
 """
 
 import sys
@@ -24,22 +24,22 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(query, value, pairs):
-    """Two products: q k^T and p v."""
+    """FLOPs of two products: q k^T and p v."""
     return 2 * query.shape[1] * pairs * (query.shape[3] + value.shape[3])
 
 
 def backward_flops(query, value, pairs):
-    """Five products: the scores once more, and four for gradients, whichever of them are asked for."""
+    """FLOPs of five products: the scores again, and four for the gradients, whether or not all are needed."""
     return 2 * query.shape[1] * pairs * (3 * query.shape[3] + 2 * value.shape[3])
 
 
 def count_pairs(query, key, seqlens, longest_query, longest_key, **_):
-    """Pairs of a query and a key of one head, summed over the batch or over packed sequences."""
+    """The number of (query, key) pairs of one head, summed over the batch or over packed sequences."""
     if seqlens is None:
         return query.shape[0] * query.shape[2] * key.shape[2]
     from torch._subclasses.fake_tensor import is_fake
 
-    if is_fake(seqlens) or seqlens.is_meta:  # no numbers: torch too takes each sequence for the longest then
+    if is_fake(seqlens) or seqlens.is_meta:  # no numbers: like torch, count every sequence as the longest
         return seqlens.shape[0] * longest_query * longest_key
     return sum(i * j for _, i, _, j, _ in seqlens.tolist())
 
@@ -48,7 +48,7 @@ FORMULAS = {"attention_forward": forward_flops, "attention_backward": backward_f
 
 
 def register_formulas():
-    """Tell torch's registry."""
+    """Register the formulas with torch."""
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in FORMULAS.items():
@@ -58,7 +58,7 @@ def register_formulas():
 
 
 def _formula_of(packet, formula):
-    """`formula` of the operator's arguments, by the names that its schema gives them."""
+    """`formula` as a function of the operator's arguments, which it finds by their names in the schema."""
     names = [argument.name for argument in packet.default._schema.arguments]
 
     def count(*args, out_val=None, **kwargs):
@@ -69,7 +69,7 @@ def _formula_of(packet, formula):
 
 
 class _RegisterOnImport(MetaPathFinder):
-    """Finds the one module, where Python does, and has the formulas registered behind its own."""
+    """Import hook: finds torch's module as Python does, and registers the formulas after the module has run."""
 
     def find_spec(self, name, path, target=None):
         spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
@@ -87,7 +87,7 @@ class _RegisterOnImport(MetaPathFinder):
 
 
 def register_with_counter():
-    """Register the formulas: now if torch's registry is loaded, else as soon as it is."""
+    """Register the formulas now if torch's registry is loaded, else as soon as it is."""
     if COUNTER in sys.modules:
         register_formulas()
     else:

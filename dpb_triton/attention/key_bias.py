@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""key_padding_mask as the operators take it: one number a key, added to its scores; -inf hides the key.
+"""Turn key_padding_mask into what the operators take: one number per key, added to its scores; -inf hides the key.
 
     s[b, h, x, y] = cap(scale q k^T) + bias[h, x, y] + key_bias[b, y]
 
-A softmax does not change when a number is added to all of its scores. So the largest number of a floating mask is taken
-off the whole mask, and added to lse at the end: numbers such as -6e7, beside which float32 would lose the scores, then
-do what they say.
+A softmax does not change if all of its scores grow by the same number. So `key_bias_of` subtracts the largest number of
+a floating mask from the whole mask, and the caller adds it to lse at the end. Otherwise a large number such as -6e7
+would swallow the scores in float32.
 """
 
 import torch
 
 from ..checks import FLOATING, check_strided
 
-# Far below any score; the kernels multiply by log2(e), and a finite number must not become the -inf that hides a key.
+# Far below any score. The kernels multiply by log2(e), and this must not turn a finite number into -inf, which hides a
+# key.
 _LOWEST = -1e38
 
 
 def check_key_padding_mask(mask, query, key):
-    """The mask, or None; what `key_bias_of` can take."""
+    """Raise unless `key_bias_of` can take the mask; None passes."""
     if mask is None:
         return
     if not isinstance(mask, torch.Tensor):
@@ -34,7 +35,7 @@ def check_key_padding_mask(mask, query, key):
 
 
 def key_bias_of(mask, query):
-    """(key_bias (batch, j), shift (batch,) or None): the mask without its largest number, and that number."""
+    """(key_bias (batch, j), shift (batch,) or None): the mask minus its largest number, and that number."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf), None
@@ -44,5 +45,5 @@ def key_bias_of(mask, query):
     shift = mask.detach().amax(1)
     shift = torch.where(shift.isfinite(), shift, 0)
     key_bias = mask - shift[:, None]
-    key_bias = torch.where(key_bias < _LOWEST, _LOWEST, key_bias)  # a clamp would give NaN the gradient 0
+    key_bias = torch.where(key_bias < _LOWEST, _LOWEST, key_bias)  # clamp would give NaN a gradient of 0
     return key_bias.masked_fill(mask == -torch.inf, -torch.inf), shift

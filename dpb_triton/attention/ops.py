@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""The operators `dpb_triton::attention_forward` and `…_backward`: schemas, fake kernels, who implements which.
+"""The operators `dpb_triton::attention_forward` and `…_backward`: schemas, fake kernels, implementations per backend.
 
-`dispatch.py` says which operator each backend has. csrc/ has none of these, and float64 on a GPU is torch's.
+`dispatch.py` lists the operator of each backend. csrc/ has none of these. For float64 on a GPU the torch path runs.
 
 `key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
-Its gradient dkey_bias is (batch, kv_heads, j), still to be summed over the heads. `seqlens` is None, or says where
-packed sequences lie: int32 (sequences, 5), a row (first query, i, first key, j, offset) each; the batch is 1 then, and
-`offset` is not looked at. `longest_query` and `longest_key` are the largest i and j. `left` and `right` bound the keys
-of a query, x + offset - left <= y <= x + offset + right; None does not. `seed`, one int64, says which scores dropout
-drops. softcap 0.0 is none. `state` (2, batch, heads, i) is what backward computes probabilities from again: of each
-query the largest score, in units of log2, and the sum of exp2(score - largest). Where scores are large, their logarithm
-lse swallows that sum. `is_part` says that the keys are a part of those that `out`, `state` and `dlse` belong to, as in
-context parallelism: the gradients are then this part's terms of the whole's. Outputs lie in memory as (batch, length,
-heads, head_dim), which is what the projection behind an attention wants.
+Its gradient dkey_bias is (batch, kv_heads, j); the caller sums it over the heads. `seqlens` is None, or locates packed
+sequences: int32 (sequences, 5), one row (first query, i, first key, j, offset) per sequence. The batch is then 1, and
+the operator ignores `offset`. `longest_query` and `longest_key` are the largest i and j. `left` and `right` bound the
+keys of a query, x + offset - left <= y <= x + offset + right; None sets no bound. `seed`, one int64, decides which
+scores dropout drops. softcap 0.0 means none. Backward recomputes probabilities from `state` (2, batch, heads, i): for
+each query the largest score, in units of log2, and the sum of exp2(score - largest). lse alone is not enough, because
+for large scores it swallows that sum. `is_part`: the keys are only a part of those behind `out`, `state` and `dlse`, as
+in context parallelism, and the gradients are this part's terms of the whole's. Outputs lie in memory as (batch, length,
+heads, head_dim), the layout that the projection after an attention reads.
 """
 
 import torch
@@ -59,8 +59,8 @@ def _on_cuda(by_torch, by_triton):
     def implementation(tensor, *args):
         if tensor.dtype != torch.float64:
             return by_triton(tensor, *args)
-        # tensor cores multiply float64 only at the price of the whole kernel's shape; torch's products serve it
-        with torch._C._AutoDispatchBelowAutograd():  # `dispatch.call` may come here past the dispatcher
+        # The kernel would need another shape for float64 on tensor cores, so torch's products serve it.
+        with torch._C._AutoDispatchBelowAutograd():  # `dispatch.call` may bypass the dispatcher
             return by_torch(tensor, *args)
 
     return implementation

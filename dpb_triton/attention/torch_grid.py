@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The pairs of queries and keys of attention in plain torch, cut into tiles: their bias, which of them are masked.
+"""The (query, key) pairs of attention in plain torch, cut into tiles; the bias and the mask of each tile.
 
-          y ->        tile: a few heads, a chunk of rows x and the keys that these may see, no others
+          y ->        tile: a few heads, a chunk of rows x, and only the keys that these rows may see
     x   [#####.....]
-    |   [#####.....]  first chunk of a causal call: half of its keys are never touched
+    |   [#####.....]  first chunk of a causal call: it never touches half of the keys
     v   [##########]  last chunk
 
 The bias comes from a *band*: the table laid out over c = x - y + j - 1, with -inf at the distances that a window or
-causality forbids, so that masks cost nothing. A mask of keys cuts the hidden ones off at both ends of a batch element;
-what it leaves between is added, one number a key.
+causality forbids. So these masks cost nothing. A key mask first cuts off the hidden keys at both ends of a batch
+element. For the keys between them, it adds one number per key.
 """
 
 import torch
@@ -17,18 +17,19 @@ from .. import dispatch
 from ..expand import ops  # noqa: F401  (defines expand and reduce)
 from . import torch_products as products
 
-# Scores a tile and query rows a tile, counting those of all heads that share a key head: few, large tiles, because
-# every operation on one ends in a barrier. Forward and backward of 8 heads x 2048^2 in float32, with 2^20, 2^22, 2^23
-# scores: on two threads that share about one free CPU 2.8, 1.3, 1.1 s, on one thread 0.75 and 0.80 s with the last two.
-# 2^23 are 32 MiB in float32, of which backward holds two, with softcap and dropout a few more. Fewer rows than MIN_ROWS
-# make the products slow, more than MAX_ROWS make a causal call compute too many forbidden pairs.
+# Scores per tile, and query rows per tile, summed over the heads that share a key head. Tiles are few and large,
+# because every operation on a tile ends in a barrier. Forward and backward of 8 heads x 2048^2 in float32 with 2^20,
+# 2^22, 2^23 scores take 2.8, 1.3, 1.1 s on two threads that share about one free CPU. On one thread, the last two take
+# 0.75 and 0.80 s. 2^23 scores are 32 MiB in float32. Backward holds two such tiles, and a few more with softcap and
+# dropout. Fewer rows than MIN_ROWS make the products slow; more than MAX_ROWS compute too many forbidden pairs of a
+# causal call.
 TILE, MIN_ROWS, MAX_ROWS = 1 << 23, 32, 512
 
 
 class Grid:
     """All pairs of a dense batch or of one sequence, cut into tiles, and their bias as a band.
 
-    A block, (slice of the batch, slice of the heads), is a part of one batch element's heads or all heads of several.
+    A block, (slice of the batch, slice of the heads), has some heads of one batch element or all heads of several.
     """
 
     def __init__(self, query, key, table, key_bias, offset, signed, left, right):
@@ -39,18 +40,18 @@ class Grid:
         span = self.j
         if left is not None and right is not None:
             span = max(1, min(span, left + right + 1))
-        # rows of one head; a band costs rows more keys than its span, so that rows should not exceed this
+        # rows of one head: a tile of a window has `rows` more keys than its span, so rows should not exceed the span
         most = MAX_ROWS if span == self.j else max(MIN_ROWS, min(MAX_ROWS, span))
         rows = max(MIN_ROWS, min(most, TILE // max(span * self.group, 1))) // self.group
         self.rows = max(1, min(self.i, rows))
-        # query heads a block
+        # query heads per block
         size = TILE // max(self.rows * min(self.j, span + self.rows), 1)
         self.block_heads = min(self.heads, max(1, size // self.group) * self.group)
         whole_elements = max(1, size // self.heads) if self.block_heads == self.heads else 1
         self.block_batch = whole_elements if self.is_uniform else 1
-        # the band's column of distance d = x + offset - y is d - first
+        # the distance d = x + offset - y is in the band's column d - first
         self.first, last = offset - self.j + 1, offset + self.i - 1
-        self.n = (self.i + self.j + 1) // 2  # as a signed table: 2 n - 1 columns, of which the last may be unused
+        self.n = (self.i + self.j + 1) // 2  # as a signed table: 2 n - 1 columns; the last one may be unused
         low = self.first if right is None else max(self.first, -right)
         high = last if left is None else min(last, left)
         self.ties = list(self._tie(low, high, signed, table.shape[1])) if self.i and self.j else []
@@ -60,10 +61,11 @@ class Grid:
             self.band[:, in_band] = part.flip(1) if is_flipped else part
 
     def _hide(self, key_bias):
-        """Take in key_bias, (batch, j) or None.
+        """Set spans, is_uniform, key_bias and hidden from key_bias, (batch, j) or None.
 
-        spans: a slice of keys each batch element, beyond which all are hidden; is_uniform: the same for all of them.
-        key_bias: what is to be added inside the spans, None for nothing. hidden (batch, j): who is hidden inside them.
+        spans: a slice of keys per batch element; all keys outside it are hidden. is_uniform: whether all spans are
+        equal. key_bias: the numbers to add inside the spans, or None. hidden (batch, j): the keys hidden inside the
+        spans, or None.
         """
         self.key_bias, self.hidden = key_bias, None
         self.spans, self.is_uniform = [slice(0, self.j)] * self.batch, True
@@ -84,7 +86,7 @@ class Grid:
                 self.key_bias = None
 
     def _tie(self, low, high, signed, width):
-        """(columns of the table, the same distances' columns of the band, whether their order is reversed)."""
+        """Yield (columns of the table, columns of the band for the same distances, whether the order is reversed)."""
         if signed:
             if low <= high:
                 yield self._columns(low, high, width // 2), self._columns(low, high, -self.first), False
@@ -99,7 +101,7 @@ class Grid:
         return slice(low + shift, high + shift + 1)
 
     def add_band(self, dtable, dband, block):
-        """Add a block's gradient of its band, (heads of all its batch elements, 2 n - 1), to that of the table."""
+        """Add a block's band gradient, (heads of all its batch elements, 2 n - 1), to the table's gradient."""
         heads = dtable[block[1]]
         dband = dband.unflatten(0, (-1, heads.shape[0])).sum(0)
         for in_table, in_band, is_flipped in self.ties:
@@ -112,9 +114,9 @@ class Grid:
                 yield slice(b, b + self.block_batch), slice(h, min(h + self.block_heads, self.heads))
 
     def elements(self):
-        """Slices of the batch, as large as one call of flash attention takes them.
+        """Slices of the batch; one call of flash attention takes one slice.
 
-        Heads that share a key head are those of one batch element, so that keys need no copies.
+        With shared key heads or different spans, a slice is one batch element. So shared keys need no copies.
         """
         if self.group == 1 and self.is_uniform:
             return [slice(0, self.batch)]
@@ -129,9 +131,9 @@ class Grid:
         return self.band[h].repeat(min(b.stop, self.batch) - b.start, 1)
 
     def chunks(self, height, b):
-        """(rows, keys) slices, `height` rows each: the keys that at least one of the rows may see.
+        """Yield slices (rows, keys) of `height` rows and the keys that at least one of the rows may see.
 
-        b: the slice of batch elements that they are for.
+        b: the slice of batch elements.
         """
         span = self.spans[b.start] if self.batch else slice(0, self.j)
         for x in range(0, self.i, height):
@@ -148,12 +150,12 @@ class Grid:
         return tile.reshape(tile.shape[0] // self.group, self.group * tile.shape[1], tile.shape[2])
 
     def scores(self, band, q, k, block, rows, keys, softcap, mask):
-        """The scores (heads, rows, keys) and, with a softcap, tanh(t / softcap); q is scaled, by 1 / softcap too.
+        """The scores (heads, rows, keys) and, with a softcap, tanh(t / softcap); q includes scale and 1 / softcap.
 
-        mask: None, or the pairs whose scores are to be -inf also where they are NaN.
+        mask: None, or the pairs whose scores become -inf even if they are NaN.
         """
         shape = rows.stop - rows.start, keys.stop - keys.start
-        # a signed table is indexed by x - y + offset + n - 1, here within the tile
+        # expand indexes a signed table by x - y + offset + n - 1; here x and y count within the tile
         s = dispatch.call("expand", "", band, *shape, rows.start - keys.start + self.j - self.n, True, q.dtype)
         if self.key_bias is not None:
             s.unflatten(0, (-1, block[1].stop - block[1].start)).add_(self.key_bias[block[0], None, None, keys])
@@ -170,16 +172,16 @@ class Grid:
         return s, capped
 
     def masked(self, block, rows, keys, is_dead=None):
-        """Which pairs of a tile are masked, (heads or 1, rows, keys), by bounds and key mask; None for none.
+        """Which pairs of a tile bounds and key mask hide, (heads, rows, keys); None if there is no mask.
 
-        is_dead: (heads, rows, 1), rows that see nothing.
+        is_dead: (heads, rows, 1), rows that see no key.
         """
         device = self.band.device
         mask = is_dead
         if self.left is not None or self.right is not None:
             x, y = (torch.arange(part.start, part.stop, device=device) for part in (rows, keys))
             distance = x[:, None] - y
-            # as near as makes no difference, so that int64 holds them
+            # clamped so that int64 holds the bounds; no pair is farther apart
             farthest = self.i + self.j
             left, right = (
                 farthest if bound is None else max(-farthest, min(bound, farthest))
@@ -200,27 +202,27 @@ class Grid:
         return mask.expand(elements * (block[1].stop - block[1].start), rows.stop - rows.start, keys.stop - keys.start)
 
     def flash_rows(self):
-        """Rows a call of flash attention: all, unless a bound makes chunks worth it, which then skip keys."""
+        """Rows per call of flash attention: all, unless there is a bound. Then chunks of rows can skip keys."""
         if self.left is None and self.right is None:
             return self.i
         most = 1024 if self.left is None or self.right is None else max(64, self.left + self.right + 1)
         return min(max(256, self.i // 4), most)
 
     def reversed_bias(self, mirror, heads, rows, keys):
-        """(*heads, rows in reverse, keys) as a view of the reversed band, whose column 2 n - 2 - c is the band's c."""
+        """(*heads, reversed rows, keys) as a view of the mirror, whose column 2 n - 2 - c is the band's column c."""
         width = mirror.stride(0)
         first = 2 * self.n - self.j - rows.stop + keys.start
         strides = width * heads[1] if self.group > 1 else 0, width, 1, 1
         return mirror.as_strided((*heads, rows.stop - rows.start, keys.stop - keys.start), strides, first)
 
     def empty_rows(self, b):
-        """Whether a row sees nothing in the span of batch element b, (heads, i): only -inf in the band's columns."""
+        """(heads, i): whether a row sees no key in the span of batch element b, because its band columns are -inf."""
         seen = torch.nn.functional.pad(self.band != -torch.inf, (1, 0)).cumsum(1)
         first, after = self.j - self.spans[b].stop, self.j - self.spans[b].start
         return seen[:, after : after + self.i] == seen[:, first : first + self.i]
 
     def reduce(self, dband, ds, rows, keys):
-        """Add the sums along the diagonals of a tile to the columns of the band that it meets."""
+        """Add the sums along a tile's diagonals to the columns of the band that the tile meets."""
         _, height, width = ds.shape
         n = (height + width + 1) // 2
         sums = dispatch.call("reduce", "", ds, n, width - n, True, ds.dtype)
@@ -228,7 +230,7 @@ class Grid:
         dband[:, first : first + height + width - 1] += sums[:, : height + width - 1]
 
     def numbers(self, number, block, rows, longest_query):
-        """The rows' numbers for dropout, (heads of all the block's batch elements, rows)."""
+        """The row numbers for dropout, (heads of all the block's batch elements, rows)."""
         device = self.band.device
         b, h = (torch.arange(part.start, part.stop, device=device) for part in block)
         heads = ((number + b[b < self.batch, None]) * self.heads + h).view(-1, 1)

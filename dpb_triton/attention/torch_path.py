@@ -3,25 +3,26 @@
 
     s = cap(scale * q k^T) + bias + key_bias,  p = softmax(s),  out = (p * keep / (1 - dropout_p)) v
 
-`torch_grid.py` cuts the pairs into tiles and makes their bias. Forward hands it to torch's own flash attention
-as a view of overlapping rows: nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms of one CPU instead of 248
-(expand, then SDPA). Key biases then ride in one more column of query and key.
-Softcap, dropout, other devices and backward, which torch's kernels do not serve, have the scores of one tile at a time,
-matrix products and a few passes between them. A tile's bias is dpb_triton::expand of a slice of the band, what its
-product is added to; dpb_triton::reduce sums its gradient along the diagonals, so that of the table needs no scatter.
-Backward computes p again, from the scores rather than from lse, so that it sums to 1 exactly; delta is then
-rowsum(p * dp), free in softmax's own backward and unrounded also where out is bfloat16. Where the keys are a part of
-the softmax's only (`is_part`), both come from the whole's state and out, as in the kernels.
+`torch_grid.py` cuts the pairs into tiles and makes their bias. Forward passes the bias to torch's own flash attention
+as a view of overlapping rows. So nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms on one CPU instead of
+248 (expand, then SDPA). One extra column of query and key holds the key bias.
+Torch's kernels do not serve softcap, dropout, other devices and backward. These compute the scores of one tile at a
+time: matrix products, and a few passes between them. A tile's scores start as its bias, dpb_triton::expand of a slice
+of the band, and the product is added to them. dpb_triton::reduce sums the bias gradient along the diagonals, so the
+table's gradient needs no scatter.
+Backward computes p again from the scores, not from lse, so that each row sums to 1 exactly. delta is then
+rowsum(p * dp): softmax's own backward computes it for free, and unrounded even if out is bfloat16. If the keys are only
+a part of the softmax's keys (`is_part`), p and delta come from the whole's state and out, as in the kernels.
 
-A masked pair says nothing, whatever its numbers are, and a row that sees nothing is masked wholly. Masks are added as
--inf, and p is then 0: enough for finite numbers. NaN and Inf at a masked pair make a NaN of it, which ends in a result,
-because torch's kernels pass it on. So the results are asked for a NaN, and if there is one everything is computed once
-more with `selects`: scores, p and their gradients are replaced at masked pairs, products leave them out. Devices where
-the answer would have to be waited for compute so at once.
+A masked pair contributes nothing, whatever numbers it holds. A row that sees no key is masked completely. Masks add
+-inf to the scores, so p is 0; for finite numbers this is enough. But NaN or Inf at a masked pair becomes a NaN, and
+torch's kernels pass it on to a result. So on the CPU the code checks the results for NaN. If it finds one, it computes
+everything again with `selects`: selects replace scores, p and their gradients at masked pairs, and products leave these
+pairs out. On other devices this check would wait for the device, so there `selects` is always on.
 
 Memory: O(tile) and, for one block of heads, O(j * head_dim); O(heads * (i + j)) for the band.
 Numerics: float32 (float64 for float64) from the products to the accumulators, rounded once, at the end.
-Determinism: every sum in an order that depends on the shapes and the number of threads only.
+Determinism: the order of every sum depends only on the shapes and the number of threads.
 """
 
 import math
@@ -40,7 +41,7 @@ def forward(
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     is_at_hand = products.is_at_hand(query)
-    # torch's own flash attention on the CPU knows neither softcap nor our dropout, and one size of heads only
+    # torch's own flash attention on the CPU has no softcap, has another dropout, and needs value_dim == head_dim
     is_plain = is_at_hand and not softcap and not dropout_p and query.shape[3] == value.shape[3]
 
     def attend(is_plain, selects):
@@ -55,20 +56,20 @@ def forward(
                 _forward_tiles(grid, *part, out[:, :, x], lse[:, :, x], scale, softcap, dropout, selects)
         return is_sure
 
-    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
+    with torch.no_grad(), torch._C._DisableAutocast():  # autocast would round the products inside
         is_sure = attend(is_plain, selects=not is_at_hand)
         if is_at_hand and (not is_sure or products.has_nan(out)):
             attend(False, selects=True)
-        # a pair that means the same: flash attention gives lse only
+        # flash attention returns only lse; this pair (largest, sum) means the same
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
     return out, lse, state
 
 
 def _forward_flash(grid, query, key, value, out, lse, scale):
-    """One sequence by torch's flash attention, whose mask is a view: with the rows reversed, bias[x, y] = band[x + y].
+    """Compute one sequence by torch's flash attention. With the rows reversed, its mask is bias[x, y] = band[x + y].
 
-    A view of overlapping rows, so the bias is read from the band itself and takes no memory. Returns whether lse is
-    right: that of torch is 0 for a row whose scores are all -inf.
+    This mask is a view of overlapping rows: it reads the band itself and takes no memory. Returns whether lse is right.
+    It may be wrong because torch's lse is 0 for a row whose scores are all -inf.
     """
     is_sure = True
     if lse.numel() == 0:
@@ -107,9 +108,10 @@ def _forward_flash(grid, query, key, value, out, lse, scale):
 
 
 def _with_key_bias(q, k, v, key_bias, scale):
-    """(q, k, v) whose product of rows is scale * q k^T + key_bias; all of them wider, by a multiple of 8 in the end.
+    """(q, k, v) with the product scale * q k^T + key_bias, widened to a multiple of 8.
 
-    The key bias comes last, and 0 after it, so that a large one swallows no more of a score than by being added to it.
+    The key bias comes after the other columns, and only zeros follow it. So a large key bias swallows no more of a
+    score than an addition would.
     """
     dim = q.shape[3]
     width = 8 - dim % 8
@@ -120,7 +122,7 @@ def _with_key_bias(q, k, v, key_bias, scale):
 
 
 def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, selects):
-    """One sequence in tiles of scores."""
+    """Compute one sequence in tiles of scores."""
     seed, number, longest_query, dropout_p = dropout
     for block in grid.blocks():
         k, v = (_matrices(tensor, grid.key_heads(block), lse.dtype) for tensor in (key, value))
@@ -152,7 +154,7 @@ def _forward_tiles(grid, query, key, value, out, lse, scale, softcap, dropout, s
 
 
 def backward(dout, dlse, query, key, value, table, key_bias, out, state, *arguments):
-    """attention_backward: -> dq, dk, dv, dtable, dkey_bias; those not needed empty. `out` is read if `is_part`."""
+    """attention_backward: -> dq, dk, dv, dtable, dkey_bias; unneeded ones are empty. Reads `out` only if `is_part`."""
     inputs = dout, dlse, query, key, value, table, key_bias, out, state
     if not products.is_at_hand(query):
         return _backward(*inputs, *arguments, selects=True)
@@ -174,13 +176,13 @@ def _backward(
     is_empty = state[0].isneginf()
     has_empty_rows = not selects and not is_part and bool(is_empty.any())
     whole = _whole_rows(dout, dlse, out, state) if is_part else ()
-    with torch.no_grad(), torch._C._DisableAutocast():  # which would round the products inside
+    with torch.no_grad(), torch._C._DisableAutocast():  # autocast would round the products inside
         for number, x, y, distance in _sequences(query, key, seqlens, offset):
             bias_of_keys = _of_keys(key_bias, y)
             grid = Grid(query[:, :, x], key[:, :, y], table, bias_of_keys, distance, signed, left, right)
             for block in grid.blocks():
                 k, v = (_matrices(tensor[:, :, y], grid.key_heads(block), state.dtype) for tensor in (key, value))
-                # transposed, (key heads, dim, j), because these products are the faster ones
+                # transposed, (key heads, dim, j), because these products are faster
                 dk_t, dv_t = (torch.zeros_like(tensor.mT, memory_format=torch.contiguous_format) for tensor in (k, v))
                 band = grid.band_of(block)
                 dband = torch.zeros_like(band)
@@ -246,9 +248,9 @@ def _backward(
 
 
 def _whole_rows(dout, dlse, out, state):
-    """Of rows whose keys are not all here, (batch, heads, i, 1) each: the largest score, the sum, and delta."""
+    """The largest score, the sum and delta of each row over all keys of the whole: (batch, heads, i, 1) each."""
     is_empty = state[0].isneginf()
-    largest = (state[0] * math.log(2)).masked_fill_(is_empty, torch.inf)  # exp(s - inf) = 0, whatever s is
+    largest = (state[0] * math.log(2)).masked_fill_(is_empty, torch.inf)  # exp(s - inf) = 0 for any s
     delta = (dout.to(state.dtype) * out).sum(3)
     if dlse is not None:
         delta -= dlse
@@ -259,7 +261,7 @@ def keep_mask(seed, numbers, keys, dropout_p):
     """Which pairs dropout keeps: a hash of the seed, the row's number and y, the same on every backend.
 
     seed: int64, one element. numbers (heads, rows): int64, (b * heads + h) * longest_query + x. keys: a slice of y.
-    -> bool (heads, rows, keys). All arithmetic is that of uint32, in int32, whose products and sums wrap to the same
+    -> bool (heads, rows, keys). The arithmetic means uint32 but runs in int32, whose products and sums wrap to the same
     bits.
     """
     seed = seed.reshape(())
@@ -269,17 +271,17 @@ def keep_mask(seed, numbers, keys, dropout_p):
     y = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=numbers.device)
     bits = _mix((y ^ k1).mul_(_int32(0x9E3779B1)).add_(k2))
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    # an unsigned comparison: with the top bits flipped it is a signed one
+    # an unsigned comparison, made signed by flipping the top bits
     return bits.bitwise_xor_(_int32(1 << 31)) >= _int32(threshold ^ 1 << 31)
 
 
 def _int32(value):
-    """The int32 of the same bits as the uint32 `value`."""
+    """The int32 with the same bits as the uint32 `value`."""
     return value - (1 << 32) if value >> 31 else value
 
 
 def _mix(h):
-    """A permutation of the 32-bit integers that spreads every bit over all; overwrites `h`."""
+    """A permutation of the 32-bit integers that spreads every bit over all bits; overwrites `h`."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h.bitwise_xor_((h >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(_int32(factor))
     return h.bitwise_xor_((h >> 16).bitwise_and_((1 << 16) - 1))
@@ -290,16 +292,16 @@ def _accumulator(tensor):
 
 
 def like(tensor, dim=None):
-    """Empty, of `tensor`'s shape (but for the last dimension, if given), in memory (batch, rows, heads, dim)."""
+    """An empty tensor of `tensor`'s shape (`dim` replaces the last size), in memory (batch, rows, heads, dim)."""
     batch, heads, rows, last = tensor.shape
     dim = last if dim is None else dim
-    # not the transpose of another: autograd lets nobody write to a view that was made inside a Function
+    # not the transpose of another tensor: autograd forbids writes to a view that was made inside a Function
     strides = torch.sym_max(rows, 1) * heads * dim, dim, heads * dim, 1
     return tensor.new_empty_strided((batch, heads, rows, dim), strides)
 
 
 def _sequences(query, key, seqlens, offset):
-    """(number of the first sequence, slice of query rows, slice of keys, offset) of a dense batch or each sequence."""
+    """(number, slice of query rows, slice of keys, offset) of each packed sequence, or of a dense batch as a whole."""
     if seqlens is None:
         yield 0, slice(0, query.shape[2]), slice(0, key.shape[2]), offset
         return
@@ -321,12 +323,12 @@ def _write(tensor, block, rows, part):
 
 
 def _unit_stride(tensor):
-    """Copy `tensor` unless its rows lie in memory as torch's kernels want them."""
+    """`tensor`, or a copy if its rows are not contiguous, as torch's kernels need them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _add_transposed(total, a, b, mask):
-    """Add a^T b, (n, dim, rows) @ (n, rows, keys), to `total`; of the pairs (row, key) that are not masked."""
+    """Add a^T b, (n, dim, rows) @ (n, rows, keys), to `total`, over the pairs (row, key) that are not masked."""
     if mask is None:
         products.add_product(total, a.mT, b)
     else:
@@ -334,5 +336,5 @@ def _add_transposed(total, a, b, mask):
 
 
 def _matrices(tensor, block, dtype, rows=slice(None)):
-    """A block's rows as (heads of all its batch elements, rows, dim) in `dtype`, each head's ready for a product."""
+    """A block's rows as (heads of all its batch elements, rows, dim) in `dtype`, ready for a batched product."""
     return _part(tensor, block, rows).to(dtype).flatten(0, 1)

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Products of matrices in which a masked pair says nothing, whatever numbers it meets.
+"""Matrix products in which a masked pair contributes nothing, even if it holds NaN or Inf.
 
     out[x] = sum of p[x, y] v[y] over the y that x sees        p = 0 where x does not see y, and 0 * NaN = NaN
 
-So NaN and Inf are taken out of the second factor, and what they say to those who see them is found by counting: of
-the terms that are NaN, +Inf, -Inf there is one or there is none. The counts are products of matrices again, of the few
-rows that hold such a number only; where all do, a product costs two, or four with Inf, and nothing is ever of the size
-rows * keys * dim.
+So NaN and Inf are removed from the second factor. Counts then restore them for the rows that see them: does the sum
+have a term that is NaN, +Inf or -Inf? The counts are matrix products too, but only over the few keys that hold such a
+number. If all keys do, a product costs as much as two, or as four with Inf. No tensor has the size rows * keys * dim.
 """
 
 import torch
 
 
 def is_at_hand(tensor):
-    """Whether the numbers of a tensor can be looked at without waiting for a device."""
+    """Whether the code can read a tensor's numbers without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def product(a, b, mask):
     """The product a @ b, (n, rows, keys) @ (n, keys, dim), over the pairs (row, key) that are not masked.
 
-    mask: bool (n, rows, keys), or None where nothing is masked. a is 0 at masked pairs. A term of Inf times Inf may be
+    mask: bool (n, rows, keys), or None if no pair is masked. a must be 0 at masked pairs. A term Inf times Inf may give
     NaN.
     """
     if mask is None:
@@ -31,8 +30,8 @@ def product(a, b, mask):
         keys = (~is_finite.all(2).all(0)).nonzero().squeeze(1)
         if len(keys) == 0:
             return torch.bmm(a, b)
-    out = torch.bmm(a, b.masked_fill(~is_finite, 0))  # here NaN in a speaks
-    # counts, for which float32 is exact
+    out = torch.bmm(a, b.masked_fill(~is_finite, 0))  # NaN in a reaches the result here
+    # float32 holds the counts exactly
     seen, sign, b = (~mask[:, :, keys]).float(), a[:, :, keys].sign().float(), b[:, keys]
     is_nan = torch.bmm(seen, b.isnan().float()) > 0
     is_infinite = b.isinf()
@@ -46,7 +45,7 @@ def product(a, b, mask):
 
 
 def add_product(total, a, b):
-    """Add a @ b to `total`: at once where torch does not cut the batch up for it, which it does for slices."""
+    """Add a @ b to `total`, in one call if `total` is contiguous: for slices torch would cut up the batch."""
     if total.is_contiguous():
         total.baddbmm_(a, b)
     else:
@@ -54,9 +53,9 @@ def add_product(total, a, b):
 
 
 def has_nan(tensor):
-    """Whether a tensor on the CPU holds a NaN, or perhaps Infs of both signs: one pass, 3 microseconds for a small one.
+    """Whether a tensor on the CPU holds a NaN, or perhaps Infs of both signs, because then its sum is NaN.
 
-    That is why only results are asked, and only once: a sum with a NaN is NaN.
+    This is one pass, 3 microseconds for a small tensor, so callers check only results, and each result only once.
     """
     total = tensor.sum().item()
     return total != total

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The operators `dpb_triton::expand` and `dpb_triton::reduce`: schemas, fake kernels, who implements which.
+"""The operators `dpb_triton::expand` and `dpb_triton::reduce`: schemas, fake kernels, implementations per backend.
 
-`dispatch.py` says which operator each backend has; csrc/ implements `expand`, `reduce` on the CPU and `…_cuda`. Their
+`dispatch.py` lists the operator of each backend; csrc/ implements `expand` and `reduce` on the CPU, and `…_cuda`. The
 derivatives are in `autograd.py`.
 """
 
@@ -17,7 +17,7 @@ def _fake_expand(table, i, j, offset, signed, dtype):
 
 
 def _fake_reduce(dbias, n, offset, signed, dtype):
-    # 2 n - 1 columns, none for n = 0; a symbolic n is never 0 (torch specialises 0 and 1)
+    # 2 n - 1 columns, or none if n = 0; a symbolic n is never 0 (torch specialises 0 and 1)
     width = 2 * n - 1 if signed and not (isinstance(n, int) and n == 0) else n
     return dbias.new_empty((dbias.shape[0], width), dtype=dtype)
 

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Expand and reduce in plain torch, for the CPU and for any device without a kernel of its own.
+"""Expand and reduce in plain torch, for the CPU and for any device without its own kernel.
 
-Row x of a head's bias is a slice of that head's table laid out over the signed distances, so expanding is one copy of
-rows. Reducing sums along diagonals, which in a view whose row stride is one element longer are columns:
+Row x of a head's bias is a slice of that head's table, laid out over the signed distances. So expand is one copy of
+rows. Reduce sums along diagonals. In a view whose row stride is one element longer, the diagonals are columns:
 
-    dbias        view with row stride + 1         what leaves the view, summed aside
-    a b c d      a b c d                          row r's last columns and row r + 1's first ones:
-    e f g h        f g h e'      e' = e, next     with R rows a block these are R - 1 rows of R,
+    dbias        view with row stride + 1         summed separately: the elements that leave the view,
+    a b c d      a b c d                          row r's last columns and row r + 1's first ones.
+    e f g h        f g h e'      e' = e, next     With R rows per block these are R - 1 rows of R,
     i j k l          k l i' j'   diagonal block   two masked sums each
 
-Blocks are short, since a sum over few rows reads each as one stream; the sums of a group of blocks, which again lie on
-diagonals, are then summed the same way. Both functions are wrapped in opaque ops (`ops.py`): sizes that torch.compile
-keeps symbolic would be specialised in here.
+Blocks are short, because a sum over few rows reads each row as one stream. The sums of a group of blocks lie on
+diagonals again, and are summed in the same way. Opaque ops (`ops.py`) wrap both functions, because this code would
+specialise sizes that torch.compile keeps symbolic.
 """
 
 import torch
 
-# Rows a block and blocks a group. Measured at 8 x 2048^2 in fp32 on 2 threads, in times of a plain sum: 1.7; groups of
-# 8 blocks 2.0, one block a group 3.0, blocks of 32 rows and no groups 2.6. A group bounds what is held aside: its sums,
-# and for bf16, where it has half as many blocks, its rows, which torch copies to fp32 before it sums them.
+# Rows per block and blocks per group. At 8 x 2048^2 in fp32 on 2 threads this takes 1.7 times a plain sum; groups of 8
+# blocks take 2.0, one block per group 3.0, blocks of 32 rows without groups 2.6. A group limits the temporary memory:
+# its sums, and for bf16 also its rows, which torch copies to fp32 before the sum. So for bf16 groups are half as large.
 BLOCK_ROWS, GROUP = 8, 16
 
 
@@ -37,7 +37,7 @@ def expand(table, i, j, offset, signed, dtype):
     rows = mirror(table.to(dtype), i, j, offset, signed).view(-1).unfold(0, j, 1)
     x = torch.arange(i - 1, -1, -1, device=table.device)
     index = (torch.arange(heads, device=table.device)[:, None] * (i + j - 1) + x).view(-1)
-    # into `bias`, because autograd lets nobody write to a result that is a view of another
+    # with out=, because autograd forbids writes to a result that is a view of another tensor
     torch.index_select(rows, 0, index, out=bias.view(heads * i, j))
     return bias
 
@@ -55,7 +55,7 @@ def _add_blocks(dbias, sums):
             (heads, size, rows, columns), (stride_h, stride_b, stride_x + stride_y, stride_y)
         )
         torch.sum(inside, 2, dtype=sums.dtype, out=padded[:, :size, pad : pad + columns])
-        lag = (size - 1) * rows  # of the group's first block behind its last
+        lag = (size - 1) * rows  # columns between the diagonals of the group's last and first block
         shifted = padded.as_strided(
             (heads, size, columns + lag), (padded.stride(0), padded.stride(1) + rows, 1), pad - lag
         )
@@ -67,10 +67,10 @@ def _add_blocks(dbias, sums):
     diagonals = edge.as_strided((heads, blocks, rows - 1, rows), (*edge.stride()[:2], edge.stride(2) + 1, 1))
     row = torch.arange(rows, device=dbias.device)
     is_left = row[:-1, None] + row >= rows - 1
-    # torch.where, not a product with the mask: an Inf must stay on its own diagonal
+    # torch.where, not a product with the mask, so that an Inf stays on its own diagonal
     left = torch.where(is_left, diagonals, 0).sum(2, dtype=sums.dtype)[..., 1:]
     right = torch.where(is_left, 0, diagonals).sum(2, dtype=sums.dtype)[..., :-1]
-    # the blocks' corners meet different diagonals, later blocks earlier ones
+    # the corners of each block meet other diagonals: the later the block, the earlier the diagonals
     corner = (heads, blocks, rows - 1), (sums.stride(0), rows, 1)
     sums.as_strided(*corner, sums.storage_offset()).add_(left.flip(1))
     sums.as_strided(*corner, sums.storage_offset() + j).add_(right.flip(1))

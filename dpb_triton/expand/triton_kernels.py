@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Expand a table of distances to the position bias, and reduce a gradient of the bias to one of the table.
+"""Expand a table of distances to the position bias, and reduce the bias gradient to the table gradient.
 
     expand   bias[h, x, y] = table[h, |x + offset - y|]
     reduce   dtable[h, d]  = sum of dbias[h, x, y] over all (x, y) with |x + offset - y| = d
@@ -12,28 +12,28 @@
          |         [=======]     |
          +-----------------------+
 
-One program owns a band inside ROWS rows of one head; bands tile a row side by side, the left ones begin outside it.
+One program owns a band inside ROWS rows of one head. Bands tile a row side by side; the left bands begin outside it.
 
-Expand gathers the window once and stamps it; its loop is stores only. Reduce is the transpose: it adds the windows
-elementwise in registers and sums along the diagonals once, after the loop. A row of the window then meets the sums in
-BLOCK_N + BLOCK_M diagonals; a cyclic skew puts diagonal t and diagonal t - BLOCK_N into column t, and two masked
-column sums (`lower`, `upper`) part them. The fold adds the programs' sums in a fixed order.
+Expand gathers the window once and then stores it repeatedly: its loop has stores only. Reduce is the transpose. It adds
+the windows elementwise in registers, and sums along the diagonals once, after the loop. A window has about BLOCK_N +
+BLOCK_M diagonals. A cyclic skew puts the diagonals t and t - BLOCK_N into column t, and two masked column sums
+(`lower`, `upper`) separate them. The fold adds the programs' sums in a fixed order.
 
 For any j, row r of the window is shifted right by s_r, to the next multiple of ALIGN elements. Rows BLOCK_M apart have
-the same s_r, because BLOCK_M is a multiple of ALIGN, and so have all bands, because BLOCK_N is; hence shifted bands
-still tile the row.
+the same s_r, because BLOCK_M is a multiple of ALIGN. All bands share the s_r too, because BLOCK_N is a multiple of
+ALIGN. So shifted bands still tile the row.
 
     memory   |       |       |       |       |       |       |       a | every ALIGN elements
     row 0    [===============|===============|===============|===    an odd j: each row begins elsewhere
     row 1    ..,.....[===============|===============|===========    comma: row 1 begins; then s_1 elements that
     row 2    ....,...[===============|===============|===========    belong to the band on the left
 
-All accesses of the inner loop have 16 bytes. Reads need no more. Writes do: memory takes whole sectors of 32 bytes, and
-one that two stores share is read, merged and written again; whole lines of 128 bytes are faster still. Expand therefore
-shifts as far as BLOCK_M allows, a line at most. The few elements of a row outside whole vectors have a loop of their
-own.
+All accesses of the inner loop have 16 bytes. For reads, alignment to 16 bytes is enough. Writes need more: memory
+writes whole sectors of 32 bytes, and if two stores share a sector, it is read, merged and written again. Whole lines of
+128 bytes are even faster. So expand shifts as far as BLOCK_M allows, a line at most. A separate loop handles the few
+elements of a row outside whole vectors.
 
-Bytes: expand writes h * i * j elements, reduce reads as many; everything else is O(h * (i + j)). The roof is DRAM.
+Bytes: expand writes h * i * j elements, and reduce reads as many; the rest is O(h * (i + j)). The roof is DRAM.
 Numerics: expand moves bits. Reduce adds in fp32 (fp64 for fp64) and rounds once, outside the kernel.
 Deterministic: no atomics; the cut into programs depends on the shape alone.
 """
@@ -46,35 +46,35 @@ from ..launching.keys import settle
 from ..launching.launch import cdiv, next_power_of_2
 from ..launching.replay import empty, launch, repeated
 
-# A wide, flat window: 512 bytes of a row for 2-byte types. fp64 windows are half as wide: their registers are twice as
-# many.
+# A wide, flat window: 512 bytes of a row for 2-byte types. fp64 windows are half as wide, because an element takes
+# twice the registers.
 BLOCK_M, BLOCK_N, NUM_WARPS = 16, 256, 4
-# (BLOCK_M, BLOCK_N, warps) of expand where a program has many rows, by the size of an element: lines that are written
-# whole. On an H200, bf16, 8 heads, 8191 x 8191, 0.26 ms where the window above takes 0.32, and torch's fill 0.32.
+# (BLOCK_M, BLOCK_N, warps) of expand by element size, for programs with many rows: they write whole lines. On an H200,
+# bf16, 8 heads, 8191 x 8191, this takes 0.26 ms; the window above takes 0.32, and torch's fill 0.32.
 LARGE_WINDOWS = {2: (128, 128, 8), 4: (64, 128, 8)}
 MANY_ROWS = 512
-# Keys of reduce's window: 4 to 12% faster there than twice as many.
+# Keys of reduce's window: on the H200, 4 to 12% faster than twice as many.
 REDUCE_BLOCK_N = 128
-# Programs to aim at: enough to fill any GPU several times, few enough that the gather of the window stays unseen.
+# The target number of programs: enough to fill any GPU several times, and so few that the gather costs nothing visible.
 PROGRAMS = 2048
 FOLD_BLOCK = 256
-# The fold loads the sums of so many row chunks before it adds the first one.
+# The fold loads the sums of this many row chunks before it adds the first one.
 FOLD_CHUNKS = tl.constexpr(4)
 VECTOR_BYTES = 16
 LINE_BYTES = 128
-# Positions, and every sum of two of them, are int32 in the kernels.
+# The largest position. Positions, and every sum of two of them, are int32 in the kernels.
 LARGEST = 2**30 - 1
 
 
 def rows_per_program(heads: int, i: int, j: int) -> int:
-    """Rows of a row chunk: the power of two that makes about PROGRAMS programs, from the shape alone."""
+    """Rows per row chunk: the power of two that makes about PROGRAMS programs. It depends on the shape alone."""
     ideal = heads * i * j / (BLOCK_N * PROGRAMS)
     return min(max(next_power_of_2(max(round(ideal / 2**0.5), 1)), 64), 1024)
 
 
 @triton.jit
 def _band(i, n_bands, n_chunks, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """Which head, which rows, and in which column the band's first window begins (<= 0 for the left bands)."""
+    """(head, first row, number of rows, column where the band's first window begins, <= 0 for the left bands)."""
     pid = tl.program_id(0)
     chunk = (pid // n_bands) % n_chunks
     head = (pid // (n_bands * n_chunks)).to(tl.int64)  # 8 x 16384 x 16384 elements are 2^31
@@ -84,10 +84,11 @@ def _band(i, n_bands, n_chunks, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _steps(rows, column, j, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The steps at which the window enters the row, lies inside it, is inside no more, and has left the row.
+    """The steps at which the window enters the row, lies inside it, stops lying inside it, and has left it.
 
-    The kernels run the edges, [enter, inside) and [outside, leave), in one masked loop, then the interior: two masked
-    loops cost half as many registers again. Negative numerators are clamped first: `//` truncates toward zero.
+    The kernels run both edges, [enter, inside) and [outside, leave), in one masked loop, and then the interior. Two
+    masked loops would take 1.5 times the registers. Negative numerators are clamped first, because `//` truncates
+    toward zero.
     """
     enter = tl.maximum(BLOCK_M - column - SHIFT - BLOCK_N, 0) // BLOCK_M
     inside = tl.maximum(BLOCK_M - 1 - column, 0) // BLOCK_M
@@ -100,16 +101,16 @@ def _steps(rows, column, j, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
 @triton.jit
 def _window(start, column, stride_x, stride_y, ALIGN: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Element offsets of the first window, whose row 0 and column 0 are at element `start`.
+    """Element offsets of the first window. Element `start` is column 0 of the program's first row.
 
-    Returns (origin [], offs [BLOCK_M, BLOCK_N], shift [BLOCK_M], step []), in int64: 1,024 rows of 2 million keys are
-    2^31 elements.
-    UNIT: stride_y is 1. SHIFT: the largest shift; 0 says that all rows begin at multiples of ALIGN.
+    Returns (origin [], offs [BLOCK_M, BLOCK_N], shift [BLOCK_M], step []). Offsets are int64, because 1,024 rows of 2
+    million keys are 2^31 elements.
+    UNIT: stride_y is 1. SHIFT: the largest shift; 0 means that all rows begin at multiples of ALIGN.
     """
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     if UNIT and SHIFT == 0:
-        # the multiplication tells the compiler what the caller has checked
+        # the multiplication tells the compiler that these are multiples of ALIGN, as the caller has checked
         stride_x = (stride_x // ALIGN) * ALIGN
         origin = (start // ALIGN) * ALIGN
         row_starts = offs_m * stride_x + column
@@ -130,10 +131,10 @@ def _window(start, column, stride_x, stride_y, ALIGN: tl.constexpr, SHIFT: tl.co
 
 @triton.jit
 def _is_inside(k, rows, column, shift, j, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Mask [BLOCK_M, BLOCK_N] of the window at step k: whole vectors of VEC elements within the rows and the columns.
+    """Mask [BLOCK_M, BLOCK_N] of the window at step k: whole vectors of VEC elements inside the rows and the columns.
 
-    Two bounds a row and one vector of columns; a tile of columns would fill 32 registers. The bounds are multiples of
-    VEC, so that masked accesses are as wide.
+    It takes two bounds per row and one vector of columns; a tile of columns would fill 32 registers. The bounds are
+    multiples of VEC, so that masked accesses stay VEC elements wide.
     """
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
     begin = -(column + k * BLOCK_M + shift)  # [BLOCK_M]
@@ -145,9 +146,9 @@ def _is_inside(k, rows, column, shift, j, VEC: tl.constexpr, BLOCK_M: tl.constex
 
 @triton.jit
 def _expand_ends(table_ptr, out_ptr, start, row, rows, j, offset, n, SIGNED: tl.constexpr, VEC: tl.constexpr):
-    """Store what the windows leave: before the first whole vector of a row and behind its last one, for `rows` rows.
+    """Store the elements before the first and after the last whole vector of each of `rows` rows.
 
-    start: the element (row, 0) of this head in out.
+    start: the index of element (row, 0) of this head in out.
     """
     is_head = tl.arange(0, 2 * VEC)[None, :] < VEC
     offs_n = tl.arange(0, 2 * VEC)[None, :] & (VEC - 1)
@@ -155,7 +156,7 @@ def _expand_ends(table_ptr, out_ptr, start, row, rows, j, offset, n, SIGNED: tl.
         offs_m = first + tl.arange(0, 64)
         begin = start + offs_m.to(tl.int64) * j
         head = tl.minimum(-begin & (VEC - 1), j).to(tl.int32)  # [64], elements before the first vector
-        tail = tl.maximum(j - ((begin + j) & (VEC - 1)).to(tl.int32), head)  # [64], the column behind the last one
+        tail = tl.maximum(j - ((begin + j) & (VEC - 1)).to(tl.int32), head)  # [64], the column after the last vector
         y = tl.where(is_head, offs_n, tail[:, None] + offs_n)  # [64, 2 * VEC]
         mask = (offs_m < rows)[:, None] & (y < tl.where(is_head, head[:, None], j))
         distance = (row + offset + offs_m)[:, None] - y
@@ -174,13 +175,13 @@ def _expand_kernel(table_ptr, out_ptr, i, j, n, offset, n_bands, n_chunks,
 
     width = 2 * n - 1 if SIGNED else n
     table_ptr += head * width
-    if SHIFT > 0 and tl.program_id(0) % n_bands == 0:  # the leftmost band has the fewest windows inside
+    if SHIFT > 0 and tl.program_id(0) % n_bands == 0:  # the leftmost band has the fewest interior windows
         _expand_ends(table_ptr, out_ptr, start, row, rows, j, offset, n, SIGNED, VEC)
 
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     distance = (row + offset - column) + (offs_m - shift)[:, None] - offs_n[None, :]  # [BLOCK_M, BLOCK_N]
     index = distance + (n - 1) if SIGNED else tl.abs(distance)
-    # the parts of a window that no step shows may lie outside the table
+    # the parts of a window that no step stores may lie outside the table
     window = tl.load(table_ptr + index, mask=(index >= 0) & (index < width), other=0.0)
 
     out_ptr += origin
@@ -209,7 +210,7 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
     enter, inside, outside, leave = _steps(rows, column, j, SHIFT, BLOCK_M, BLOCK_N)
     for edge in range(enter, leave - (outside - inside)):
         k = edge if edge < inside else edge + (outside - inside)
-        # element by element where rows begin within a vector: first whole vectors, then the rest costs 41 registers
+        # element by element if rows begin inside a vector: to load whole vectors and then the rest costs 41 registers
         mask = _is_inside(k, rows, column, shift, j, VEC if SHIFT == 0 else 1, BLOCK_M, BLOCK_N)
         acc += tl.load(dbias_ptr + k * step + offs, mask=mask, other=0.0).to(dtype)
     dbias_ptr += inside * step
@@ -217,15 +218,15 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
         acc += tl.load(dbias_ptr + offs).to(dtype)
         dbias_ptr += step
 
-    # Skew: column t takes from row r the element on diagonal t, or, where that lies left of the window, t - BLOCK_N.
-    # Selecting (never multiplying by the mask) keeps an Inf or NaN on its own diagonal.
+    # Skew: column t takes from row r the element on diagonal t, or, if that lies left of the window, on t - BLOCK_N.
+    # A select (not a product with the mask) keeps an Inf or NaN on its own diagonal.
     anchor = (tl.arange(0, BLOCK_M) + SHIFT - shift)[:, None]  # diagonal of the row's first element, 0 <= anchor
     diagonal = tl.arange(0, BLOCK_N)[None, :]
     skewed = tl.gather(acc, (anchor - diagonal) & (BLOCK_N - 1), axis=1)  # [BLOCK_M, BLOCK_N]
     lower = tl.sum(tl.where(diagonal <= anchor, skewed, 0.0), axis=0)
     upper = tl.sum(tl.where(diagonal > anchor, skewed, 0.0), axis=0)
 
-    # bands from right to left, so that the fold finds a chunk's sums in the order of the distance
+    # bands are stored from right to left, so that the fold finds a chunk's sums in the order of distances
     span = n_bands * BLOCK_N
     pid = tl.program_id(0)
     slot = (n_bands - 1 - pid % n_bands) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -237,9 +238,9 @@ def _reduce_kernel(dbias_ptr, partial_ptr, i, j, start, stride_h, stride_x, stri
 @triton.jit
 def _sum_of_chunks(partial_ptr, distance, is_used, offset, n_bands, n_chunks, SHIFT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Sum over the row chunks, in order, of the partial sums of signed distances [FOLD_BLOCK].
+    """Sum the partial sums of signed distances [FOLD_BLOCK] over the row chunks, in order.
 
-    FOLD_CHUNKS chunks a step, so that their loads are on their way together.
+    A step takes FOLD_CHUNKS chunks, so that their loads are in flight together.
     """
     span = n_bands * BLOCK_N
     total = tl.zeros(distance.shape, partial_ptr.dtype.element_ty)
@@ -269,7 +270,7 @@ def _fold_kernel(partial_ptr, dtable_ptr, n, offset, n_bands, n_chunks,
         total = _sum_of_chunks(partial_ptr, index - (n - 1), is_column, offset, n_bands, n_chunks, SHIFT, ROWS, BLOCK_N)
     else:
         total = _sum_of_chunks(partial_ptr, index, is_column, offset, n_bands, n_chunks, SHIFT, ROWS, BLOCK_N)
-        # distance 0 has one sign only
+        # distance 0 has only one sign
         is_column &= index > 0
         total += _sum_of_chunks(partial_ptr, -index, is_column, offset, n_bands, n_chunks, SHIFT, ROWS, BLOCK_N)
     tl.store(dtable_ptr + head * width + index, total, mask=index < width)
@@ -281,7 +282,7 @@ def _check_sizes(i, j, n):
 
 
 def window_of(size, rows):
-    """(BLOCK_M, BLOCK_N, warps) of expand: elements of `size` bytes, `rows` of them a program."""
+    """(BLOCK_M, BLOCK_N, warps) of expand, for elements of `size` bytes and `rows` rows per program."""
     if rows >= MANY_ROWS and size in LARGE_WINDOWS:
         return LARGE_WINDOWS[size]
     return BLOCK_M, BLOCK_N // 2 if size == 8 else BLOCK_N, NUM_WARPS
@@ -294,7 +295,7 @@ def expand(table, i, j, offset, signed, dtype, *,
 
     table (heads, n) or, signed, (heads, 2n - 1) -> out (heads, i, j) in `dtype`, contiguous.
     The options are powers of two, for tests of small shapes and for experiments. `align`: the rows of a window begin at
-    multiples of so many bytes; unless given as many as BLOCK_M allows, a line at most.
+    multiples of this many bytes. Default: as many as BLOCK_M allows, a line at most.
     """
     heads, width = table.shape
     out = empty((heads, i, j), dtype, table.device)
@@ -320,7 +321,7 @@ def expand(table, i, j, offset, signed, dtype, *,
 @repeated()
 def reduce(dbias, n, offset, signed, dtype, *,
            block_m=BLOCK_M, block_n=None, rows=None, align=VECTOR_BYTES, warps=NUM_WARPS, unroll=1):  # fmt: skip
-    """Launch the reduction; the transpose of `expand`, with its options. `unroll`: windows that an iteration loads.
+    """Launch the reduction, the transpose of `expand`, with the same options. `unroll`: windows loaded per iteration.
 
     dbias (heads, i, j) of any strides -> dtable (heads, n) or, signed, (heads, 2n - 1) in `dtype`.
     """
@@ -328,7 +329,7 @@ def reduce(dbias, n, offset, signed, dtype, *,
     width = max(2 * n - 1, 0) if signed else n
     if dbias.numel() == 0 or width == 0:
         return torch.zeros((heads, width), dtype=dtype, device=dbias.device)
-    if dbias.stride(1) == 1 and dbias.stride(2) != 1 and i > 1 < j:  # its transpose is the one with 16-byte rows
+    if dbias.stride(1) == 1 and dbias.stride(2) != 1 and i > 1 < j:  # the transpose has contiguous rows
         options = dict(block_m=block_m, block_n=block_n, rows=rows, align=align, warps=warps, unroll=unroll)
         dtable = reduce(dbias.mT, n, -offset, signed, dtype, **options)
         return dtable.flip(1) if signed else dtable
@@ -337,10 +338,10 @@ def reduce(dbias, n, offset, signed, dtype, *,
     unit = stride_y == 1 or j == 1
     stride_y = 1 if unit else stride_y
     size = dbias.element_size()
-    # A base that is no boundary is one with a later start: step back to the boundary within the storage.
+    # If the base is not on a boundary, step back to one inside the storage, and start later.
     start = dbias.data_ptr() % align // size if unit else 0
     if start > dbias.storage_offset():
-        dbias, start = dbias.clone(), 0  # memory that torch did not allocate
+        dbias, start = dbias.clone(), 0  # only for memory that torch did not allocate
         stride_h, stride_x, stride_y = dbias.stride()
     vec, align = (VECTOR_BYTES // size, align // size) if unit else (1, 1)
     is_aligned = not (start or j % align or stride_x % align or stride_h % align)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How both slices start Triton kernels from Python, at little cost; imported only where Triton is asked for."""
+"""Starts Triton kernels from Python at low cost, for attention and expand. Imported only if Triton is used."""

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
 """`launch(kernel, grid, *args, **constants)` is `kernel[grid](*args, **constants)` at a fraction of the host's time.
 
-    kernel[grid](…)   Triton looks at each of 50 numbers and tensors, writes down what it found, asks a dict with it
-    launch(…)         asks a dict with what Triton's specialisation depends on: no strings, no binding by name
+    kernel[grid](…)   Triton inspects each of 50 numbers and tensors, describes them in strings, looks those up
+    launch(…)         looks up what Triton's specialisation depends on: no strings, no binding by name
 
-The first launch of a kind is Triton's own and tells which binary serves that kind; the next ones start that binary. A
-kind must therefore be at least as fine as Triton's: the types of all arguments, the dtypes of the tensors and whether
-they lie on 16 bytes, the dtypes and boxes of tensor descriptors, which ints are 1, which are multiples of 16, which do
-not fit 32 bits, the values of all constants and options, the device. Sizes are not among them, so there are a few kinds
-of a kernel, whatever it is given.
+Triton itself does the first launch of a kind, and so tells which binary serves that kind. Later launches start that
+binary. So a kind must be at least as fine as Triton's. It holds the types of all arguments, the dtypes of the tensors
+and whether they are 16-byte aligned, the dtypes and boxes of tensor descriptors, which ints are 1, are multiples of 16
+or do not fit 32 bits, the values of all constants and options, and the device. It does not hold sizes, so a kernel has
+only a few kinds.
 
-What Triton would do besides is left to Triton: hooks and profilers, its interpreter, debugging, versions that nobody
-has tried here, arguments of other types, AMD, whose specialisation also looks at a tensor's size. So is what becomes of
-a descriptor, a tensor map and its sizes: its launcher in Python sees to that, whatever its form.
+Triton still handles all other cases: hooks and profilers, its interpreter, debugging, versions that nobody has tried
+here, arguments of other types, and AMD, whose specialisation also depends on a tensor's size. It also turns a
+descriptor into a tensor map and its sizes: its launcher in Python does this, and may change how.
 """
 
 import itertools
@@ -26,29 +26,29 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-IS_INTERPRETED = bool(knobs.runtime.interpret)  # read where kernels are decorated, in this process once
+IS_INTERPRETED = bool(knobs.runtime.interpret)  # Triton reads it once, when a kernel is decorated
 IS_TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.")) and torch.version.hip is None and not IS_INTERPRETED
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)
 UNKNOWN = object()
-_tuples = {}  # types of the arguments: the places of those that are tuples, the last one first
-_bindings = {}  # (id(kernel), id of that list, names of the keywords, types of all values): _Binding, or UNKNOWN
+_tuples = {}  # {types of the arguments: places of the tuples, the last one first}
+_bindings = {}  # {(id(kernel), id of that list, names of the keywords, types of all values): _Binding or UNKNOWN}
 _targets = {}  # (driver, device): GPUTarget
 
 
 def cdiv(x, y):
-    """The least int that is at least x / y. Triton's own, and its next_power_of_2, take microseconds on the host."""
+    """Round x / y up. Triton's cdiv and next_power_of_2 take microseconds on the host."""
     return -(-x // y)
 
 
 def next_power_of_2(x):
-    """The least power of 2 that is at least x, for x >= 1."""
+    """The smallest power of 2 that is at least x, for x >= 1."""
     return 1 << (x - 1).bit_length()
 
 
 def current_target():
-    """The GPUTarget that is launched on; asking torch for its capability takes microseconds."""
+    """The GPUTarget of the current device, cached: asking torch for its capability takes microseconds."""
     place = driver.active, driver.active.get_current_device()
     if place not in _targets:
         _targets[place] = driver.active.get_current_target()
@@ -58,9 +58,10 @@ def current_target():
 def launch(kernel, grid, *args, **constants):
     """Launch `kernel` on a grid of one to three ints, with Triton's options (num_warps, …) among `constants`.
 
-    An argument may be a tuple, of tensors and None or of numbers, or a TensorDescriptor. Constants belong to the
-    parameters behind `args`.
-    Returns the CompiledKernel and all arguments in its order; for the latter None if this file does not know them.
+    An argument may be a TensorDescriptor, or a tuple of tensors and None, or a tuple of numbers. Constants name the
+    parameters after `args`.
+    Returns the CompiledKernel and all arguments in the kernel's order, or None for the arguments if Triton handled
+    the launch.
     """
     if not IS_TRIED or type(kernel) is not JITFunction or kernel.pre_run_hooks or is_watched():
         return kernel[grid](*args, **constants), None
@@ -85,10 +86,10 @@ def launch(kernel, grid, *args, **constants):
     pointers = []
     for place in binding.tensors:
         tensor = leaves[place]
-        pointers.append(pointer := tensor.data_ptr())  # the launcher takes both, and asks less about an int
+        pointers.append(pointer := tensor.data_ptr())  # Triton's launcher also takes ints, and checks them less
         kind += tensor.dtype, pointer % 16 == 0
     for place in binding.descriptors:
-        described = leaves[place]  # Triton names its dtype and box; the rest is for a Triton that names more
+        described = leaves[place]  # Triton's kind holds its dtype and box; the rest is for later versions
         kind += described.base.dtype, (*described.block_shape,), described.padding
         kind.append(getattr(described, "round_f32_to_tf32", False))
     kind += ["one" if value == 1 else value % 16 == 0 for value in binding.ints(leaves)]
@@ -101,7 +102,7 @@ def launch(kernel, grid, *args, **constants):
     compiled = binding.compiled.get(kind)
     if compiled is None:
         compiled = kernel[grid](*args, **constants)
-        if not isinstance(compiled, CompiledKernel):  # nothing, or a promise of one
+        if not isinstance(compiled, CompiledKernel):  # None, or a kernel that is still compiling
             return compiled, None
         binding.compiled[kind] = compiled
     else:
@@ -111,13 +112,13 @@ def launch(kernel, grid, *args, **constants):
 
 
 def start(compiled, grid, stream, arguments):
-    """Start a CompiledKernel; nobody hears of it. Pointers may be ints."""
+    """Start a CompiledKernel without calling any hook. Pointers may be ints."""
     x, y, z = (*grid, 1, 1)[:3]
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 def is_watched():
-    """Whether somebody hears of launches, changes them, or asks for other binaries."""
+    """Whether a hook, a profiler or a setting observes launches, changes them, or needs other binaries."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (
@@ -131,9 +132,9 @@ def is_watched():
 
 
 class Pointed:
-    """Where tensors are among arguments: at a place of their own, or in a tuple of nothing but tensors and None.
+    """The places of tensors among arguments: an argument itself, or inside a tuple of only tensors and None.
 
-    numbers: of the tensors, in order, by which `fill` finds their pointers; 0, 1, … unless given.
+    numbers: one per tensor, in order: its index in the pointers that `fill` takes. Default 0, 1, …
     """
 
     def __init__(self, arguments, numbers=None):
@@ -146,7 +147,7 @@ class Pointed:
                 self.inside.append((place, _getter([-1 if value is None else next(numbers) for value in argument])))
 
     def fill(self, arguments, pointers):
-        """A copy of `arguments` with pointers in place of the tensors. The last one of `pointers` is None."""
+        """A copy of `arguments` with pointers in place of the tensors. The last of `pointers` must be None."""
         arguments = arguments.copy()
         for place, number in self.plain:
             arguments[place] = pointers[number]
@@ -156,7 +157,7 @@ class Pointed:
 
 
 class _Binding:
-    """Where the values of a call go."""
+    """Where each value of a call goes, and the binaries by kind."""
 
     def __init__(self, kernel, args, names):
         specialised, ints, self.tensors, self.descriptors, place = [], [], [], [], 0  # places among the leaves
@@ -169,28 +170,28 @@ class _Binding:
                     self.descriptors.append(place)
                 elif type(value) is int:
                     ints.append(place)
-                    if is_tuple or not param.do_not_specialize:  # Triton looks into every tuple
+                    if is_tuple or not param.do_not_specialize:  # Triton always specialises on a tuple's values
                         specialised.append(place)
                 place += 1
-        self.kernel = kernel  # keeps its id from being given to another
-        self.compiled = {}  # kind: the CompiledKernel
+        self.kernel = kernel  # keeps it alive, so that no other object gets its id
+        self.compiled = {}  # {kind: CompiledKernel}
         self.ints, self.all_ints = _getter(specialised), _getter(ints)
         self.constants = _getter([names.index(param.name) for param in kernel.params[len(args) :]])
         self.pointed = Pointed(args)
 
 
 def _getter(places):
-    """A function from values to the tuple of those at `places`."""
+    """A function that returns the tuple of the values at `places`."""
     if len(places) > 1:
         return itemgetter(*places)
     return lambda values: tuple(values[place] for place in places)
 
 
 def _bind(kernel, args, constants):
-    """The _Binding of a call, UNKNOWN if this file does not know how its arguments specialise."""
+    """The _Binding of a call, or UNKNOWN if this file does not know how Triton specialises its arguments."""
     behind = kernel.params[len(args) :]
     if len(args) > len(kernel.params) or not {param.name for param in behind} <= constants.keys():
-        return UNKNOWN  # a default, or a mistake that Triton names
+        return UNKNOWN  # a default, or a mistake that Triton reports
     if any(param.name in constants for param in kernel.params[: len(args)]):
         return UNKNOWN
     if not all(param.is_constexpr for param in behind) or any(p.is_constexpr for p in kernel.params[: len(args)]):

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""A call that only allocates and launches is written down, and from then on repeated from what was written.
+"""Record a call that only allocates and launches, and replay later calls from the record, the "tape".
 
     @repeated()
-    def forward(query, key, …):    first    runs
-                                   second   runs, and every `empty` and `launch` in it is written down
-                                   then     the same allocations, the same binaries with the same numbers, and the
-                                            pointers of the new tensors
+    def forward(query, key, …):    first call    runs
+                                   second call   runs, and the tape records every `empty` and `launch` in it
+                                   later calls   replay: the same allocations, the same binaries with the same numbers,
+                                                 and the pointers of the new tensors
 
 "The same call" has tensors of the same sizes, strides, dtypes and alignment, and the same numbers, on the same device.
-All that a launch is made of follows from these, and from what `also` names (torch's settings). So a function that is
-`repeated` may make tensors with `empty` only, change them with `launch` only, and return what it made. What it makes
-otherwise (a copy of an input whose rows are not side by side, say) is noticed when it is launched with or returned, and
-such calls are never repeated; a change of a tensor by torch is not noticed (tests/launch_worker.py looks for those).
+These determine every launch, together with what `also` names (torch's settings). So a `repeated` function may create
+tensors only with `empty`, change them only with `launch`, and return only what it created. If it creates a tensor in
+another way, such as a copy of an input with strided rows, the tape notices when the function launches with this tensor
+or returns it. Such calls are never replayed. The tape does not notice if torch changes a tensor;
+tests/support/launch_worker.py looks for such changes.
 
-A repeated call costs the host a sixth of what it costs otherwise. To find that sizes are new, as in each step of a
-decoder, costs a tenth; to write down costs twice the call, and is not done for what comes once. What a call makes and
-does not return is one allocation when it is repeated, because an allocation on a GPU costs the host microseconds.
+A replayed call costs the host a sixth of a normal call. A call with new sizes, as in each step of a decoder, costs a
+tenth more. Recording costs twice the call, so a call that comes only once is not recorded. A replay makes one
+allocation for all tensors that the call does not return, because an allocation on a GPU costs the host microseconds.
 
-A tensor descriptor becomes a tensor map, which holds a pointer, and some ints. A repeated call encodes the map from the
-new pointer, by the one function in C that Triton would call, and not even that where the pointer is the last one's.
+A tensor descriptor becomes a tensor map, which holds a pointer, and some ints. A replay encodes the map from the new
+pointer, by the one C function that Triton would call. If the pointer has not changed, it reuses the last map.
 """
 
 import copy
@@ -33,13 +34,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch as launching
 
-MOST_TAPES = 512  # of a function; the oldest is forgotten
-BLOCK_BYTES = 512  # what torch's allocator on a GPU rounds to
+MOST_TAPES = 512  # per function; the oldest is dropped
+BLOCK_BYTES = 512  # torch's allocator on a GPU rounds to this
 _SEEN, _NEVER = object(), object()
 _lock = threading.Lock()
-_local = threading.local()  # .tape: the one that is written in this thread
+_local = threading.local()  # .tape: the tape that this thread records
 _all_tapes = []
-_tensors = {}  # types of the arguments: the places of the tensors
+_tensors = {}  # {types of the arguments: places of the tensors}
 
 
 def empty(size, dtype, device, stride=None):
@@ -54,7 +55,7 @@ def empty(size, dtype, device, stride=None):
 
 
 def launch(kernel, grid, *args, **constants):
-    """`launching.launch`, written down."""
+    """`launching.launch`, recorded on this thread's tape if it has one."""
     compiled, values = launching.launch(kernel, grid, *args, **constants)
     if (tape := getattr(_local, "tape", None)) is not None:
         tape.write_launch(kernel, compiled, grid, values)
@@ -62,13 +63,13 @@ def launch(kernel, grid, *args, **constants):
 
 
 def forget():
-    """All tapes; for who changes launch constants in a process."""
+    """Drop all tapes. Call this after changing launch constants in a process."""
     for tapes in _all_tapes:
         tapes.clear()
 
 
 def repeated(also=lambda *args: None):
-    """A decorator; `also(*args)` is what else the function's launches depend on."""
+    """Decorate a function to be replayed. `also(*args)` returns whatever else its launches depend on."""
 
     def decorate(function):
         tapes = {}
@@ -116,8 +117,8 @@ def _keep(tapes, key, tape):
 
 
 def _write(function, args):
-    """(the tape of a call or _NEVER, its result)."""
-    # one object a tensor, also where key and value are the same: next time they may be two
+    """Run and record a call: (its tape or _NEVER, its result)."""
+    # one object per argument, even if key and value are the same tensor: next time they may differ
     args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
     _local.tape = tape = _Tape([arg for arg in args if isinstance(arg, torch.Tensor)])
     try:
@@ -128,10 +129,10 @@ def _write(function, args):
 
 
 class _Tape:
-    """Allocations, launches and results. Tensors are named by their slot: first the inputs, then what was made."""
+    """Allocations, launches and results. A slot names a tensor: first the inputs, then the tensors that were made."""
 
     def __init__(self, inputs):
-        self.tensors = inputs  # this and the next four while it is written
+        self.tensors = inputs  # this field and the next four are for the recording
         self.slots = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         self.n_inputs = len(inputs)
         self.written = []
@@ -144,7 +145,7 @@ class _Tape:
         self.is_whole &= made.data_ptr() % 16 == 0
 
     def write_launch(self, kernel, compiled, grid, values):
-        """`values` in the order of the kernel's parameters; None if the launcher does not know them."""
+        """Record a launch. values: in the order of the kernel's parameters; None if the launcher does not know them."""
         if values is None:
             self.is_whole = False
             return
@@ -156,13 +157,13 @@ class _Tape:
         self.written.append((compiled, grid, values, slots, bases))
 
     def finish(self, result):
-        """Whether it may be repeated."""
+        """End the recording. Returns whether the call may be replayed."""
         self.is_single = isinstance(result, torch.Tensor)
         made = range(self.n_inputs, len(self.tensors))
         results = [self.slots.get(id(tensor)) for tensor in ((result,) if self.is_single else result)]
         self.is_whole &= bool(self.written) and all(slot in made for slot in results)
         if self.is_whole:
-            # a tensor without elements has no memory, and no place in a block
+            # a tensor without elements has no memory, and so no place in the block
             alone = [slot for slot in made if slot in results or self.tensors[slot].numel() == 0]
             inside = [slot for slot in made if slot not in alone]
             numbers = {slot: number for number, slot in enumerate([*range(self.n_inputs), *alone, *inside])}
@@ -197,7 +198,7 @@ class _Tape:
         for start, grid, more, is_flat, values, pointed, maps in self.launches:
             arguments = pointed.fill(values, pointers)
             for place, tensor_map in maps:
-                arguments[place] = tensor_map.of(pointers)  # alive until the launch has copied it
+                arguments[place] = tensor_map.of(pointers)  # stays alive until the launch has copied it
             if is_flat:
                 start(*grid, stream, *more, *arguments)
             else:
@@ -208,9 +209,9 @@ class _Tape:
 
 
 def _allocation(size, stride, dtype, device):
-    """(function, its arguments) that makes such a tensor on the current device.
+    """(function, its arguments): the function makes such a tensor on the current device.
 
-    The function is what torch's own compiled code allocates with, for half of torch.empty_strided's time on the host.
+    Torch's own compiled code allocates with this function. It takes half of torch.empty_strided's time on the host.
     """
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     function = getattr(guards, f"_empty_strided_{device.type}", None)
@@ -220,7 +221,7 @@ def _allocation(size, stride, dtype, device):
 
 
 def _block(tensors):
-    """(the allocation of a block that has room for the tensors, where each one begins in it); None for none."""
+    """(the allocation of a block with room for all tensors, the byte where each one begins); (None, []) for none."""
     if not tensors:
         return None, []
     places, end = [], 0
@@ -232,16 +233,16 @@ def _block(tensors):
 
 
 def _pointed(values, numbers):
-    """(`values` without its tensors, what puts pointers in their places)."""
+    """(`values` with None for each tensor, the Pointed that fills in pointers)."""
     pointed = launching.Pointed(values, numbers)
-    return pointed.fill(values, [None] * (max(numbers, default=0) + 1)), pointed  # keeps no tensor alive
+    return pointed.fill(values, [None] * (max(numbers, default=0) + 1)), pointed  # None, to keep no tensor alive
 
 
 def _starter(compiled, grid):
-    """(function, grid, what it takes behind the stream, whether the kernel's arguments are its own) of a launch.
+    """(function, grid, its arguments after the stream, whether it takes the kernel's arguments one by one) of a launch.
 
-    `launching.start` in one call: Triton's function in C, where all that its launcher in Python does is to call that. A
-    copy of the launcher, whose C function is one that notes its arguments, tells what these are.
+    The function does `launching.start` in one call. It is Triton's C function if Triton's launcher in Python only calls
+    that. A copy of the launcher, which calls a function that notes its arguments, shows what the C function gets.
     """
     launcher, grid = compiled.run, (*grid, 1, 1)[:3]
     more = compiled.function, compiled.packed_metadata, None, None, None
@@ -260,12 +261,12 @@ def _starter(compiled, grid):
 
 
 class _Map:
-    """A tensor map of which all is known but the pointer."""
+    """A tensor map with everything known but the pointer."""
 
     def __init__(self, number, encode, rest):
         self.number, self.encode, self.rest = number, encode, rest  # which pointer; encode(pointer, *rest)
-        # One tuple, so that no thread sees another's map beside its own pointer. A map is made of these arguments
-        # alone, so it is the same whatever lies at the pointer by now.
+        # One tuple, so that no thread combines its own pointer with another thread's map. A map depends on these
+        # arguments alone, so it stays right whatever the pointer's memory holds by now.
         self.last = None, None
 
     def of(self, pointers):
@@ -278,7 +279,7 @@ class _Map:
 
 
 class _Base:
-    """Stands for the tensor under a descriptor, and for its pointer."""
+    """A stand-in for the tensor under a descriptor, and for its pointer."""
 
     def __init__(self, number):
         self.number = number
@@ -288,7 +289,7 @@ class _Base:
 
 
 class _Notes:
-    """Stands for Triton's functions in C: each notes its arguments after its name, and returns the note."""
+    """A stand-in for Triton's C functions: each one notes its name and arguments, and returns the note."""
 
     def __init__(self):
         self.notes = []
@@ -302,12 +303,13 @@ class _Notes:
 
 
 def _expanded(wrapper, grid, more, is_flat, values, numbers, maps):
-    """(function, `values` with descriptors expanded, [(place in these, _Map)]) of a launch that `_starter` took apart.
+    """(function, `values` with descriptors expanded, [(place in these values, _Map)]) of a launch from `_starter`.
 
-    None if Triton's launcher has a form that this file does not know. `wrapper` is Triton's in Python: it encodes the
-    descriptors, and calls the function in C with their maps and sizes in their places. A copy of it, with functions
-    that note what they are given in place of those in C, tells what these are. numbers: of the descriptors' pointers;
-    maps: {what makes a _Map: _Map}, so that launches that read a tensor in the same boxes share it.
+    None if this file does not know the form of Triton's launcher. `wrapper` is Triton's launcher in Python: it encodes
+    the descriptors, and calls the C function with maps and sizes in place of the descriptors. A copy of it, which calls
+    functions that note their arguments instead of the C functions, shows these. numbers: the indices of the
+    descriptors' pointers; maps: {what determines a _Map: _Map}, which launches share if they read a tensor in the same
+    boxes.
     """
     try:
         function, utils = _closure(wrapper)["launcher"], driver.active.utils
@@ -336,19 +338,19 @@ def _expanded(wrapper, grid, more, is_flat, values, numbers, maps):
                     maps[key] = _Map(base.number, getattr(utils, name), rest)
                 expanded[place] = None
                 places.append((place, maps[key]))
-    except Exception:  # another Triton's launcher, with other insides
+    except Exception:  # the launcher of another Triton version works differently
         return None
-    is_left = {_Base, TensorDescriptor} & set(map(type, expanded))  # as for GPUs without tensor maps
+    is_left = {_Base, TensorDescriptor} & set(map(type, expanded))  # true for GPUs without tensor maps
     return None if is_left or len(places) != len(encoded) else (function, expanded, places)
 
 
 def _closure(function):
-    """{name: value} of what a function in Python takes from the one around it."""
+    """{name: value} of a Python function's closure."""
     return dict(zip(function.__code__.co_freevars, [cell.cell_contents for cell in function.__closure__], strict=True))
 
 
 def _with_utils(wrapper, utils):
-    """A copy of Triton's launcher that finds `utils` behind `triton.runtime.driver.active`, and launches by them."""
+    """A copy of Triton's launcher that uses `utils` as `triton.runtime.driver.active.utils` and to launch."""
     triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(utils=utils))))
 
     def copied(function, **others):
@@ -357,6 +359,6 @@ def _with_utils(wrapper, utils):
         names = {**function.__globals__, "triton": triton, **others}
         return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
 
-    make = "make_tensordesc_arg"  # a global of 3.6's and 3.7's wrapper, in 3.8 in its closure
+    make = "make_tensordesc_arg"  # a global of the wrapper in 3.6 and 3.7, in its closure in 3.8
     make = _closure(wrapper).get(make) or wrapper.__globals__[make]
     return copied(wrapper, launcher=utils.launch, make_tensordesc_arg=copied(make))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Triton's attention: imported only where it is asked for, knows nothing of the package but `launching/`."""
+"""Attention in Triton. Imported only on use; depends on nothing in the package but `launching/`."""

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""What travels together through the attention kernels, as NamedTuples: kernels and their helpers take them whole.
+"""NamedTuples that group the arguments of the attention kernels. Kernels and their helpers take them whole.
 
     kernel(query_ptr, key_ptr, value_ptr, …, inputs, outputs, layout, i, j, offset, …, scores, threshold, config)
 
-    inputs, outputs   pointers. What a tensor descriptor may stand for (query, key, value, dout) is no part of a tuple
+    inputs, outputs   pointers, except query, key, value and dout: a tensor descriptor may replace these
     layout            ints that Triton may specialise: strides, numbers of heads
     scores            floats
-    config            one tl.constexpr: what a kernel is compiled for
+    config            one tl.constexpr: the constants a kernel is compiled for
 
-i, j, offset and the other counts stay outside, because they must not be specialised: Triton (3.6 to 3.8) looks into a
-tuple whatever `do_not_specialize` says, and would compile one kernel for i = 1 and one for multiples of 16. On its
-first lines a kernel packs them into a `Span`, and what it holds of its own into a tuple beside it.
+i, j, offset and the other counts are separate arguments, because they must not be specialised. Triton (3.6 to 3.8)
+specialises on the values in a tuple in spite of `do_not_specialize`, and would compile one kernel for i = 1 and another
+for multiples of 16. A kernel's first lines pack the counts into a `Span`, and its own data into another tuple.
 """
 
 from typing import NamedTuple
 
 
 class Inputs(NamedTuple):
-    """What every kernel reads beside query, key, value and dout: pointers, None where there is nothing."""
+    """Pointers that every kernel reads beside query, key, value and dout; None for an absent input."""
 
-    bias: object  # (heads, width), the padded table; in backward (2, heads, width), its mirror behind it
+    bias: object  # (heads, width), the padded table; in backward (2, heads, width), the table and then its mirror
     key_bias: object  # (batch, j + 2 * KEY_PADDING)
     seqlens: object  # (sequences, 5)
     seed: object  # (1,)
-    rows: object = None  # (batch, heads, i, 4), of backward
+    rows: object = None  # (batch, heads, i, 4), in backward
 
 
 class Layout(NamedTuple):
-    """Elements between entries of the batch, heads and rows of query, key and value; numbers of heads."""
+    """Strides in elements (batch, head, row) of query, key and value; numbers of heads."""
 
     heads: int
     group: int  # query heads that share a key head
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 class BackwardLayout(NamedTuple):
-    """The same, with those of dout and of the queries' numbers (`prologue.py`), in queries."""
+    """Layout, with the strides of dout, and those of the rows of `prologue.py` (batch, head), counted in queries."""
 
     heads: int
     group: int
@@ -64,7 +64,7 @@ class BackwardLayout(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The numbers of a score: log2(e) scale q k^T, or log2(e) softcap tanh(scale q k^T / softcap), and dropout's."""
+    """Factors of a score, log2(e) scale q k^T or log2(e) softcap tanh(scale q k^T / softcap), and of dropout."""
 
     scale: float  # log2(e) * scale
     cap_in: float  # scale / softcap
@@ -74,7 +74,7 @@ class Scores(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """What decides over the scores of some rows: `tiles.dropout_of`."""
+    """Dropout's keys of some rows, and its threshold: see `tiles.dropout_of`."""
 
     first_key: object
     second_key: object
@@ -82,14 +82,14 @@ class Dropout(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which queries and keys there are, and which keys the query x sees: x + offset - left <= y <= x + offset + right.
+    """The queries and keys of a packed sequence or a batch entry.
 
-    Of a packed sequence, or of a dense batch's entry.
+    Query x sees the keys x + offset - left <= y <= x + offset + right.
     """
 
-    first_query: object  # where they begin in memory
+    first_query: object  # the first row in memory
     first_key: object
-    i: object  # how many there are
+    i: object  # numbers of queries and keys
     j: object
     offset: object
     left: object
@@ -97,34 +97,34 @@ class Span(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Rows in memory, (rows, DIM): a pointer to the first one, or a descriptor of all, (batch, heads, rows, DIM)."""
+    """Rows in memory, (rows, DIM): a pointer to the first row, or a descriptor of (batch, heads, rows, DIM)."""
 
     source: object
-    rows: object  # how many there are
-    stride: object  # elements between two
-    index: object = 0  # of the batch and of the head, for a descriptor
-    head: object = 0
+    rows: object  # the number of rows
+    stride: object  # elements between two rows
+    index: object = 0  # the batch entry, for a descriptor
+    head: object = 0  # likewise
 
 
 class Config(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled for."""
 
     HEAD_DIM: int
     VALUE_DIM: int
-    BLOCK_D: int  # the powers of 2 that hold them
-    BLOCK_V: int
+    BLOCK_D: int  # head_dim, rounded up to a power of 2
+    BLOCK_V: int  # value_dim, likewise
     BLOCK_M: int  # queries of a tile
-    BLOCK_N: int  # keys
-    HAS_LEFT: bool  # bounds of the keys that a query sees
+    BLOCK_N: int  # keys of a tile
+    HAS_LEFT: bool  # whether the keys that a query sees are bounded
     HAS_RIGHT: bool
     HAS_SOFTCAP: bool
     HAS_DROPOUT: bool
     HAS_KEY_BIAS: bool
-    IS_PACKED: bool  # sequences one after the other, where `seqlens` says
+    IS_PACKED: bool  # packed sequences, located by `seqlens`
     PRECISION: str  # of tl.dot
-    IS_DESCRIBED: bool = False  # what the loop reads comes by tensor descriptors (TMA)
+    IS_DESCRIBED: bool = False  # the loop reads by tensor descriptors (TMA)
     NEEDS_DKEY_BIAS: bool = False
-    NEEDS_REPAIR: bool = False  # programs that meet a NaN which does not count are done again
-    IS_REPAIR: bool = False  # by this launch
-    BANDS: int = 1  # of a program of dtable
+    NEEDS_REPAIR: bool = False  # a second launch redoes the programs that met a NaN
+    IS_REPAIR: bool = False  # this is the second launch
+    BANDS: int = 1  # bands per program of dtable
     PREFETCHES: bool = False  # see `tiles.prefetch`

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""The gradients of `forward.py`, launched: dk and dv in `dkdv.py`, dq in `dq.py`, the table's in `dtable.py`.
+"""Launch the backward kernels of `forward.py`: dk and dv in `dkdv.py`, dq in `dq.py`, the table's in `dtable.py`.
 
-    p  = exp(s - m) / l      recomputed, tile by tile             dv = p^T dout
+    p  = exp(s - m) / l      recomputed tile by tile              dv = p^T dout
     dp = dout v^T                                                 dk = scale ds^T q
     ds = p (dp - delta)      delta = rowsum(dout out) - dlse      dq = scale ds k
 
-    dk dv  one program: BLOCK_N keys of one key head; loops over the query heads that share it and over the query
-           blocks that see it. Its tiles are transposed, [BLOCK_N keys, BLOCK_M queries], so that p^T needs no transpose
-    dq     one program: BLOCK_M queries of one head; loops over the key blocks they see
-    prologue.py writes the padded table and m, 1 / l and delta / l of every query for them. A tile at an edge
-    holds pairs that do not count: their p and ds are selected away, whatever lies there
+    dk dv  one program: BLOCK_N keys of one key head; it loops over the query heads that share the key head, and over
+           the query blocks that see the keys. Its tiles are transposed, [BLOCK_N keys, BLOCK_M queries], so that p^T
+           needs no transpose
+    dq     one program: BLOCK_M queries of one head; it loops over the key blocks that the queries see
+    Before them, prologue.py writes the padded table, and m, 1 / l and delta / l of every query. A tile at an edge
+    holds masked pairs: a select replaces their p and ds by 0, whatever the inputs hold there
 
-A pair that does not count is a zero in a product, and zero times NaN is NaN: dk dv and dq are launched twice, as
-forward is (`launch_with_repair`).
+A masked pair is a zero in a product, and zero times NaN is NaN. So dk dv and dq are launched twice, as forward is
+(`launch_with_repair`).
 
-Grids: (blocks, batch, heads) in one dimension, heads slowest, as forward. Each program owns what it writes: no
-atomics, the order of every sum depends on the shape alone, the same bits in every run.
-FLOPs: 14 * i * j * head_dim a head (7 products); the roof is the tensor cores.
+Grids: (blocks, batch, heads) in one dimension, heads slowest, as in forward. Each program owns what it writes. There
+are no atomics, and the order of every sum depends on the shape alone: the same bits in every run.
+FLOPs: 14 * i * j * head_dim per head (7 products); the roof is the tensor cores.
 Numerics: as forward; p and ds are rounded to the inputs' dtype for their products.
 """
 
@@ -49,10 +50,10 @@ from .prologue import launch_prologue
 def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens, seed, longest_query, longest_key,
              offset, signed, left, right, scale, softcap, dropout_p, is_part, needs_dq, needs_dkv, needs_dtable,
              needs_dkey_bias, *, blocks=None):  # fmt: skip
-    """Launch the backward pass: (dq, dk, dv, dtable, dkey_bias), (0,) for one that is not needed.
+    """Launch the backward pass: (dq, dk, dv, dtable, dkey_bias); a gradient that is not needed has shape (0,).
 
-    `attention/ops.py` says what the arguments are; `is_part` changes nothing, because p and delta come from `state` and
-    `out` here, whatever keys these belong to. `blocks`: {"dkdv" | "dq" | "dtable": (block_m, block_n, num_warps,
+    `attention/ops.py` describes the arguments. `is_part` changes nothing here, because p and delta come from `state`
+    and `out`, whichever keys these cover. `blocks`: {"dkdv" | "dq" | "dtable": (block_m, block_n, num_warps,
     num_stages)} for tests of small shapes and for tuning.
     """
     check_sizes(query, key, value, table, longest_query, longest_key)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The padded bias table of a call, and the padded key bias: what a tile loads without a look at bounds.
+"""The padded bias table of a call, and the padded key bias. The padding lets a tile load without bounds checks.
 
     table        h | b0 b1 b2 … b(n-1)                  distances 0 .. n - 1
-    bias         h | 0 … 0 b2 b1 b0 b1 b2 b3 0 … 0      y - x - offset, times log2(e); its value 0 is in column `zero`
+    bias         h | 0 … 0 b2 b1 b0 b1 b2 b3 0 … 0      by y - x - offset, times log2(e); column `zero` is distance 0
     key bias     b | -inf … -inf k0 k1 … k(j-1) -inf …  times log2(e)
 
-A program owns a block of columns of a head, or of the batch's entry. Bytes: O(n).
+A program owns a block of columns of one head (table) or of one batch entry (key bias). Bytes: O(n).
 """
 
 import torch
@@ -17,8 +17,8 @@ from ...launching.launch import cdiv
 from ...launching.replay import empty, launch
 from .tiles import KEY_PADDING, LOG2E
 
-# Elements on both sides of the padded table that a tile may load and no pair uses: two of the largest blocks, and one
-# more that may be fetched ahead (`tiles.prefetch`).
+# Padding elements on each side of the table. A tile may load them, but no pair uses them: two of the largest blocks,
+# and one more that a tile may prefetch (`tiles.prefetch`).
 PADDING = 384
 BIAS_BLOCK = 1024
 
@@ -26,9 +26,9 @@ BIAS_BLOCK = 1024
 @triton.jit
 def write_bias(block, head, table_ptr, bias_ptr, mirror_ptr, n, lowest, width, stride_h, stride_n,
                SIGNED: tl.constexpr, HAS_MIRROR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """BLOCK columns of a head of the padded table, and of its mirror, which runs backwards."""
+    """Write BLOCK columns of one head of the padded table, and of its mirror, which runs backwards."""
     column = block * BLOCK + tl.arange(0, BLOCK)
-    relative = lowest + column  # y - x - offset, minus the distance
+    relative = lowest + column  # y - x - offset: the negated distance
     index = n - 1 - relative if SIGNED else tl.abs(relative)
     size = 2 * n - 1 if SIGNED else n
     is_inside = (index >= 0) & (index < size) & (column < width)
@@ -47,15 +47,18 @@ def _bias_kernel(table_ptr, bias_ptr, n, lowest, width, stride_h, stride_n,
 
 
 def width_of(reach):
-    """(width, lowest) of the padded table: PADDING columns on both sides, and rows that begin at 16 bytes."""
+    """(width, lowest) of the padded table: PADDING columns on each side, and rows that start at multiples of 16 bytes.
+
+    lowest: the y - x - offset of the first column.
+    """
     lowest, highest = reach[0] - PADDING, reach[1] + PADDING
     return (highest - lowest + 4) // 4 * 4, lowest
 
 
 def pad_bias(table, signed, reach):
-    """(bias (heads, width), zero): log2(e) * table over y - x - offset, whose value 0 is in column `zero`.
+    """(bias (heads, width), zero): log2(e) * table, laid out by y - x - offset; column `zero` holds distance 0.
 
-    reach: the least and the largest y - x - offset of any pair.
+    reach: the smallest and the largest y - x - offset of any pair.
     """
     width, lowest = width_of(reach)
     heads = table.shape[0]
@@ -79,7 +82,7 @@ def _key_bias_kernel(key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLO
 
 
 def pad_key_bias(key_bias):
-    """log2(e) * key_bias, with -inf on both sides of the keys for what a tile has beyond them: (batch, width)."""
+    """(batch, width): log2(e) * key_bias, with -inf on both sides, where a tile reaches beyond the keys."""
     batch, j = key_bias.shape
     width = j + 2 * KEY_PADDING.value
     padded_bias = empty((batch, width), torch.float32, key_bias.device)

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Launch constants of the attention kernels: (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages).
 
-For each generation of GPUs and each width of head the largest tiles for which the compiler needs no local memory, no
-more shared memory than a block may have, and does no work twice: Triton lays the warps of these products along rows
-only, so a tile with fewer than 16 rows a warp is computed by two warps (of dkdv, whose tiles are transposed, the rows
-are keys). `python -m bench codegen --kernel attention --kernel "attention backward"` compiles them all and says where
-one breaks that.
+For each GPU generation and head width these are the largest tiles that need no local memory, fit a block's shared
+memory, and do no work twice. Triton lays the warps of these products along rows only, so two warps compute the same
+tile if it has fewer than 16 rows per warp (dkdv's tiles are transposed: its rows are keys).
+`python -m bench codegen --kernel attention --kernel "attention backward"` compiles all of them and reports violations.
 
-Hopper's are the fastest ones on an H200 (`python -m bench sweep` times them; bench/results/h200): of about 30 each of
-2-byte types for heads up to 128 wide, and of about 9 each of float32 up to 64. One was passed over: (64, 64, 4, 1) of
-float32's dtable is 8% faster and spills 154 times. The others have been timed on no GPU.
+Hopper's tiles are the fastest ones on an H200 (`python -m bench sweep` times them; bench/results/h200). Each is the
+best of about 30 for 2-byte types and heads up to 128 wide, and of about 9 for float32 and heads up to 64. One
+exception: (64, 64, 4, 1) for float32's dtable is 8% faster but spills 154 times. Nobody has timed the other tiles.
 
-A row for some calls only has that behind the kernel's name: "dropout"; "narrow", heads up to 32 wide; "causal", dense
-batches with a head of keys for each of queries, causality and nothing else; "described", dense batches, whose rows
-come by tensor descriptors (TMA), of wider heads unless it says "narrow".
+A word after the kernel's name limits a row to some calls: "dropout"; "narrow", heads up to 32 wide; "causal", dense
+batches with as many key heads as query heads, causality and no other option; "described", dense batches whose rows
+tensor descriptors (TMA) load, with heads wider than 32 unless the name says "narrow".
 """
 
 from typing import NamedTuple
@@ -26,28 +25,29 @@ from ...launching.launch import IS_INTERPRETED, current_target, next_power_of_2
 class Tile(NamedTuple):
     """The launch constants of one kernel.
 
-    is_described: what the loop reads comes by tensor descriptors (TMA); bands: of a program of dtable, 1 or 2;
-    registers: of a thread at most, 0 for as many as the compiler likes. Fewer let more programs run at a time;
-    prefetches: the next step's bias and state into the L1 cache, which pays where few programs run at a time.
+    is_described: the loop reads by tensor descriptors (TMA). bands: bands per program of dtable, 1 or 2.
+    registers: the limit per thread; 0 sets none. With fewer registers, more programs run at a time.
+    prefetches: whether to prefetch the next step's bias and state into the L1 cache; it pays if few programs run at a
+    time.
     """
 
     block_m: int  # queries
     block_n: int  # keys
     num_warps: int
     num_stages: int
-    is_described: bool = False  # for dense batches on Hopper and later; pointers elsewhere
+    is_described: bool = False  # for dense batches on Hopper and later; other calls use pointers
     bands: int = 1
     registers: int = 0
     prefetches: bool = False
 
     @property
     def options(self):
-        """Triton's, of a launch."""
+        """Triton's launch options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | {"maxnreg": self.registers} if self.registers else options
 
 
-# {generation: {kernel: for heads up to (64, 128, 256) wide, or fewer of these}}, for 2-byte types
+# {generation: {kernel: tiles for heads up to (64, 128, 256) wide, or for the first of these widths}}, 2-byte types
 BLOCKS = {
     "ampere": {
         "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
@@ -59,7 +59,7 @@ BLOCKS = {
         "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
         "forward described": ((64, 64, 4, 2), Tile(128, 128, 8, 3, prefetches=True)),
         "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (32, 32, 4, 1)),
-        "dkdv dropout": ((32, 64, 4, 2),),  # the hash wants registers
+        "dkdv dropout": ((32, 64, 4, 2),),  # the hash needs registers
         "dkdv narrow": (Tile(32, 64, 4, 3, registers=168),),
         "dkdv causal": ((64, 64, 4, 2), Tile(64, 128, 8, 3, prefetches=True)),
         "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
@@ -84,8 +84,8 @@ BLOCKS = {
     },
 }
 
-# The same for float32, whose products are three of tf32 each and want that many registers: small tiles, and rows beyond
-# 64 in chunks (`tiles.dot_of_rows`).
+# The same for float32. Each of its products is three tf32 products and needs as many registers. So tiles are small, and
+# rows wider than 64 are read in chunks (`tiles.dot_of_rows`).
 FLOAT32 = {
     "ampere": {
         "forward": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
@@ -115,12 +115,12 @@ FLOAT32 = {
 
 
 def padded(dim):
-    """The block of a head_dim: the power of two that holds it, as the matrix products want, 16 at least."""
+    """The block width of a head_dim: the next power of two, and at least 16, as matrix products require."""
     return max(next_power_of_2(dim), 16)
 
 
 def generation():
-    """The generation of the GPU that is launched on; the interpreter, which has none, takes Hopper's constants."""
+    """The generation of the current GPU. The interpreter has no GPU and takes Hopper's constants."""
     if IS_INTERPRETED:
         return "hopper"
     target = current_target()
@@ -130,7 +130,7 @@ def generation():
 
 
 def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_causal=False):
-    """The Tile of "forward", "dkdv", "dq" or "dtable": of the first row that is for such a call."""
+    """The Tile of "forward", "dkdv", "dq" or "dtable", from the first row that fits the call."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
     width = max(padded(query.shape[3]), padded(value.shape[3]))
     column = 0 if width <= 64 else 1 if width <= 128 else 2

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""dk, dv and the gradient of the key bias, of `backward.py`.
+"""The kernel of dk, dv and the gradient of the key bias, for `backward.py`.
 
            queries x ->
-    keys   [ edge | whole | whole | edge ]      one program: BLOCK_N keys of one key head; it loops over the query
-      y    ^ masked                 ^ masked    heads that share it, and over the blocks of queries that see it
+    keys   [ edge | whole | whole | edge ]      one program: BLOCK_N keys of one key head; it loops over the query heads
+      y    ^ masked                 ^ masked    that share the key head, and over the query blocks that see the keys
 
 Its tiles are transposed, [BLOCK_N keys, BLOCK_M queries], so that p^T needs no transpose. Keys run backwards, and the
-bias comes from the mirror of the padded table: `tiles.py` says why.
+bias comes from the mirror of the padded table; `tiles.py` explains why.
 """
 
 from typing import NamedTuple
@@ -49,7 +49,7 @@ from .tiles import (
 
 
 class KeyGradients(NamedTuple):
-    """Pointers."""
+    """Pointers to the outputs."""
 
     dk: object
     dv: object
@@ -57,7 +57,7 @@ class KeyGradients(NamedTuple):
 
 
 class KeyGradientLayout(NamedTuple):
-    """Elements between entries of the batch, heads and rows of dk and dv; between those two of dkey_bias."""
+    """Strides in elements: batch, head and row of dk and of dv; batch and head of dkey_bias."""
 
     kb: int
     kh: int
@@ -70,12 +70,12 @@ class KeyGradientLayout(NamedTuple):
 
 
 class OwnKeys(NamedTuple):
-    """What a program of dk dv holds: its keys, and where a head's queries, and what belongs to them, lie."""
+    """The data of a program: its keys, and where a head's queries and their data lie."""
 
     y: object  # [BLOCK_N], from the last key to the first
     first_y: object
     key: object  # [BLOCK_N, BLOCK_D], unless it is read in chunks
-    value: object  # [BLOCK_N, BLOCK_V]
+    value: object  # [BLOCK_N, BLOCK_V], likewise
     key_bias: object  # [BLOCK_N]
     key_rows: object  # Matrix, for chunks
     value_rows: object
@@ -90,7 +90,7 @@ class OwnKeys(NamedTuple):
 
 @triton.jit
 def _of_head(own, head, layout, width, i):
-    """`own`, whose queries are those of no head, with those of one; i: the longest sequence's."""
+    """Move `own`, which points to the queries of the first head, to those of `head`; i: the longest sequence's."""
     query_rows = Matrix(own.query_rows.source + head * layout.qh, own.query_rows.rows, own.query_rows.stride)
     dout_rows = Matrix(own.dout_rows.source + head * layout.dh, own.dout_rows.rows, own.dout_rows.stride)
     return OwnKeys(own.y, own.first_y, own.key, own.value, own.key_bias, own.key_rows, own.value_rows, query_rows,
@@ -100,10 +100,10 @@ def _of_head(own, head, layout, width, i):
 
 @triton.jit
 def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """One block of queries taken into dk [BLOCK_N, BLOCK_D], dv [BLOCK_N, BLOCK_V] and dkey_bias [BLOCK_N]."""
+    """Add one block of queries to dk [BLOCK_N, BLOCK_D], dv [BLOCK_N, BLOCK_V] and dkey_bias [BLOCK_N]."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
-    IS_CAREFUL: tl.constexpr = IS_MASKED and config.IS_REPAIR  # what a pair that does not count holds may be NaN or Inf
+    IS_CAREFUL: tl.constexpr = IS_MASKED and config.IS_REPAIR  # masked pairs may hold NaN or Inf
     query = load_rows(own.query_rows, first_x, BLOCK_M, config.HEAD_DIM, config.BLOCK_D, False, IS_MASKED)
     dout = load_rows(own.dout_rows, first_x, BLOCK_M, config.VALUE_DIM, config.BLOCK_V, False, IS_MASKED)
     largest, inverse, delta = load_state(own.rows_ptr, first_x, BLOCK_M, False)
@@ -130,11 +130,11 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
     if config.HAS_DROPOUT:
         dropout = dropout_of(own.seed_ptr, own.first_row + (first_x + tl.arange(0, BLOCK_M)), own.threshold)
         keep = is_kept(dropout, opaque(own.y), False)
-        kept = tl.where(keep, kept, kept * 0.0)  # a pair that is dropped is seen, and may be NaN
+        kept = tl.where(keep, kept, kept * 0.0)  # a dropped pair is not masked: its NaN must stay
         dp = tl.where(keep, dp * scores.keep_scale, 0.0)
     if IS_MASKED:
         mask = is_allowed(own.y, first_x, swapped(span), config.HAS_RIGHT, config.HAS_LEFT, BLOCK_M)
-        if IS_CAREFUL:  # no score of the query is more than -inf
+        if IS_CAREFUL:  # all scores of such a query are -inf
             mask = mask & (largest != float("inf"))[None, :]
         kept = tl.where(mask, kept, 0.0)
     kept = narrow(kept, dout.dtype)
@@ -153,15 +153,15 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
 @triton.jit
 def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gradients, layout, gradient_layout, i, j,
              offset, left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
-    """The work of the program `pid` of the first launch, in either launch."""
+    """Do the work of program `pid` of the first launch; the second launch calls this too."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     block, index, kv_head = place_of(pid, tl.cdiv(j, BLOCK_N), batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_y = block * BLOCK_N
-    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+    if not config.IS_REPAIR:  # noqa: SIM102  (decided at compile time)
         if first_y >= span.j:  # beyond its sequence
-            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # a program of a dense batch never comes here
                 tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, _ = visible_blocks(
@@ -181,9 +181,9 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
         value = load_rows(value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, True, True)
     if config.HAS_KEY_BIAS:
         key_bias = load_key_bias(key_bias_of(inputs.key_bias, row, j, span.first_key), first_y, BLOCK_N, True)
-    # the mirror, in which y - x - offset is at width - 1 - zero - (y - x - offset), lies behind the table of all heads
+    # The mirror follows the tables of all heads. Its column width - 1 - zero - (y - x - offset) holds y - x - offset.
     mirror = tl.cast(layout.heads, tl.int64) * width + (width - 1 - zero + span.offset - first_y - (BLOCK_N - 1))
-    seed_ptr = inputs.seed if config.HAS_DROPOUT else inputs.bias  # a tuple that is returned may hold no None
+    seed_ptr = inputs.seed if config.HAS_DROPOUT else inputs.bias  # a returned tuple must not hold None
     own = OwnKeys(y, first_y, key, value, key_bias, key_rows, value_rows, query_rows, dout_rows,
                   inputs.rows + 4 * (row * layout.rb + span.first_query), inputs.bias + mirror, seed_ptr,
                   index.to(tl.int64) * layout.heads, threshold)  # fmt: skip
@@ -193,8 +193,8 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     dkey_bias = tl.zeros([BLOCK_N], tl.float32)
-    # The edges of all heads that share the key, then their whole tiles: both inside one loop over the heads would keep
-    # each other's pointers alive, and spill.
+    # First the edges of all heads that share the keys, then their whole tiles. One loop over the heads for both would
+    # keep the pointers of both alive, and spill.
     for member in range(0, layout.group):
         of_head = _of_head(own, kv_head * layout.group + member, layout, width, i)
         for edge in range(enter, leave - (outside - inside)):
@@ -207,7 +207,7 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
     if config.NEEDS_REPAIR and not config.IS_REPAIR:
         tl.store(repair_ptr + pid, has_nan(dk, y < span.j) | has_nan(dv, y < span.j))
 
-    if config.HAS_KEY_BIAS:  # whatever the pairs of a hidden key came to
+    if config.HAS_KEY_BIAS:  # a hidden key has gradient 0, whatever its pairs hold
         is_seen = key_bias != float("-inf")
         dk, dv = tl.where(is_seen[:, None], dk, 0.0), tl.where(is_seen[:, None], dv, 0.0)
         dkey_bias = tl.where(is_seen, dkey_bias, 0.0)
@@ -240,7 +240,7 @@ def _dkdv_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, gr
 
 
 def launch_dkdv(tensors, inputs, gradients, layout, counts, scores, threshold, config, tile):
-    """Write `gradients` (KeyGradients). tensors: query, key, value, dout, whole rows."""
+    """Write `gradients` (KeyGradients). tensors: query, key, value, dout of `whole_rows`."""
     longest_key, sequences = counts[1], counts[-1]
     kv_heads, j = gradients.dk.shape[1:3]
     to = KeyGradientLayout(*gradients.dk.stride()[:3], *gradients.dv.stride()[:3], kv_heads * j, j)

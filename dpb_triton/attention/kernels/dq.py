@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""dq, of `backward.py`.
+"""The kernel of dq, for `backward.py`.
 
               keys y ->
     queries   [ edge | whole | whole | edge ]      one program: BLOCK_M queries of one head, all keys they may see,
        x      ^ masked                 ^ masked    in blocks of BLOCK_N; whole blocks need no mask
 
-The tiles, their bias and the order of programs are those of `forward.py`.
+Tiles, their bias and the order of programs are the same as in `forward.py`.
 """
 
 from typing import NamedTuple
@@ -48,7 +48,7 @@ from .tiles import (
 
 
 class QueryGradientLayout(NamedTuple):
-    """Elements between entries of the batch, heads and rows of dq."""
+    """Strides in elements: batch, head and row of dq."""
 
     b: int
     h: int
@@ -56,13 +56,13 @@ class QueryGradientLayout(NamedTuple):
 
 
 class OwnQueries(NamedTuple):
-    """What a program of dq holds: its queries, where the keys and values of its head lie, its part of the bias."""
+    """The data of a program: its queries, where the keys and values of its head lie, its part of the bias."""
 
     x: object  # [BLOCK_M], from the last query to the first
     first_x: object
     query: object  # [BLOCK_M, BLOCK_D], unless it is read in chunks
-    dout: object  # [BLOCK_M, BLOCK_V]
-    largest: object  # [BLOCK_M], as `load_state` says
+    dout: object  # [BLOCK_M, BLOCK_V], likewise
+    largest: object  # [BLOCK_M], see `load_state`
     inverse: object
     delta: object
     query_rows: object  # Matrix, for chunks
@@ -76,7 +76,7 @@ class OwnQueries(NamedTuple):
 
 @triton.jit
 def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """One block of keys taken into dq [BLOCK_M, BLOCK_D]."""
+    """Add one block of keys to dq [BLOCK_M, BLOCK_D]."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     key = stream_rows(own.key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, IS_MASKED, config.IS_DESCRIBED)
@@ -108,7 +108,7 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
         mask = is_allowed(own.x, first_y, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_N)
         if config.HAS_KEY_BIAS:
             mask = mask & (key_bias != float("-inf"))[None, :]
-        if config.IS_REPAIR:  # no score of the query is more than -inf
+        if config.IS_REPAIR:  # all scores of such a query are -inf
             mask = mask & (own.largest != float("inf"))[:, None]
         ds = tl.where(mask, ds, 0.0)
         if config.IS_REPAIR:
@@ -123,16 +123,16 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
 @triton.jit
 def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_ptr, layout, dq_layout, i, j, offset,
              left, right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
-    """The work of the program `pid` of the first launch, in either launch."""
+    """Do the work of program `pid` of the first launch; the second launch calls this too."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     blocks = tl.cdiv(i, BLOCK_M)
     block, index, head = place_of(pid, blocks, batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_x = (blocks - 1 - block) * BLOCK_M
-    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+    if not config.IS_REPAIR:  # noqa: SIM102  (decided at compile time)
         if first_x >= span.i:  # beyond its sequence
-            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # a program of a dense batch never comes here
                 tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, end = visible_blocks(
@@ -196,7 +196,7 @@ def _dq_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, dq_p
 
 
 def launch_dq(tensors, inputs, dq, layout, counts, scores, threshold, config, tile):
-    """Write `dq`. tensors: query, key, value, dout, whole rows; key and value may be descriptors."""
+    """Write `dq`. tensors: query, key, value, dout of `whole_rows`; key and value may be descriptors."""
     longest_query, sequences = counts[0], counts[-1]
     launch_with_repair(
         _dq_kernel, cdiv(longest_query, tile.block_m) * sequences * dq.shape[1], config, tile, (*tensors, inputs),

@@ -4,18 +4,18 @@ r"""dtable[h, d] = sum of ds[b, h, x, y] over the batch and all pairs at distanc
               keys y ->
     queries   \ w w \                   a band: a window of BLOCK_M queries x BLOCK_N keys that moves BLOCK_M down
        x        \ w w \                 and BLOCK_M right per step. An element of the window stays on its diagonal, so
-                  \ w w \               ds is added up elementwise, in registers, over the steps and over the batch;
+                  \ w w \               registers add up ds elementwise, over the steps and over the batch;
                     ^ ^                 the bias tile does not change at all
                     BANDS neighbours: one program, which reads its queries once for all of them
 
 One program owns (head, BANDS bands, chunk of the batch and of the steps). Both sides of a window are new at every step,
-so what it reads, from the L2 cache, is what a score costs: two bands with the same queries read three quarters of two
-alone.
-After its loop it sums along the diagonals once, by the cyclic skew of expand's reduce, and stores a band's BLOCK_M +
-BLOCK_N - 1 sums in ROWS rows; `_fold_dtable_kernel` adds those up in a fixed order. Costs two more products a tile
-(q k^T and dout v^T again) than a dq kernel that would scatter, and buys determinism: the order of every sum depends on
-the shape alone.
-Partial sums: a few rows of float32 a program, of which there are about PROGRAMS, or heads * (i + j) / BLOCK_N.
+so reads from the L2 cache dominate the cost of a score. Two bands that share their queries read three quarters of what
+two separate bands read.
+After its loop a program sums along the diagonals once, by the cyclic skew of expand's reduce, and stores a band's
+BLOCK_M + BLOCK_N - 1 sums in ROWS rows. `_fold_dtable_kernel` adds these up in a fixed order. This costs two more
+products per tile (q k^T and dout v^T again) than a dq kernel that scatters, but it is deterministic: the order of every
+sum depends on the shape alone.
+Partial sums: a few rows of float32 per program. There are about PROGRAMS programs, or heads * (i + j) / BLOCK_N.
 """
 
 from typing import NamedTuple
@@ -48,24 +48,24 @@ from .tiles import (
     stream_rows,
 )
 
-# Programs to aim at: where bands are few, the batch is cut, and where that is small their steps, too, so that the
-# machine is full and the longest band short.
+# The target number of programs. If there are few bands, the batch is cut into chunks; if the batch is small, the steps
+# are cut too. So the programs fill the machine, and the longest band is short.
 PROGRAMS = 2048
 MOST_CHUNKS = 64
 FOLD_BLOCK = 256
-FOLD_CHUNKS = 8  # that are on their way at once
+FOLD_CHUNKS = 8  # chunks whose loads are in flight together
 
 
 @triton.constexpr_function
 def rows_of_diagonals(block_m, block_n):
-    """Rows of block_n that hold the sums of a window's block_m + block_n - 1 diagonals."""
+    """The number of rows of block_n that hold the sums of a window's block_m + block_n - 1 diagonals."""
     return (block_m - 1) // block_n + 2
 
 
 class Own(NamedTuple):
-    """What a program holds: where the rows of its head and a batch's entry lie."""
+    """The data of a program for one batch entry: where the rows of its head lie."""
 
-    start: object  # the first key of the window less its first query
+    start: object  # the window's first key minus its first query
     query_rows: object  # Matrix
     key_rows: object
     value_rows: object
@@ -82,15 +82,15 @@ class Queries(NamedTuple):
 
     first_x: object
     query: object  # [BLOCK_M, BLOCK_D], unless it is read in chunks
-    dout: object  # [BLOCK_M, BLOCK_V]
-    largest: object  # [BLOCK_M], as `load_state` says
+    dout: object  # [BLOCK_M, BLOCK_V], likewise
+    largest: object  # [BLOCK_M], see `load_state`
     inverse: object
     delta: object
 
 
 @triton.jit
 def _queries_of(own, first_x, state, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """The Queries of the step whose first one is first_x; state: theirs, of `load_state`."""
+    """The Queries of the step whose first query is first_x; state: the result of `load_state` for them."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     query, dout = first_x, first_x
     if not is_wide(config.BLOCK_D, config.PRECISION):
@@ -105,13 +105,13 @@ def _queries_of(own, first_x, state, config: tl.constexpr, IS_MASKED: tl.constex
 
 @triton.jit
 def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Acc [BLOCK_M, BLOCK_N] plus ds of the window of `queries` and the keys first_y …; bias [BLOCK_M, BLOCK_N]."""
+    """Add ds of the window of `queries` and the keys first_y … to acc [BLOCK_M, BLOCK_N]; bias [BLOCK_M, BLOCK_N]."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     first_x = queries.first_x
     x = first_x + tl.arange(0, BLOCK_M)
     if not is_wide(config.BLOCK_V, config.PRECISION):
-        # before the first product, that one barrier serves all four blocks that a step reads by descriptors
+        # before the first product, so that one barrier serves all four blocks that a step reads by descriptors
         value = stream_rows(own.value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, IS_MASKED,
                             config.IS_DESCRIBED)  # fmt: skip
     if is_wide(config.BLOCK_D, config.PRECISION):
@@ -137,7 +137,7 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
         dropout = dropout_of(own.seed_ptr, own.first_row + x, own.threshold)
         dp = tl.where(is_kept(dropout, y, True), dp * scores.keep_scale, 0.0)
     ds = e * (dp * queries.inverse[:, None] - queries.delta[:, None])
-    if IS_MASKED:  # selected, not multiplied by a mask: beyond the queries and the keys ds may be anything
+    if IS_MASKED:  # a select, not a product with a mask: ds may be NaN or Inf beyond the queries and the keys
         ds = tl.where((x < span.i)[:, None] & ((y >= 0) & (y < span.j))[None, :], ds, 0.0)
     if config.HAS_KEY_BIAS:
         ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
@@ -147,7 +147,7 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
 @triton.jit
 def _add_windows(acc, next_acc, bias, next_bias, own, first_x, state, span, scores, config: tl.constexpr,
                  IS_MASKED: tl.constexpr):  # fmt: skip
-    """A step of all bands of a program: the queries first_x …, their `state`, and the keys first_x + start …"""
+    """One step of all bands of a program: the queries first_x …, their `state`, and the keys first_x + start …"""
     queries = _queries_of(own, first_x, state, config, IS_MASKED)
     first_y = first_x + own.start
     acc = _add_window(acc, bias, own, queries, first_y, span, scores, config, IS_MASKED)
@@ -159,9 +159,9 @@ def _add_windows(acc, next_acc, bias, next_bias, own, first_x, state, span, scor
 
 @triton.jit
 def _bias_of(ptr, config: tl.constexpr):
-    """The bias of a band's window [BLOCK_M, BLOCK_N], whose first element, the first column's, is at `ptr`.
+    """The bias of a band's window [BLOCK_M, BLOCK_N]. `ptr` points to the bias of the window's first element.
 
-    Loaded once, so its rows need not run backwards as in the other kernels.
+    It is loaded only once, so its rows need not run backwards as in the other kernels.
     """
     a, c = tl.arange(0, config.BLOCK_M), tl.arange(0, config.BLOCK_N)
     return load_bias((ptr - a)[:, None] + c[None, :])
@@ -169,23 +169,24 @@ def _bias_of(ptr, config: tl.constexpr):
 
 @triton.jit
 def _store_diagonals(acc, relative, left, right, partial_ptr, span, config: tl.constexpr):
-    """The sums of acc [BLOCK_M, BLOCK_N] along its diagonals, in ROWS rows of `span` sums at partial_ptr.
+    """Store the sums of acc [BLOCK_M, BLOCK_N] along its diagonals, in ROWS rows of `span` sums at partial_ptr.
 
-    relative: y - x - offset of acc's first element. Diagonal D, the sum of a column and of how far a row lies above the
-    last one, is in row D // BLOCK_N, at D % BLOCK_N.
+    relative: y - x - offset of acc's first element. Diagonal D = column + (BLOCK_M - 1 - row) goes to column
+    D % BLOCK_N of row D // BLOCK_N.
     """
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     a, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    # The window bounds diagonals: what it hides, maybe Inf, stays on them and is dropped here, not in the loop.
+    # left and right bound whole diagonals. Hidden elements, perhaps Inf, stay on their diagonals, so they are dropped
+    # here once and not in the loop.
     if config.HAS_LEFT:
         acc = tl.where(relative - a + c >= -left, acc, 0.0)
     if config.HAS_RIGHT:
         acc = tl.where(relative - a + c <= right, acc, 0.0)
-    # Skew, rows from the last to the first: column t takes from row BLOCK_M - 1 - a the element (t - a) % BLOCK_N, on
-    # diagonal t + r BLOCK_N with the least r for which that is not less than a.
-    # Gathered from one row of BLOCK_M * BLOCK_N, through shared memory: row by row it would be shuffles, and selects
-    # among all registers of a row.
+    # Skew, rows from the last to the first: column t takes the element (t - a) % BLOCK_N of row BLOCK_M - 1 - a. This
+    # element is on diagonal t + r BLOCK_N, where r is the smallest integer that makes the diagonal at least a.
+    # The gather works on one row of BLOCK_M * BLOCK_N elements, which goes through shared memory. A gather per row
+    # would compile to shuffles, and to selects among all registers of a row.
     element = tl.arange(0, BLOCK_M * BLOCK_N)
     row, column = element // BLOCK_N, element % BLOCK_N
     source = (BLOCK_M - 1 - row) * BLOCK_N + ((column - row) & (BLOCK_N - 1))
@@ -206,7 +207,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
     BLOCK_N: tl.constexpr = config.BLOCK_N
     WIDTH: tl.constexpr = config.BANDS * BLOCK_N  # keys of a program's window
     band, chunk, head = place_of(tl.program_id(0), n_bands, n_chunks)
-    band = n_bands - 1 - band  # under causality the bands of the least distances are the longest
+    band = n_bands - 1 - band  # with causality the bands of small distances are the longest; start them first
     relative = least + band * WIDTH  # y - x - offset of the window's first column, in its first query's row
 
     bias_ptr = inputs.bias + head * width + (zero + relative)
@@ -214,7 +215,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
     next_bias, next_acc = relative, relative
     if config.BANDS == 2:
         next_bias, next_acc = _bias_of(bias_ptr + BLOCK_N, config), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # the head's part of all places, once: what is added in the loop over the batch wants a register there
+    # add the head's offset to all pointers once, here: in the loop over the batch it would take a register
     kv_head = head // layout.group
     query_ptr = move_to(query_ptr, head * layout.qh, config.IS_DESCRIBED)
     dout_ptr = move_to(dout_ptr, head * layout.dh, config.IS_DESCRIBED)
@@ -253,7 +254,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
             threshold,
         )
 
-        # the steps at which the window meets a key, and those at which it lies inside the rows and the columns
+        # the steps [enter, leave) at which the window meets a key, and [inside, outside) at which it is all inside
         enter = tl.cdiv(tl.maximum(1 - WIDTH - start, 0), BLOCK_M)
         leave = tl.cdiv(tl.minimum(tl.maximum(span.j - start, 0), span.i), BLOCK_M)
         inside = tl.cdiv(tl.maximum(-start, 0), BLOCK_M)
@@ -267,12 +268,12 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
             state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
             acc, next_acc = _add_windows(acc, next_acc, bias, next_bias, own, step * BLOCK_M, state, span, scores,
                                          config, True)  # fmt: skip
-        # a step ahead: nothing else of a step waits for a load that no pipeline began before
+        # Load one step ahead: of all loads of a step, only this one is not pipelined.
         state = load_state(rows_ptr, inside * BLOCK_M, BLOCK_M, False)
         for step in range(inside, outside):
             if config.IS_DESCRIBED:
                 next_state = load_state(rows_ptr, (step + 1) * BLOCK_M, BLOCK_M, False)
-            else:  # pointers leave no registers for it
+            else:  # pointers leave no registers for a load ahead
                 state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)
                 next_state = state
                 if config.PREFETCHES:
@@ -291,7 +292,7 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
 @triton.jit
 def _sum_of_chunks(partial_ptr, relative, is_used, least, span, n_chunks, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, FOLD_CHUNKS: tl.constexpr):  # fmt: skip
-    """The sum over the chunks, in a fixed order, at y - x - offset = relative [FOLD_BLOCK]."""
+    """The sum over the chunks, in a fixed order, for y - x - offset = relative [FOLD_BLOCK]."""
     slot = (relative - least + (BLOCK_M - 1))[None, :]
     ROWS: tl.constexpr = rows_of_diagonals(BLOCK_M, BLOCK_N)
     total = tl.zeros(relative.shape, tl.float32)
@@ -317,23 +318,23 @@ def _fold_dtable_kernel(partial_ptr, dtable_ptr, n, least, span, n_chunks, SIGNE
     is_column = column < width
     distance = column - (n - 1) if SIGNED else column
     total = _sum_of_chunks(partial_ptr, -distance, is_column, least, span, n_chunks, BLOCK_M, BLOCK_N, FOLD_CHUNKS)
-    if not SIGNED:  # distance 0 has one sign only
+    if not SIGNED:  # distance 0 has only one sign
         is_both = is_column & (column > 0)
         total += _sum_of_chunks(partial_ptr, distance, is_both, least, span, n_chunks, BLOCK_M, BLOCK_N, FOLD_CHUNKS)
     tl.store(dtable_ptr + head * width + column, total, mask=is_column)
 
 
 def _describe(tensors, seqlens, tile):
-    """Descriptors of query, key, value and dout, None where there can be none."""
+    """Descriptors of query, key, value and dout; None unless they are describable."""
     query, key, value, dout = tensors
     queries, keys = describe((query, dout), tile.block_m, seqlens), describe((key, value), tile.block_n, seqlens)
     return queries and keys and (queries[0], *keys, queries[1])
 
 
 def _chunks(wanted, batch, steps):
-    """(entries of the batch a chunk, chunks of the steps, steps a chunk) for about `wanted` chunks of batch x steps.
+    """(batch entries per chunk, chunks of the steps, steps per chunk) for about `wanted` chunks of batch x steps.
 
-    The batch goes first: between two of its entries the loop over the steps runs empty.
+    The batch is cut first, because the pipeline of the loop over the steps drains between two batch entries.
     """
     wanted = min(max(wanted, 1), MOST_CHUNKS)
     chunk_batch = cdiv(batch, wanted)
@@ -342,11 +343,14 @@ def _chunks(wanted, batch, steps):
 
 
 def launch_dtable(table, signed, reach, tensors, inputs, layout, counts, scores, threshold, kind, tile):
-    """Dtable in the table's shape, float32. tensors: query, key, value, dout, whole rows; kind: of `kind_of`."""
+    """The table's gradient, float32 (heads, width). tensors: query, key, value, dout of `whole_rows`; kind: `kind_of`.
+
+    `reach` is the smallest and the largest y - x - offset of any pair.
+    """
     heads, width = table.shape
     least, largest = reach
     span = tile.bands * tile.block_n  # keys of a program's window
-    n_bands = cdiv(largest - least + tile.block_m, span)  # the bands of a program count as one
+    n_bands = cdiv(largest - least + tile.block_m, span)  # counts the bands of one program as one
     span *= n_bands
     steps = cdiv(counts[0], tile.block_m)
     chunk_batch, step_chunks, chunk_steps = _chunks(PROGRAMS // (heads * n_bands), counts[-1], steps)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""out = softmax(scale q k^T + bias) v and its lse, the bias living inside a tile only.
+"""out = softmax(scale q k^T + bias) v and its lse. The bias exists only inside a tile.
 
               keys y ->
     queries   [ edge | whole | whole | edge ]      one program: BLOCK_M queries of one head, all keys they may see,
        x      ^ masked                 ^ masked    in blocks of BLOCK_N; whole blocks need no mask
 
-Grid: (query blocks, batch, heads) in one dimension, query blocks fastest and heads slowest, so that the programs that
-run together share a head's keys and values in the L2 cache. A program owns its rows of out and lse. The last query
-blocks come first: under causality they are the longest.
-FlashAttention-2's schedule: a running maximum and sum per row rescale the accumulator; the padded bias table and the
-backward rows of `tiles.py` add the bias for half a load and no address arithmetic an element.
-FLOPs: 4 * i * j * head_dim a head; bytes: q, k, v, out once, O(n) else. The roof is the tensor cores.
-A pair that does not count is a zero in the product with value, and zero times NaN is NaN. So where some pairs do not
-count the kernel is launched twice: the first launch's programs flag an accumulator that holds a NaN, and the second
-launch's few do the flagged work again, at the edges pair by pair (`dot_of_pairs`). `launch_with_repair` draws that.
+Grid: (query blocks, batch, heads) in one dimension, query blocks fastest and heads slowest. So programs that run
+together share a head's keys and values in the L2 cache. A program owns its rows of out and lse. The last query blocks
+come first, because with causality they are the longest.
+The schedule is FlashAttention-2's: a running maximum and sum per row rescale the accumulator. The padded bias table and
+the reversed rows of `tiles.py` make the bias cheap: half a load and no address arithmetic per element.
+FLOPs: 4 * i * j * head_dim per head; bytes: q, k, v, out once, the rest is O(n). The roof is the tensor cores.
+A masked pair is a zero in the product with value, and zero times NaN is NaN. So if some pairs are masked, the kernel is
+launched twice. Each program of the first launch sets a flag if its accumulator holds a NaN. The few programs of the
+second launch redo the flagged work, at the edges pair by pair (`dot_of_pairs`). `launch_with_repair` draws this.
 Numerics: scores, softmax and accumulators in float32, in units of log2; p is rounded to value's dtype for its product.
 Deterministic: the order of every sum depends on the shape alone.
 """
@@ -76,7 +76,7 @@ from .tiles import (
 
 
 class Outputs(NamedTuple):
-    """Pointers, as `attention/ops.py` says what they hold."""
+    """Pointers to the outputs that `attention/ops.py` describes."""
 
     out: object
     lse: object
@@ -84,7 +84,7 @@ class Outputs(NamedTuple):
 
 
 class OutLayout(NamedTuple):
-    """Elements between entries of the batch, heads and rows of out, and of lse; between the two halves of state."""
+    """Strides in elements: batch, head and row of out; batch and head of lse; the two halves of state."""
 
     ob: int
     oh: int
@@ -95,12 +95,12 @@ class OutLayout(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What a program holds: its queries, where the keys and values of its head lie, its part of the bias."""
+    """The data of a program: its queries, where the keys and values of its head lie, its part of the bias."""
 
     x: object  # [BLOCK_M], from the last query to the first
     first_x: object
     query: object  # [BLOCK_M, BLOCK_D], unless it is read in chunks
-    query_rows: object  # Matrix, for that
+    query_rows: object  # Matrix, for chunks
     key_rows: object  # Matrix
     value_rows: object  # Matrix
     bias_ptr: object
@@ -110,7 +110,7 @@ class Own(NamedTuple):
 
 @triton.jit
 def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: tl.constexpr):
-    """One block of keys: (acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M], l_i [BLOCK_M]) with it taken in."""
+    """Add one block of keys to acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M] and l_i [BLOCK_M]."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     if is_wide(config.BLOCK_D, config.PRECISION):
@@ -137,7 +137,7 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
         s = tl.where((key_bias != float("-inf"))[None, :], s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    # of a row that has seen no key yet, or only -inf: any finite number does
+    # a row that has seen no key yet, or only scores of -inf, needs any finite number
     reference = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - reference[:, None])
     alpha = tl.exp2(m_i - reference)
@@ -161,16 +161,16 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
 @triton.jit
 def _program(pid, query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, layout, out_layout, i, j, offset, left,
              right, zero, width, batch, scores, threshold, config: tl.constexpr):  # fmt: skip
-    """The work of the program `pid` of the first launch, in either launch."""
+    """Do the work of program `pid` of the first launch; the second launch calls this too."""
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
     blocks = tl.cdiv(i, BLOCK_M)
     block, index, head = place_of(pid, blocks, batch)
     span = span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
     first_x = (blocks - 1 - block) * BLOCK_M
-    if not config.IS_REPAIR:  # noqa: SIM102  (the compiler decides this one)
+    if not config.IS_REPAIR:  # noqa: SIM102  (decided at compile time)
         if first_x >= span.i:  # beyond its sequence
-            if config.NEEDS_REPAIR and config.IS_PACKED:  # no program of a dense batch comes here
+            if config.NEEDS_REPAIR and config.IS_PACKED:  # a program of a dense batch never comes here
                 tl.store(repair_ptr + pid, 0)
             return
     enter, inside, outside, leave, end = visible_blocks(
@@ -213,11 +213,11 @@ def _program(pid, query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, la
     divisor = tl.where(is_empty, 1.0, l_i)
     out = matrix_of(outputs.out, row, head, span.first_query, span.i, out_layout.ob, out_layout.oh, out_layout.ox)
     store_rows(out, acc * (scores.keep_scale / divisor)[:, None], first_x, BLOCK_M, config.VALUE_DIM, BLOCK_V, True)
-    m_i = tl.where(l_i == l_i, m_i, l_i)  # the largest of scores with a NaN among them may be any number
+    m_i = tl.where(l_i == l_i, m_i, l_i)  # the maximum of scores that include a NaN is arbitrary
     lse = tl.where(is_empty, float("-inf"), (m_i + tl.log2(divisor)) * LN2)
     place = row * out_layout.lb + head * out_layout.lh + span.first_query + x
     tl.store(outputs.lse + place, lse, mask=x < span.i)
-    # apart, because a large m_i swallows the logarithm of l_i
+    # stored separately, because a large m_i swallows the logarithm of l_i
     tl.store(outputs.state + place, m_i, mask=x < span.i)
     tl.store(outputs.state + out_layout.s + place, l_i, mask=x < span.i)
 
@@ -241,9 +241,9 @@ def _forward_kernel(query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, 
 @repeated(also=lambda query, *_: precision_of(query))
 def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, longest_key, offset, signed, left, right,
             scale, softcap, dropout_p, *, blocks=None):  # fmt: skip
-    """Launch the forward pass: (out, lse, state). `attention/ops.py` says what the arguments are.
+    """Launch the forward pass: (out, lse, state). `attention/ops.py` describes the arguments.
 
-    `blocks`: other constants than `blocks.py`'s, for tests of small shapes and for tuning.
+    `blocks` replaces the constants of `blocks.py`, for tests of small shapes and for tuning.
     """
     check_sizes(query, key, value, table, longest_query, longest_key)
     batch, heads, i, _ = query.shape

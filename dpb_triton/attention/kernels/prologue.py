@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What the backward kernels read beside query, key, value and dout, written by one small kernel before them.
+"""One small kernel that runs before the backward kernels and writes what they read beside query, key, value and dout.
 
-    rows    (batch, heads, i, 4)    of every query m, 1 / l, delta / l and nothing: one 16-byte load each. ds is then
-                                    exp2(s - m) times one multiply-add of dp. m and l come apart from forward:
-                                    m + log(l) would swallow l where scores are large
+    rows    (batch, heads, i, 4)    m, 1 / l and delta / l of every query, and one unused number: one 16-byte load
+                                    each. ds is then exp2(s - m) times one multiply-add of dp. Forward stores m and l
+                                    separately, because m + log(l) would swallow l for large scores
     bias    (2, heads, width)       the padded table of `bias.py`, and its mirror for dkdv, whose tiles hold
-                                    keys in rows: `tiles.py` says why rows run backwards
+                                    keys in rows; `tiles.py` explains why rows run backwards
 
 Grid: the blocks of rows of every head, then the blocks of the table of every head.
-Bytes: dout and out once, the rest is O(n).
+Bytes: dout and out once; the rest is O(n).
 """
 
 from typing import NamedTuple
@@ -24,13 +24,13 @@ from .bias import BIAS_BLOCK, width_of, write_bias
 from .blocks import padded
 
 ROW_BLOCK = 32
-# Rows beyond the last one that a tile of queries may load, and selects away: the largest block, and one more that
-# is loaded or fetched ahead.
+# Rows beyond the last one. A tile of queries may load them, but masks them: the largest block, and one more that is
+# loaded or prefetched.
 ROW_PADDING = 256
 
 
 class Read(NamedTuple):
-    """Pointers to what the rows are made of, each of all queries."""
+    """Pointers to the inputs of the rows; each covers all queries."""
 
     dout: object
     dlse: object
@@ -39,7 +39,7 @@ class Read(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Elements between entries of the batch, heads and rows of dout and out; of the table between heads and columns."""
+    """Strides in elements: batch, head and row of dout and of out; head and column of the table."""
 
     db: int
     dh: int
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 @triton.jit
 def _write_rows(block, row, read, rows_ptr, layout, count, i, heads, HAS_DLSE: tl.constexpr,
                 VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """The rows of BLOCK_M queries of head row % heads of the batch's entry row // heads; count: those of all heads."""
+    """Write the rows of BLOCK_M queries of head row % heads, batch entry row // heads; count: queries of all heads."""
     index, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     x = block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.arange(0, BLOCK_V)[None, :]
@@ -73,7 +73,7 @@ def _write_rows(block, row, read, rows_ptr, layout, count, i, heads, HAS_DLSE: t
     if HAS_DLSE:
         delta -= tl.load(read.dlse + x, mask=is_row, other=0.0)
     largest = tl.load(read.state + x, mask=is_row, other=0.0)
-    # a query that sees no key: exp2(s - inf) = 0, and nothing of what dout holds
+    # A query that sees no key: exp2(s - inf) = 0, and delta must not depend on dout, which may hold NaN.
     is_empty = largest == float("-inf")
     inverse = 1.0 / tl.where(is_empty, 1.0, tl.load(read.state + count + x, mask=is_row, other=1.0))
     rows_ptr += 4 * x
@@ -100,7 +100,7 @@ def _prologue_kernel(read, rows_ptr, table_ptr, bias_ptr, layout, count, i, head
 
 
 def launch_prologue(dout, dlse, out, state, table, signed, reach):
-    """(rows, (batch, heads) strides of them in queries, bias (2, heads, width), zero). dout, out: whole rows."""
+    """(rows, their strides (batch, heads) in queries, bias (2, heads, width), zero). dout, out: of `whole_rows`."""
     batch, heads, i, value_dim = dout.shape
     count = batch * heads * i
     rows = empty((4 * (count + ROW_PADDING),), torch.float32, dout.device)

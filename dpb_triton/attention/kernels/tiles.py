@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What the attention kernels share: the padded bias table, the scores of a tile, its masks, its dropout.
+"""Code that the attention kernels share: the padded bias table, the scores of a tile, its masks, its dropout.
 
-    bias tile of the queries x0 … and the keys y0 …        rows from the last query to the first
-              y ->                                          a = 0 is x0 + BLOCK_M - 1
-        a     b0 b1 b2 b3                                   its values are those of a row of the padded table,
-        |     b1 b2 b3 b4                                   at (first + a + c): a sum of the row's place and
-        v     b2 b3 b4 b5                                   the column's place
+    bias tile of the queries x0 … and the keys y0 …        rows from the last query to the first:
+              y ->                                          row a = 0 is query x0 + BLOCK_M - 1
+        a     b0 b1 b2 b3                                   row a, column c holds the element
+        |     b1 b2 b3 b4                                   first + a + c of the padded table:
+        v     b2 b3 b4 b5                                   the row and the column add up
 
-The bias depends on y - x only. One padded table a call, bias[h, c] = log2(e) * table[h, |(c - zero)|], holds it for
+The bias depends on y - x only. Each call has one padded table, bias[h, c] = log2(e) * table[h, |(c - zero)|]. It covers
 every y - x - offset that a tile may touch, so a tile's loads need neither an absolute value nor a bounds check.
-Query rows run backwards inside a tile: the place of an element is then the sum of what the row and what the column
-add. In an accumulator's layout both are a lane's part plus a constant, so the compiler keeps one pointer a lane, puts
-the constants into the instructions, and loads the elements of one diagonal once: 34 loads for the 64 elements that a
-thread holds of 128 x 128. With rows forwards, where the row's place is subtracted, it finds 64 (`python -m bench
-codegen --kernel attention` counts them). dkdv holds keys in its rows: there the keys run backwards, and the table that
-it reads is mirrored. A plain tl.load here would be copied through shared memory.
+Query rows run backwards inside a tile, so an element's address is a row part plus a column part. In an accumulator's
+layout both parts are a lane's offset plus a constant. So the compiler keeps one pointer per lane, puts the constants
+into the instructions, and loads the elements of one diagonal once: a thread of a 128 x 128 tile holds 64 elements and
+needs 34 loads. With forward rows the row part is subtracted, and the compiler needs 64 loads (`python -m bench codegen
+--kernel attention` counts them). The rows of dkdv are keys: there the keys run backwards, and the table is mirrored.
+`load_bias` is no plain tl.load, because Triton would copy that through shared memory.
 """
 
 import triton
@@ -28,13 +28,13 @@ INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(64)
-FLAGS = tl.constexpr(32)  # that a program of a second launch reads at once: one for each lane of a warp
-KEY_PADDING = tl.constexpr(256)  # of the key bias on both sides: two of the largest blocks
+FLAGS = tl.constexpr(32)  # flags that a program of a second launch reads at once: one per lane of a warp
+KEY_PADDING = tl.constexpr(256)  # elements of padding on each side of the key bias: two of the largest blocks
 
 
 @triton.jit
 def load_bias(ptrs):
-    """The elements at `ptrs`, each thread for itself, in the layout in which they are used."""
+    """The elements at `ptrs`. Each thread loads its own elements, in the layout in which it uses them."""
     if INTERPRETED or not tl.target_info.is_cuda():
         return tl.load(ptrs)
     else:
@@ -45,11 +45,12 @@ def load_bias(ptrs):
 
 @triton.jit
 def prefetch(ptr, COUNT: tl.constexpr):
-    """Fetch COUNT float32, those from `ptr` on that the next step reads first, into the L1 cache.
+    """Prefetch COUNT float32 from `ptr` on, which the next step reads for the first time, into the L1 cache.
 
-    The bias and the queries' state are loaded by each thread for itself, behind no pipeline, and what of them is new at
-    a step comes from the L2 cache. Where few programs run at a time they wait for it; where many do this costs more.
-    Asked for is the last element of every 128 bytes: the line that the first ones share with older ones is there.
+    Each thread loads its own part of the bias and of the queries' state, without a pipeline. The part that is new at a
+    step comes from the L2 cache. If few programs run at a time, they wait for it. If many run, the prefetch costs more
+    than it saves. The last element of every 128 bytes is requested, because the line that the first elements share with
+    older ones is already in the cache.
     """
     if not INTERPRETED and tl.target_info.is_cuda():
         tl.inline_asm_elementwise(
@@ -62,9 +63,9 @@ def prefetch(ptr, COUNT: tl.constexpr):
 def load_state(ptr, first_x, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
     """(largest, 1 / l, delta / l) of the queries first_x … + COUNT - 1, as backward's prologue wrote them, (i, 4).
 
-    Loaded as the bias is, each thread for itself, a query in one access: Triton's pipeliner would copy them 4 bytes at
-    a time through shared memory, and with those copies in flight ptxas waits for every product of the loop (its
-    warning C7515). Queries beyond i get what lies there: whoever asks for them selects the pairs that count.
+    Each thread loads its own part, as for the bias, one query per access. Triton's pipeliner would copy the state
+    through shared memory, 4 bytes at a time, and while these copies are in flight, ptxas waits for every product of the
+    loop (its warning C7515). Queries beyond i get arbitrary numbers; callers mask them.
     """
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
@@ -82,10 +83,10 @@ def load_state(ptr, first_x, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
 
 @triton.jit
 def opaque(x):
-    """int32 x, about whose value the compiler learns nothing.
+    """int32 x, with its value hidden from the compiler.
 
-    A mask that shares its columns with the bias tile makes LLVM compute them once for both, and with that the bias tile
-    loses its constants: 62 loads instead of 34.
+    If a mask and the bias tile use the same columns, LLVM computes these once for both. The bias tile then loses its
+    constants: 62 loads instead of 34.
     """
     if INTERPRETED or not tl.target_info.is_cuda():
         return x
@@ -95,7 +96,7 @@ def opaque(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """X rounded to `dtype`. The interpreter would truncate to bfloat16: there the rounding is done on the bits."""
+    """Round x to `dtype`. The interpreter would truncate to bfloat16, so there the code rounds the bits."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -106,7 +107,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, config: tl.constexpr):
-    """A @ b in float32. The interpreter would multiply bfloat16's bit patterns."""
+    """A @ b in float32. The interpreter would multiply the bit patterns of bfloat16, so there the inputs are cast."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
@@ -124,13 +125,13 @@ def dot_add(a, b, acc, config: tl.constexpr):
 
 @triton.jit
 def has_nan(tile, is_row):
-    """Whether a NaN is among the rows `is_row` of a tile [rows, columns]; the others may hold anything."""
+    """Whether the rows `is_row` of a tile [rows, columns] hold a NaN; other rows may hold anything."""
     return tl.max(((tile != tile) & is_row[:, None]).to(tl.int32)) > 0
 
 
 @triton.jit
 def is_any_set(flags_ptr, first, step, end):
-    """Whether one of the flags first, first + step, … is set, of FLAGS before `end`."""
+    """Whether any of the flags first, first + step, … is set; reads FLAGS of them, those before `end`."""
     place = first + step * tl.arange(0, FLAGS)
     return tl.max(tl.load(flags_ptr + place, mask=place < end, other=0)) != 0
 
@@ -139,8 +140,8 @@ def is_any_set(flags_ptr, first, step, end):
 def dot_of_pairs(a, b, mask, acc, COUNT: tl.constexpr):
     """A [M, COUNT] @ b [COUNT, columns] + acc over the pairs of `mask` [M, COUNT]; b's other rows may hold NaN and Inf.
 
-    In a product of matrices a pair that does not count is a zero, and zero times NaN is NaN. This is an outer product a
-    row of b, so slow: for the tiles of a program whose product came out NaN.
+    In a matrix product a masked pair is a zero, and zero times NaN is NaN. This function adds one outer product per row
+    of b. That is slow, so only programs whose matrix product held a NaN use it.
     """
     index = tl.arange(0, COUNT)
     for c in range(0, COUNT):
@@ -154,13 +155,13 @@ def dot_of_pairs(a, b, mask, acc, COUNT: tl.constexpr):
 
 @triton.jit
 def key_bias_of(ptr, row, j, first_key):
-    """Where a sequence's key bias lies in what `pad_key_bias` wrote: that of its first key. j: a dense batch's."""
+    """Pointer to the key bias of a sequence's first key, in the output of `pad_key_bias`. j: keys of a batch entry."""
     return ptr + (row * (j + 2 * KEY_PADDING) + (first_key + KEY_PADDING))
 
 
 @triton.jit
 def load_key_bias(ptr, first_y, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
-    """The key bias of the keys first_y … + COUNT - 1, in units of log2; -inf for none."""
+    """The key bias of the keys first_y … + COUNT - 1, in units of log2; -inf where there is no key."""
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
         index = COUNT - 1 - index
@@ -169,13 +170,13 @@ def load_key_bias(ptr, first_y, COUNT: tl.constexpr, IS_REVERSED: tl.constexpr):
 
 @triton.jit
 def place_of(pid, blocks, batch):
-    """(block, index of the batch or of the packed sequence, head) of a program: blocks fastest, heads slowest."""
+    """(block, batch entry or packed sequence, head) of a program: blocks fastest, heads slowest."""
     return pid % blocks, (pid // blocks) % batch, (pid // (blocks * batch)).to(tl.int64)
 
 
 @triton.jit
 def span_of(seqlens_ptr, index, i, j, offset, left, right, IS_PACKED: tl.constexpr):
-    """The Span of the packed sequence `index`; that of a dense batch has i queries and j keys."""
+    """The Span of the packed sequence `index`, or of a dense batch entry, with i queries and j keys."""
     if IS_PACKED:
         ptr = seqlens_ptr + index * 5
         first_query, first_key = tl.load(ptr).to(tl.int64), tl.load(ptr + 2).to(tl.int64)
@@ -187,19 +188,19 @@ def span_of(seqlens_ptr, index, i, j, offset, left, right, IS_PACKED: tl.constex
 
 @triton.jit
 def swapped(span):
-    """The Span with queries in the place of keys, and keys in the place of queries."""
+    """The Span with queries and keys exchanged."""
     return Span(span.first_key, span.first_query, span.j, span.i, -span.offset, span.right, span.left)
 
 
 @triton.jit
 def matrix_of(ptr, row, head, first, rows, stride_b, stride_h, stride_x):
-    """The Matrix of `rows` rows behind the pointer to a tensor (batch, heads, rows, DIM)."""
+    """The Matrix of `rows` rows, from row `first` on, of a tensor (batch, heads, rows, DIM) at `ptr`."""
     return Matrix(ptr + (row * stride_b + head * stride_h + first * stride_x), rows, stride_x)
 
 
 @triton.jit
 def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
-    """What lies at `source` + offset: a pointer moves there, a descriptor is told at each load."""
+    """`source` + offset for a pointer. A descriptor stays as it is: its loads take the position."""
     if IS_DESCRIBED:
         return source
     else:
@@ -208,18 +209,18 @@ def move_to(source, offset, IS_DESCRIBED: tl.constexpr):
 
 @triton.jit
 def stream_of(source, row, head, first, rows, stride_b, stride_h, stride_x, IS_DESCRIBED: tl.constexpr):
-    """`matrix_of` of what a loop reads, by a pointer or by a descriptor."""
+    """`matrix_of` for what a loop reads, from a pointer or a descriptor."""
     source = move_to(source, row * stride_b + head * stride_h + first * stride_x, IS_DESCRIBED)
     return Matrix(source, rows, stride_x, row.to(tl.int32), head.to(tl.int32))
 
 
 @triton.jit
 def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
-    """Where the rows first + index of a matrix (rows, DIM) lie: [rows, offs_d].
+    """Pointers to the rows first + index of a matrix (rows, DIM): [rows, offs_d].
 
-    Rows of a multiple of 8 elements begin at multiples of 16 bytes: the launchers see to it (`whole_rows`). Triton sees
-    it by itself only where the stride is a multiple of 16, and loads 2 bytes at a time elsewhere. A hint on an argument
-    gets lost on the way; what a shift and a product say does not.
+    If DIM is a multiple of 8, rows start at multiples of 16 bytes; the launchers ensure this (`whole_rows`). Triton
+    knows it by itself only if the stride is a multiple of 16, and loads 2 bytes at a time otherwise. A hint on an
+    argument gets lost, but a shift and a product of the stride survive.
     """
     stride = tl.full([], 0, tl.int32) + stride
     if DIM % 8 == 0:
@@ -233,14 +234,14 @@ def row_ptrs(ptr, first, index, stride, offs_d, DIM: tl.constexpr):
 
 @triton.jit
 def from_column(matrix, start):
-    """The Matrix without its first columns."""
+    """The Matrix without its first `start` columns."""
     return Matrix(matrix.source + start, matrix.rows, matrix.stride)
 
 
 @triton.jit
 def load_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_REVERSED: tl.constexpr,
               IS_MASKED: tl.constexpr):  # fmt: skip
-    """Rows first … first + COUNT - 1 of a Matrix (rows, DIM), zeros outside of it: [COUNT, BLOCK]."""
+    """Rows first … first + COUNT - 1 of a Matrix (rows, DIM), with zeros outside of it: [COUNT, BLOCK]."""
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
         index = COUNT - 1 - index
@@ -262,7 +263,7 @@ def load_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def stream_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_MASKED: tl.constexpr,
                 IS_DESCRIBED: tl.constexpr):  # fmt: skip
-    """`load_rows` of what a loop reads tile by tile. A descriptor gives zeros outside by itself."""
+    """`load_rows` for what a loop reads tile by tile. A descriptor returns zeros outside by itself."""
     if IS_DESCRIBED:
         return tl.reshape(matrix.source.load([matrix.index, matrix.head, first, 0]), [COUNT, BLOCK])
     else:
@@ -273,7 +274,7 @@ def stream_rows(matrix, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl
 def is_wide(block, precision):
     """Whether rows of `block` columns are multiplied in chunks.
 
-    float32's three products of tf32 keep two copies of an operand in registers, and whole rows beyond 64 would spill.
+    The three tf32 products of float32 keep two copies of an operand in registers: rows wider than 64 would spill.
     """
     return precision != "tf32" and block > CHUNK.value
 
@@ -296,7 +297,7 @@ def dot_of_rows(x, first_x, y, first_y, M: tl.constexpr, N: tl.constexpr, DIM: t
 @triton.jit
 def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
                IS_REVERSED: tl.constexpr):  # fmt: skip
-    """The transpose of `load_rows`: rounds to the matrix' dtype."""
+    """Store a tile as `load_rows` loads one, rounded to the matrix' dtype."""
     index = tl.arange(0, COUNT)
     if IS_REVERSED:
         index = COUNT - 1 - index
@@ -311,9 +312,9 @@ def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexp
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
 
-    Those in [enter, leave) hold a key that some of the queries see, those in [inside, outside) none that some do not
-    see. Nobody sees the keys from `end` on. With the roles swapped (`swapped`) the query blocks of a block of keys.
-    Negative numerators are clamped first: `//` truncates toward zero.
+    A block in [enter, leave) has a key that some of the queries see. All queries see all keys of a block in
+    [inside, outside). No query sees the keys from `end` on. For a `swapped` Span these are the query blocks of a block
+    of keys. Negative numerators are clamped first, because `//` truncates toward zero.
     """
     begin = tl.zeros([], tl.int32)
     end = begin + span.j
@@ -335,7 +336,7 @@ def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexp
 def is_allowed(x, first_y, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which of the keys first_y … + BLOCK_N - 1 the queries x [BLOCK_M] may see: [BLOCK_M, BLOCK_N].
 
-    The roles may be swapped as in `visible_blocks`.
+    A `swapped` Span exchanges the roles, as in `visible_blocks`.
     """
     column = opaque(tl.arange(0, BLOCK_N))[None, :]
     end = tl.zeros(x.shape, tl.int32) + (span.j - first_y)
@@ -350,9 +351,9 @@ def is_allowed(x, first_y, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 
 @triton.jit
 def tanh_of(u):
-    """The tanh to float32's rounding: 1 - 2 / (1 + exp(2 u)), near 0, where that cancels, Cephes' polynomial.
+    """The tanh to float32's rounding: 1 - 2 / (1 + exp(2 u)); near 0, where this cancels, Cephes' polynomial instead.
 
-    The hardware's tanh.approx keeps 11 bits.
+    The hardware's tanh.approx has only 11 correct bits.
     """
     square = u * u
     near = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -364,7 +365,7 @@ def tanh_of(u):
 
 @triton.jit
 def add_bias(qk, bias, scores, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log2, and the derivative of the cap (1.0 without one)."""
+    """Scores in units of log2, and the derivative of the softcap (1.0 without one)."""
     if HAS_SOFTCAP:
         tanh = tanh_of(qk * scores.cap_in)
         return tanh * scores.cap_out + bias, 1.0 - tanh * tanh
@@ -374,7 +375,7 @@ def add_bias(qk, bias, scores, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def mix(h):
-    """A bijection of 32 bits that spreads every bit over all (Wellons' lowbias32)."""
+    """A bijection of 32-bit integers that spreads every bit over all bits (Wellons' lowbias32)."""
     h ^= h >> 16
     h *= 0x7FEB352D
     h ^= h >> 15
@@ -384,7 +385,7 @@ def mix(h):
 
 @triton.jit
 def dropout_of(seed_ptr, row, threshold):
-    """The Dropout of rows (int64): two 32-bit keys of each, and the share of scores that goes."""
+    """The Dropout of rows (int64): two 32-bit keys per row, and the threshold, the share of scores to drop."""
     seed = tl.load(seed_ptr)
     low = (row & 0xFFFFFFFF).to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -395,7 +396,7 @@ def dropout_of(seed_ptr, row, threshold):
 
 @triton.jit
 def is_kept(dropout, y, QUERIES_IN_ROWS: tl.constexpr):
-    """Whether dropout keeps the scores of its queries and the keys y: a function of both alone, whatever the tiles."""
+    """Whether dropout keeps the scores of its queries and the keys y. The result does not depend on the tiles."""
     if QUERIES_IN_ROWS:
         first, second, y = dropout.first_key[:, None], dropout.second_key[:, None], y[None, :]
     else:

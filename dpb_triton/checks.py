@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What every public function asks of its arguments: one check each, naming the argument, the value, the expectation.
+"""Argument checks of the public functions. Each error names the argument, its value and what was expected.
 
-Symbolic ints (torch.compile, torch.export) pass; comparisons on them become guards. So do a trace's 0-d tensors, whose
-numbers are looked at.
+Symbolic ints (torch.compile, torch.export) pass; comparisons on them become guards. A trace's 0-d tensors pass too; the
+checks read their numbers.
 """
 
 import numbers
@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 from .tracing import is_size, number
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# No tensor has more elements, as csrc/ says too; a size and an offset together are still int64.
+# No tensor has more elements; csrc/ has the same limits. The sum of a size and an offset still fits int64.
 LARGEST_SIZE, LARGEST_OFFSET = 1 << 60, 1 << 62
 
 
 def constant_under_compile(function):
-    """Have torch.compile call `function` once, at compile time, and keep its result.
+    """Make torch.compile call `function` once, at compile time, and keep its result.
 
-    What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes a second.
+    Does the same as torch.compiler.assume_constant_result, but does not import torch._dynamo, which takes a second.
     """
     function._dynamo_marked_constant = True
     return function
@@ -28,16 +28,16 @@ def constant_under_compile(function):
 
 @constant_under_compile
 def _has_autocast(device_type):
-    return torch.amp.is_autocast_available(device_type)  # which torch 2.11's Dynamo cannot trace
+    return torch.amp.is_autocast_available(device_type)  # torch 2.11's Dynamo cannot trace this
 
 
 def is_autocast(device_type):
-    """Whether autocast is on for tensors on such a device."""
+    """Whether autocast is on for tensors on this type of device."""
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def is_transformed(*tensors):
-    """Whether more than reverse-mode autograd is asked of this call: a functorch transform, or forward-mode AD.
+    """Whether this call needs more than reverse-mode autograd: a functorch transform or forward-mode AD.
 
     A tensor may be None.
     """
@@ -49,9 +49,9 @@ def is_transformed(*tensors):
 
 
 def check_int(name, value, least=None, most=LARGEST_SIZE):
-    """`value` as an int from `least` or -`most` to `most`, None for no limit; a SymInt and a trace's size stay theirs.
+    """`value` as an int of at least `least` (-`most` if that is None) and at most `most` (None: no limit).
 
-    bool is not an int here, numpy's integers are.
+    A SymInt and a trace's size are returned unchanged. bool is not an int here; numpy's integers are.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if is_size(value):
@@ -62,7 +62,7 @@ def check_int(name, value, least=None, most=LARGEST_SIZE):
         value = int(value)
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    # not in a trace: as a guard it would bound a symbolic size, which torch.export asks its caller to confirm
+    # not while compiling: as a guard it bounds a symbolic size, and torch.export makes its caller confirm the bound
     if most is not None and not torch.compiler.is_compiling() and not -most <= value <= most:
         power = f"2^{most.bit_length() - 1}"
         raise ValueError(f"{name} must be between {f'-{power}' if least is None else least} and {power}, got {value}")
@@ -70,7 +70,7 @@ def check_int(name, value, least=None, most=LARGEST_SIZE):
 
 
 def check_limit(name, value):
-    """`value` as an int of 0 or more, or None: there is no limit, or one that nothing reaches."""
+    """`value` as an int of 0 or more; None if there is no limit, or if no position can reach it."""
     if value is None:
         return None
     value = check_int(name, value, 0, None)
@@ -78,14 +78,14 @@ def check_limit(name, value):
 
 
 def check_flag(name, value):
-    """`value`, True or False and nothing that merely behaves like it."""
+    """`value`, which must be True or False itself, not something that behaves like it."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
     return value
 
 
 def check_dtype(name, value):
-    """`value`, one of the floating dtypes that the kernels know."""
+    """`value`, which must be one of the floating dtypes that the kernels support."""
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {value!r} of type {type(value).__name__}")
     if value not in FLOATING:
@@ -94,14 +94,14 @@ def check_dtype(name, value):
 
 
 def check_strided(name, tensor):
-    """`tensor` is neither sparse nor nested."""
+    """Refuse a sparse or nested `tensor`."""
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a strided (dense) tensor, got {layout}")
 
 
 def check_tensor(name, value, shape):
-    """`value`, a dense floating tensor with as many dimensions as `shape` has names."""
+    """`value`, which must be a dense floating tensor with one dimension for each name in `shape`."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor ({', '.join(shape)}), got {type(value).__name__}")
     check_strided(name, value)
@@ -113,13 +113,13 @@ def check_tensor(name, value, shape):
 
 
 def check_grid(i, j, offset):
-    """i, j and the offset of the first query, j - i unless given."""
+    """i, j and the offset of the first query, which defaults to j - i."""
     i, j = check_int("i", i, 0), check_int("j", j, 0)
     return i, j, check_offset(i, j, offset)
 
 
 def check_offset(i, j, offset):
-    """The offset of the first query of i queries and j keys, j - i unless given."""
+    """The offset of the first query, for i queries and j keys; it defaults to j - i."""
     if offset is not None:
         return check_int("offset", offset, None, LARGEST_OFFSET)
     if number(j) < number(i):
@@ -132,7 +132,7 @@ def check_offset(i, j, offset):
 
 
 def check_table(table, signed):
-    """`table`'s length n: its distances are 0 .. n - 1, signed ones -(n - 1) .. n - 1."""
+    """The length n of `table`, whose distances are 0 .. n - 1, or -(n - 1) .. n - 1 if it is signed."""
     check_tensor("table", table, ("heads", "2 n - 1" if signed else "n"))
     heads, width = table.shape
     if heads < 1:
@@ -145,7 +145,7 @@ def check_table(table, signed):
 
 
 def check_distances(table, n, i, j, offset):
-    """Every |x + offset - y| of the grid is inside a table of length n."""
+    """Refuse a grid that has an |x + offset - y| outside a table of length n."""
     if i > 0 and j > 0 and (i + offset > n or j - offset > n):
         needed = max(i + offset, j - offset)
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operator library: who can serve a call, why the others cannot, and the way from a call to an operator.
+"""The operator library: which backend can serve a call, why the others cannot, and how a call reaches its operator.
 
     op            keys
     name          CUDA: Triton, else csrc/'s kernels    CPU: csrc/'s, if built    otherwise: torch
@@ -7,10 +7,12 @@
     name_triton   every device: Triton (on the CPU its interpreter)               backend="triton"
     name_cuda     CUDA: csrc/'s kernels                                           backend="cuda"
 
-This file is not called backends.py: Dynamo takes every path with "triton/backends" in it for Triton's and traces none.
+This file is not called backends.py: Dynamo never traces a path with "triton/backends" in it, because it looks like one
+of Triton's own.
 
-Each slice defines its operators with `define`, and their derivatives with `define_autograd`. All are opaque to
-torch.compile: one node for all lengths, nothing of the body traced. Only torch is imported here, Triton on first use.
+expand/ and attention/ define their operators with `define` and their derivatives with `define_autograd`. torch.compile
+sees an operator as one opaque node for all lengths and does not trace its body. This file imports only torch; Triton is
+imported on first use.
 """
 
 import functools
@@ -23,19 +25,19 @@ import torch
 from .checks import constant_under_compile
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
-# A backend's operators; "" is the dispatcher's choice, which on the CPU is "cpp" whenever that is available.
+# The suffix of a backend's operators. "" is the dispatcher's choice: on the CPU it is "cpp" if that is available.
 SUFFIXES = {"torch": "_torch", "triton": "_triton", "cuda": "_cuda", "cpp": ""}
 
 LIBRARY = torch.library.Library("dpb_triton", "DEF")
 OPERATORS = {}
-# {(operator, device type): the function in Python that the dispatcher would come to}
+# {(operator, device type): the Python function that the dispatcher would call}
 DIRECT = {}
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = _TENSORS | {int, float, bool, torch.dtype, type(None)}
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
+    """Whether Triton can be imported. The check itself does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -47,13 +49,13 @@ def is_interpreting() -> bool:
 
 
 def reason_left() -> str:
-    """What `setup.py` left beside the package for what it did not build, behind a colon; or nothing."""
+    """A colon and the reason that `setup.py` left in the package for what it did not build; else an empty string."""
     path = Path(__file__).with_name("_C.txt")
     return f": {path.read_text().strip()}" if path.exists() else ""
 
 
 def load_csrc() -> str | None:
-    """Load the compiled half (csrc/). None, or why it is not there: the reason that `setup.py` left, if it did."""
+    """Load the compiled extension (csrc/). None, or why it is missing: the reason that `setup.py` left, if any."""
     try:
         importlib.import_module("dpb_triton._C")
     except ImportError as error:
@@ -63,13 +65,13 @@ def load_csrc() -> str | None:
     return None
 
 
-# The compiled kernels claim the CPU key of `expand` and `reduce` and the CUDA key of `…_cuda` when they are loaded.
+# Loading the extension registers kernels for the CPU key of `expand` and `reduce` and the CUDA key of `…_cuda`.
 CSRC_ERROR = load_csrc()
 
 
 @functools.cache
 def why_no_csrc(backend: str) -> str | None:
-    """None if the compiled half holds `backend` ("cpp" or "cuda"), else the reason."""
+    """None if the compiled extension has kernels for `backend` ("cpp" or "cuda"), else the reason."""
     key = {"cpp": "CPU", "cuda": "CUDA"}[backend]
     if CSRC_ERROR or torch._C._dispatch_has_kernel_for_dispatch_key(f"dpb_triton::expand{SUFFIXES[backend]}", key):
         return CSRC_ERROR
@@ -78,7 +80,7 @@ def why_no_csrc(backend: str) -> str | None:
 
 @constant_under_compile
 def why_not(backend: str, device_type: str) -> str | None:
-    """None if `backend` can serve tensors on `device_type`, else the reason, for people."""
+    """None if `backend` can serve tensors on `device_type`, else the reason in words for the user."""
     if backend == "torch":
         return None
     if backend in ("cpp", "cuda"):
@@ -109,15 +111,15 @@ def check_backend(backend: str | None, device_type: str, served_by: tuple[str, .
 
 
 def suffixes_of(served_by):
-    """The suffixes of an operator that these backends have: the dispatcher's choice first, each once."""
+    """The suffixes of an operator that these backends serve, each once; the dispatcher's choice comes first."""
     return dict.fromkeys(("", *(SUFFIXES[backend] for backend in served_by)))
 
 
 def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cuda=None):
-    """Define the operator `name`, once as the dispatcher chooses and once for each backend that has another.
+    """Define the operator `name`: once for the dispatcher's choice and once for each other suffix.
 
-    fake: the fake kernel. by_torch, by_triton: the functions. on_cuda: instead of by_triton for tensors of a GPU where
-    nobody asks for a backend.
+    fake: the fake kernel. by_torch, by_triton: the implementations. on_cuda: replaces by_triton for CUDA tensors if the
+    call names no backend.
     """
     for suffix in suffixes_of(served_by):
         LIBRARY.define(name + suffix + schema)
@@ -136,9 +138,9 @@ def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cu
 
 
 def define_autograd(name, differentiable):
-    """Have the operators of `name` differentiated by differentiable(suffix, *args), also where a graph calls them.
+    """Differentiate the operators of `name` by differentiable(suffix, *args), also if a graph calls them directly.
 
-    Which torch.export's do, and a user's. torch's default would be a gradient that is silently missing.
+    Graphs of torch.export do that, and users may. By torch's default the gradient would be silently missing.
     """
     for suffix in suffixes_of(BACKENDS):
         if name + suffix in OPERATORS:
@@ -156,7 +158,7 @@ def _autograd_kernel(differentiable, operator, suffix):
 
 
 def on_its_device(module, name):
-    """The function `name` of a module that is imported on first use; it runs on the device of its first argument."""
+    """The function `name` of `module`, which is imported on first use. It runs on the device of its first argument."""
     kernels = None
 
     def function(tensor, *args):
@@ -164,7 +166,7 @@ def on_its_device(module, name):
         if kernels is None:
             kernels = importlib.import_module(module)
         index = tensor.get_device()
-        if index < 0 or index == torch.cuda.current_device():  # a guard takes a microsecond
+        if index < 0 or index == torch.cuda.current_device():  # the guard below takes a microsecond
             return getattr(kernels, name)(tensor, *args)
         with torch.cuda.device(index):
             return getattr(kernels, name)(tensor, *args)
@@ -173,12 +175,12 @@ def on_its_device(module, name):
 
 
 def call(name: str, suffix: str, *args):
-    """An operator of a backend, below autograd, which the caller has seen to.
+    """Call a backend's operator below autograd, which the caller has already handled.
 
-    Not through autograd's key, whose kernel is in Python: that detour costs as much as a small operator. And where
-    nobody but us would see the operator, not through the dispatcher either, which takes 7 to 15 microseconds to turn 15
-    to 30 arguments into its own values and back. The functions that are called so return no views, and no tensor that
-    they are given wants a gradient or gradients are off: autograd has nothing to do in them.
+    The call skips autograd's key: its kernel is Python code and costs as much as a small operator. If nothing observes
+    operators, the call also skips the dispatcher, which takes 7 to 15 microseconds to convert 15 to 30 arguments to its
+    own values and back. Autograd has nothing to do in these functions: they return no views, and either no input tensor
+    requires a gradient or gradients are off.
     """
     if torch.compiler.is_compiling():
         return OPERATORS[name + suffix](*args)
@@ -190,9 +192,9 @@ def call(name: str, suffix: str, *args):
 
 
 def _is_seen(args):
-    """Whether a mode, a transform, a trace, a profiler or a tensor's class wants to know of operators.
+    """Whether a mode, a transform, a trace, a profiler or a tensor's class observes operators.
 
-    Or a tensor's memory holds its negative, as that of `z.conj().imag` does: the dispatcher negates it.
+    Also true if a tensor's memory holds its negative, as for `z.conj().imag`: the dispatcher negates such a tensor.
     """
     if (
         not _PLAIN.issuperset(map(type, args))

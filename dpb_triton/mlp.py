@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The MLP where it is: its parameters may be sharded, gathered, quantised, offloaded, cast or kept by somebody else.
+"""Runs an MLP whose parameters other code may shard, gather, quantise, offload, cast or own.
 
-Nothing here touches a parameter. The layers are called as modules, so that their own hooks fill them, and what a layer
-does with its weights is its own affair. One thing only is asked of it, and of torch's functions below it: that products
-come out in the MLP's dtype, which the distances need.
+Nothing here touches a parameter. The layers are called as modules, so that their own hooks fill them, and a layer may
+do anything with its weights. There is one requirement for a layer and for torch's functions below it: products must
+come out in the MLP's dtype, because the distances need it.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .checks import FLOATING
 from .plain_layers import plain_parameters
 
-# torch's arithmetic promotes operands of different dtypes; these refuse them
+# torch's arithmetic promotes operands of different dtypes; these functions refuse them
 _PRODUCTS = {
     F.linear, F.bilinear, F.conv1d, F.layer_norm, F.rms_norm, F.group_norm, torch.layer_norm, torch.rms_norm,
     torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum, torch.Tensor.matmul,
@@ -24,10 +24,10 @@ _PRODUCTS = {
 
 
 def dtype_and_device(module, query=None):
-    """The floating dtype, or None, and the device of the module's tensors, or `query`'s, or torch's default.
+    """The floating dtype (or None) and the device of the module's tensors; else `query`'s device or torch's default.
 
-    Parameters count first, then buffers, then tensors that merely are attributes: what nn.DataParallel's replicas and
-    FSDP1 have instead.
+    Parameters count first, then buffers, then tensors in plain attributes, which nn.DataParallel's replicas and FSDP1
+    have instead of parameters.
     """
     dtype = device = meta = None
     for tensor in _tensors(module):
@@ -42,14 +42,14 @@ def dtype_and_device(module, query=None):
     if device is None:
         device = _execution_device(module)
     if device is None and meta is not None and plain_parameters(module.mlp) is not None:
-        device = meta  # and nobody will fill them
+        device = meta  # no hook will fill plain layers
     if device is None:
         device = torch.get_default_device() if query is None else query.device
     return dtype, device
 
 
 def run(mlp, x):
-    """mlp(x) in x's dtype, whatever dtypes its layers have."""
+    """mlp(x) in x's dtype, whatever the dtypes of its layers."""
     if _is_in(mlp, x.dtype):
         return mlp(x)
     with _PromotedProducts(x.dtype):
@@ -58,9 +58,9 @@ def run(mlp, x):
 
 def _is_in(mlp, dtype):
     """Whether the layers are known to compute in `dtype` by themselves."""
-    if torch.compiler.is_compiling():  # which sees the layers as they are, and would guard each thing that is asked
+    if torch.compiler.is_compiling():  # it traces the layers themselves, and would guard each question below
         parameters = list(mlp.parameters())
-        # len: torch 2.11 traces no bool() of a list
+        # len: torch 2.11 cannot trace bool() of a list
         return len(parameters) > 0 and all(parameter.dtype == dtype for parameter in parameters)
     plain = plain_parameters(mlp)
     return plain is not None and all(parameter.dtype == dtype for parameter in plain[0])
@@ -79,7 +79,7 @@ def _tensors(module):
 
 
 def _execution_device(module):
-    """Where accelerate's hooks bring the weights of a layer that is called, or None."""
+    """The device to which accelerate's hooks bring the weights of a called layer, or None."""
     for layer in module.modules():
         hook = getattr(layer, "_hf_hook", None)
         for each in (hook, *getattr(hook, "hooks", ())):
@@ -90,10 +90,10 @@ def _execution_device(module):
 
 
 class _PromotedProducts(TorchFunctionMode):
-    """Products and normalisations of floating tensors take place in `dtype`, on the device of the last one, the weight.
+    """Products and normalisations of floating tensors run in `dtype`, on the device of the last tensor, the weight.
 
-    Under it fp32 distances meet bfloat16 weights without a rounding. A quantised weight, a tensor of a class of its
-    own that says which dtype it stands for, is left as it is: the others are cast to that dtype, and the result back.
+    So fp32 distances meet bfloat16 weights without rounding. A quantised weight (a tensor subclass whose dtype is the
+    one it stands for) stays as it is: the other tensors are cast to its dtype, and the result is cast back.
     """
 
     def __init__(self, dtype):
@@ -120,5 +120,5 @@ class _PromotedProducts(TorchFunctionMode):
 def _is_quantised(tensor):
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False
-    # a DTensor is a wrapper too, of numbers that cast like any others
+    # a DTensor is a wrapper too, but its numbers can be cast like any others
     return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")

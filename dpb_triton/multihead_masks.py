@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What MultiheadAttention asks of its arguments, in torch's words, and what its masks say together."""
+"""Argument checks of MultiheadAttention, worded like torch's, and the combination of its masks."""
 
 import weakref
 
@@ -12,7 +12,7 @@ from .tracing import is_capturing, is_recorded, number
 
 
 def check_call(module, query, key, value, key_padding_mask, attn_mask):
-    """Whether the call is batched. What torch's module refuses is refused with an error of the same type."""
+    """Whether the call is batched. Raises an error of the same type wherever torch's module raises one."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
@@ -56,7 +56,7 @@ def check_call(module, query, key, value, key_padding_mask, attn_mask):
 
 
 def check_mask_dtype(query, masks, is_exact):
-    """Floating `masks` are of query's dtype once they are added up, or float32 where not `is_exact`: torch's rule."""
+    """Check torch's rule: the sum of floating `masks` must have query's dtype, or float32 if not `is_exact`."""
     masks = [mask for mask in masks if mask is not None]
     if not any(mask.dtype != torch.bool for mask in masks):
         return
@@ -73,9 +73,9 @@ def check_mask_dtype(query, masks, is_exact):
 
 
 class CausalHint:
-    """Whether `is_causal` says the truth about an attn_mask. The mask is read once, not in each layer that it goes to.
+    """Whether `is_causal` is true of an attn_mask. The mask is read once, not again in each layer.
 
-    A write through `mask.data` goes unseen.
+    A write through `mask.data` is not noticed.
     """
 
     def __init__(self):
@@ -84,7 +84,8 @@ class CausalHint:
     def is_true_of(self, mask, offset):
         """Whether `mask` hides the keys y > x + offset and does nothing else.
 
-        A trace, or a CUDA graph, cannot read it: there the hint is believed where it can mean nothing else.
+        A trace or a CUDA graph cannot read the mask. There the hint is believed if it has only one meaning: the mask is
+        square and the offset is 0.
         """
         if is_recorded() or is_capturing(mask.device) or mask.device.type not in ("cpu", "cuda"):
             return mask.dim() == 2 and number(mask.shape[0]) == number(mask.shape[1]) and number(offset) == 0
@@ -99,7 +100,7 @@ class CausalHint:
 
 
 def biased_mask(bias, attn_mask, key_padding_mask, is_causal, offset):
-    """What is added to the scores: bias (heads, i, j) and the masks, (batch or 1, heads, i, j)."""
+    """The sum of bias (heads, i, j) and the masks, to add to the scores: (batch or 1, heads, i, j)."""
     mask = rearrange(bias, "h i j -> 1 h i j")
     if is_causal:
         mask = _add(mask, torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(offset + 1))

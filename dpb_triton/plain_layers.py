@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Which MLPs are known to be functions of their parameters alone.
 
-A hook, a patched method, a parametrization, a LoRA or quantised layer: each may change its mind without a parameter
-changing. So this is a list of what is known to be safe, and not of what is known to be none: torch's own layers, as
-torch makes them and runs them.
+A hook, a patched method, a parametrization, a LoRA or quantised layer may change its result while no parameter changes.
+So this file lists what is known to be safe, not what is known to be unsafe: torch's own layers, as torch makes and runs
+them.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-_EVERY = vars(nn.Module()).keys() | {"_is_hf_initialized"}  # transformers marks the layers it has seen
-# {type: the attributes of an instance}: another one may stand before the class's `forward` or a parameter
+_EVERY = vars(nn.Module()).keys() | {"_is_hf_initialized"}  # transformers marks layers that it has initialised
+# {type: the allowed attributes of an instance}: any other may hide the class's `forward` or a parameter
 _ATTRIBUTES = {
     nn.Sequential: _EVERY,
     nn.SiLU: _EVERY | {"inplace"},
@@ -23,7 +23,7 @@ _LEAVES = (nn.SiLU, nn.Linear, nn.LayerNorm)
 
 
 def _methods():
-    """What a call of the layers runs, in Python: what people patch."""
+    """The Python methods that a call of the layers runs; people patch them."""
     return (
         nn.Linear.forward, nn.LayerNorm.forward, nn.SiLU.forward, nn.Sequential.forward, nn.Sequential.__iter__,
         nn.Linear.__call__, nn.LayerNorm.__call__, nn.SiLU.__call__, nn.Sequential.__call__,
@@ -34,7 +34,7 @@ def _methods():
 
 
 def _functions():
-    """What those call, in C."""
+    """The C functions that those methods call."""
     return F.linear, torch.layer_norm, nn.Linear.__getattribute__
 
 
@@ -42,12 +42,12 @@ _METHODS, _FUNCTIONS = (
     _methods(),
     (torch._C._nn.linear, torch._C._VariableFunctions.layer_norm, object.__getattribute__),
 )
-# of torch's files: they may have been patched before this one was imported
+# All must be defined in torch's files: somebody may have patched one before this file was imported.
 _ARE_TORCHS = all(getattr(method, "__globals__", {}).get("__name__", "").startswith("torch.nn.") for method in _METHODS)
 
 
 def plain_parameters(mlp):
-    """(parameters, other numbers) that alone decide what `mlp` computes; None if something else may."""
+    """The (parameters, other numbers) that alone decide what `mlp` computes; None if anything else may decide too."""
     if type(mlp) is not nn.Sequential or not _is_plain(mlp) or not _is_torch_plain():
         return None
     parameters, numbers = [], []

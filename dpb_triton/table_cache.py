@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The table of a module in eval mode, kept from call to call for as long as its MLP is the same.
+"""In eval mode a module keeps its table from call to call, as long as its MLP does not change.
 
 decoding step       1  …  256  257  …  512  513  …
 distances needed    1     256  257     512  513
-MLP computed for  256          512         1024        a kept table serves all shorter ones
+MLP computed for  256          512         1024        a kept table serves all shorter lengths
 """
 
 import torch
@@ -17,7 +17,7 @@ _SMALLEST = 256
 
 
 class TableCache:
-    """One table, and what it was computed from. Copies of a module start without."""
+    """One table, and what it was computed from. A copy of a module starts without a table."""
 
     def __init__(self):
         self._kept = None
@@ -32,9 +32,9 @@ class TableCache:
     def get(self, module, n, compute, options):
         """A table of n distances or more: the kept one, or `compute(length)`, which is then kept.
 
-        `options` is what else than the MLP `compute` depends on. None where nothing may be kept: in training, in a
-        trace or a capture, of an MLP that is not known to be a function of its parameters alone. A call that needs
-        gradients also forgets what there is, because an optimizer's step follows.
+        `options`: what `compute` depends on besides the MLP. The result is None if no table may be kept: in training,
+        in a trace or a capture, or if the MLP may not be a function of its parameters alone. A call that needs
+        gradients also drops the kept table, because an optimizer's step follows.
         """
         if module.training or _is_seen():
             return None
@@ -45,15 +45,16 @@ class TableCache:
         device = parameters[0].device
         if device.type not in ("cpu", "cuda") or any(x.device != device or x.is_inference() for x in parameters):
             return None
-        # a graph would go on reading a table that a longer one has replaced
+        # a CUDA graph would go on reading a table after a longer one has replaced it
         if is_capturing(device):
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
             self.clear()
             return None
 
-        # On a CPU the numbers are compared, which takes microseconds. A GPU would have to be waited for: there a change
-        # shows in torch's count of in-place operations or in the storage. Neither shows a write through `.data`.
+        # On a CPU the numbers are compared, which takes microseconds. On a GPU reading them would wait for the device,
+        # so a change is seen in torch's count of in-place operations or in the storage. Neither shows a write through
+        # `.data`.
         is_read = device.type == "cpu"
         key = [torch.is_inference_mode_enabled(), device, *options, *numbers, *(x.dtype for x in parameters)]
         if not is_read:
@@ -68,17 +69,17 @@ class TableCache:
                 length = 2 * kept_n
         length = max(length, n)
         table = compute(length)
-        # where they are not copied they keep their storages, so that no address is seen twice
+        # values that are not copied keep their storages alive, so that no new parameter can have an old address
         values = [x.detach().clone() if is_read else x.detach() for x in parameters]
         self._kept = key, values, table, length
         return table
 
 
 def _is_seen():
-    """Whether this call is being recorded, for other numbers than those it sees, or may mean something else."""
+    """Whether this call is recorded, to run on other numbers later, or a mode may change what it computes."""
     if is_recorded():
         return True
-    # torch.set_default_device is a mode too, one that no layer's forward can tell
+    # torch.set_default_device is a mode too, but it changes no layer's forward
     return torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )

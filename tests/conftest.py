@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """One suite for every machine: `--device cpu` (default) runs the Triton kernels in their interpreter, `--device cuda`
-on the GPU. A backend that a machine lacks is skipped, with its reason in the summary."""
+runs them on the GPU. A backend that the machine lacks is skipped, and the summary gives the reason."""
 
 import gc
 import os
@@ -15,16 +15,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads would wait for each other, spinning
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads would only spin and wait
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
         torch.set_num_threads(1)
     if config.getoption("--device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+        os.environ["TRITON_INTERPRET"] = "1"  # the first import of the kernels reads it
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU here")
 
 
-# Their tests share what takes long to make: one worker has all of such a file, and begins with it.
+# The tests of each file share something that is slow to make, so one worker runs the whole file, before others.
 TOGETHER = (
     "bench/test_codegen.py", "bench/test_train.py", "csrc/test_csrc.py", "distributed/test_distributed.py",
     "launching/test_launch_path.py",
@@ -47,12 +47,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported stays: no collection need look at it again
+    gc.freeze()  # imported objects stay, so no collection needs to look at them again
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter(device):
-    """Where the kernels run in Triton's interpreter, it wastes no time."""
+    """If the kernels run in Triton's interpreter, make it faster."""
     if device == "cpu":
         import quick_interpreter
 
@@ -72,14 +72,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request, device):
-    """Each backend that serves tensors on `device`, skipped where it is not built or installed."""
+    """Each backend that serves tensors on `device`; skipped if it is not built or installed."""
     from dpb_triton.dispatch import why_not
 
     reason = why_not(request.param, device)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     threads = torch.get_num_threads()
-    if request.param == "cpp":  # whose kernels divide the rows among threads
+    if request.param == "cpp":  # its kernels divide the rows among threads
         torch.set_num_threads(2)
     yield request.param
     torch.set_num_threads(threads)
@@ -87,7 +87,7 @@ def backend(request, device):
 
 @pytest.fixture(params=("torch", "triton"))
 def attention_backend(request, device):
-    """Each backend that serves attention on `device`, skipped where it is not installed."""
+    """Each backend that serves attention on `device`; skipped if it is not installed."""
     from dpb_triton.dispatch import why_not
 
     reason = why_not(request.param, device)
@@ -98,14 +98,14 @@ def attention_backend(request, device):
 
 @pytest.fixture(scope="module")
 def on_the_device(device):
-    """Modules and tensors lie where the suite runs."""
+    """New modules and tensors are on the suite's device."""
     with torch.device(device):
         yield
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The list of calls of `DynamicPositionBias.attention`: what MultiheadAttention did not materialise."""
+    """The calls of `DynamicPositionBias.attention`. MultiheadAttention materialises the bias in all other cases."""
     from dpb_triton import DynamicPositionBias
 
     calls = []
@@ -116,7 +116,7 @@ def fused(monkeypatch):
 
 @pytest.fixture
 def poisoned():
-    """Memory from torch.empty holds NaN, so that what a kernel forgot to write shows."""
+    """torch.empty fills its memory with NaN, which shows what a kernel forgot to write."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -125,7 +125,7 @@ def poisoned():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch.cuda that only keeps a record (recorded_cuda.py), for the bench's GPU paths."""
+    """A torch.cuda that only records calls (recorded_cuda.py), for the bench's GPU paths."""
     from recorded_cuda import recorded_cuda
 
     with recorded_cuda(monkeypatch) as recorder:
@@ -134,7 +134,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def bench(tmp_path):
-    """`python -m bench` with these words, in this process."""
+    """A function that runs `python -m bench` with the given words in this process."""
     from recorded_cuda import run_bench
 
     return partial(run_bench, tmp_path)
@@ -142,7 +142,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def set_tiles(monkeypatch):
-    """A function of {kernel: its constants} for the Triton attention kernels, undone at the end."""
+    """A function that sets {kernel: its constants} for the Triton attention kernels until the test ends."""
     blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks", reason="Triton is not installed")
     replay = pytest.importorskip("dpb_triton.launching.replay")
 
@@ -150,7 +150,7 @@ def set_tiles(monkeypatch):
         for constants in (blocks.BLOCKS, blocks.FLOAT32):
             for generation in constants:
                 monkeypatch.setitem(constants, generation, {kernel: (tile,) * 3 for kernel, tile in tiles.items()})
-        replay.forget()  # what was written down with other tiles
+        replay.forget()  # launches that were recorded with other tiles
 
     yield set_them
     replay.forget()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An installed dpb_triton, alone: `python smoke.py` needs neither pytest nor a compiler. `make wheel-test` runs it."""
+"""Tests an installed dpb_triton. `python smoke.py` needs neither pytest nor a compiler. `make wheel-test` runs it."""
 
 import runpy
 
@@ -10,7 +10,7 @@ from dpb_triton.dispatch import why_not
 
 
 def main():
-    """Load the binary, compare it with torch, train a step."""
+    """Load the binary, compare it with torch, and train one step."""
     runpy.run_module("dpb_triton", run_name="__main__")
     assert why_not("cpp", "cpu") is None, why_not("cpp", "cpu")
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""An installed dpb_triton that was built against a CUDA build of torch: `python smoke_cuda.py`, no GPU needed.
+"""Tests a dpb_triton that was built against a CUDA build of torch: `python smoke_cuda.py`, no GPU needed.
 
-`make cuda-build-test` runs it. It asks whether the CUDA kernels are there, for every architecture that setup.py or
-TORCH_CUDA_ARCH_LIST names, then does what smoke.py does.
+`make cuda-build-test` runs it. It checks that the binary has CUDA kernels for every architecture that setup.py or
+TORCH_CUDA_ARCH_LIST names, and then runs smoke.py.
 """
 
 import os
@@ -19,7 +19,7 @@ import triton
 
 
 def images(path):
-    """What cuobjdump, the one in Triton's wheel, finds in the binary: {"sm_90.cubin", "sm_100.ptx", …}."""
+    """The images that cuobjdump from Triton's wheel finds in the binary: {"sm_90.cubin", "sm_100.ptx", …}."""
     tool = triton.knobs.nvidia.cuobjdump.path
     listed = [
         subprocess.run([tool, option, path], capture_output=True, text=True).stdout for option in ("-lelf", "-lptx")
@@ -28,8 +28,8 @@ def images(path):
 
 
 def main():
-    """Load, ask, compare."""
-    assert torch.version.cuda, f"torch {torch.__version__} is no CUDA build"
+    """Load the binary, check its kernels and images, and run smoke.py."""
+    assert torch.version.cuda, f"torch {torch.__version__} is not a CUDA build"
     print(f"{compiled.__file__} with torch {torch.__version__}")
     for name in ("expand_cuda", "reduce_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dpb_triton::{name}", "CUDA"), name

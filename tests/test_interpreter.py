@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The suite runs the kernels in Triton's interpreter with shortcuts (`quick_interpreter.py`): they change no bit."""
+"""The suite runs the kernels in Triton's interpreter with shortcuts (`quick_interpreter.py`) that change no bit."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="it is Triton's interpreter")
+pytest.importorskip("triton", reason="the interpreter needs the extra `triton`")
 
 SUPPORT = Path(__file__).parent / "support"
 TWICE = f"""

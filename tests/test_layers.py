@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What imports what, and that the package works in a fresh process without its optional halves."""
+"""Which file may import which, and that the package works in a fresh process without its optional parts."""
 
 import ast
 import itertools
@@ -15,7 +15,7 @@ from quick import slow
 import dpb_triton
 
 PACKAGE = Path(__file__).parents[1] / "dpb_triton"
-# Who stands in a line imports from the lines below only. In a folder its own list says the same of its files.
+# A name imports only from the lines below its own. INSIDE lists the files of each folder in the same order.
 ARROWS = """
     __init__ __main__
     plot tensor_parallel integrations
@@ -37,7 +37,7 @@ INSIDE = {
     "integrations/transformers": "__init__ attention table mask",
     "launching": "replay launch keys",
 }
-# Triton's code knows nothing of the package around it: bench/gpu/fill.py compiles it where there is no torch
+# These import nothing else of the package: bench/gpu/fill.py compiles them without torch
 ALONE = {"attention/kernels", "expand/triton_kernels", "launching"}
 LAYERS = [line.split() for line in ARROWS.strip().splitlines()]
 
@@ -62,10 +62,10 @@ def place(name):
 def test_imports_point_down(path):
     own = path.relative_to(PACKAGE).with_suffix("").parts
     for other in imports(path):
-        if other == ():  # the package's version
+        if other == ():  # for the package's version
             assert own == ("__main__",)
             continue
-        shared = 0  # folders
+        shared = 0  # number of folders
         while shared < min(len(own), len(other)) - 1 and own[shared] == other[shared]:
             shared += 1
         if shared == 0:
@@ -147,8 +147,8 @@ def test_works_with_a_binary_that_does_not_load(tmp_path, content, words):
     if content:
         (tmp_path / "dpb_triton" / "_C.abi3.so").write_bytes(content)
     else:
-        (tmp_path / "dpb_triton" / "_C.txt").write_text("no ninja\n")  # as setup.py leaves it
-        code = BLOCK.format(names=("dpb_triton._C",)) + code  # which an editable install would find elsewhere
+        (tmp_path / "dpb_triton" / "_C.txt").write_text("no ninja\n")  # setup.py leaves this file
+        code = BLOCK.format(names=("dpb_triton._C",)) + code  # an editable install would find the binary elsewhere
     result = run(code, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"dpb_triton {dpb_triton.__version__} in {tmp_path}" in result.stdout
@@ -186,5 +186,5 @@ def test_triton_without_interpreter_refuses_cpu_tensors(device):
     code = "import torch, dpb_triton\ndpb_triton.expand_bias(torch.ones(1, 3), 2, 3, backend='triton')"
     result = run(code)
     assert "unless TRITON_INTERPRET=1 is set before the first use" in result.stderr
-    if device == "cpu":  # Triton 3.6's interpreter does not run under numpy >= 2.4, which a GPU's machine may have
+    if device == "cpu":  # Triton 3.6's interpreter does not run under numpy >= 2.4, which a GPU machine may have
         assert run(code, TRITON_INTERPRET="1").returncode == 0

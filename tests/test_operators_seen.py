@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators go past the dispatcher where nobody looks (`dispatch.call`), and through it for everyone who does."""
+"""Operators skip the dispatcher if nothing observes them (`dispatch.call`); otherwise they go through it."""
 
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from dpb_triton.dispatch import why_not
 
 @pytest.fixture
 def calls(device):
-    """Expand and attention with their gradients, by Triton."""
+    """A function that runs expand and attention with their gradients, by Triton."""
     if reason := why_not("triton", device):
         pytest.skip(reason)
 
@@ -53,7 +53,7 @@ def test_a_profiler_sees_them(calls):
 
 
 class Wrapper(torch.Tensor):
-    """A tensor that holds another, and notes what is asked of it."""
+    """A tensor that holds another one and records the operators that are called on it."""
 
     names: ClassVar = set()
 
@@ -78,7 +78,7 @@ def test_a_class_of_tensors_sees_them(calls):
 
 
 def test_expansion_of_a_negative(backend, device):
-    """A tensor whose memory holds its negative, as the imaginary part of a conjugate: no kernel may read it so."""
+    """The memory of such a tensor holds its negative (as in `z.conj().imag`). No kernel may use it as it is."""
     table, dbias = torch.randn(2, 9, device=device), torch.randn(2, 5, 9, device=device)
     results = []
     for negate in (torch.neg, torch._neg_view):
@@ -106,7 +106,7 @@ def test_attention_of_negatives(attention_backend, device):
 
 def test_otherwise_they_go_past_it(calls, monkeypatch):
     def never(*args):
-        raise AssertionError("the dispatcher was asked")
+        raise AssertionError("the dispatcher was called")
 
     for name in NAMES:
         monkeypatch.setitem(dispatch.OPERATORS, name.removeprefix("dpb_triton::"), never)
@@ -114,7 +114,7 @@ def test_otherwise_they_go_past_it(calls, monkeypatch):
 
 
 def test_lse_alone_is_differentiated(attention_backend, device):
-    """Nobody makes zeros for a gradient that is not there, so backward is given none for out."""
+    """Autograd makes no zeros for a missing gradient, so backward gets None as the gradient of out."""
     query, key, value = (torch.randn(1, 2, 9, 16, device=device, dtype=torch.float32) for _ in range(3))
     table = torch.randn(2, 9, device=device)
     inputs = [x.requires_grad_() for x in (query, key, table)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What the functions return is a tensor like any other: it may be written to, shares memory with nothing, and lies in
-memory as the docstrings say."""
+"""Results are tensors like any others: they may be written to, share memory with nothing, and have the memory layout
+that the docstrings promise."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ def write(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grid", [(5, 9), (1, 9), (5, 1)], ids=str)
 def test_a_bias_may_be_written_to(grid, dtype, write, backend, device):
-    """Its values and the table's gradient are those of plain torch operations."""
+    """Its values and the table's gradient equal those of plain torch operations."""
     results = []
     for function in (expand, lambda *args, **options: expand_bias(*args, **options, backend=backend)):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_a_bias_may_be_written_to(grid, dtype, write, backend, device):
 
 
 def test_the_modules_bias_may_be_written_to(write, backend, device):
-    """As the classes that it stands in for allow: values and gradients of all parameters."""
+    """The classes that it replaces allow this too. Compares values and the gradients of all parameters."""
     ours = DynamicPositionBias(8, 2, device=device)
     theirs = EagerDynamicPositionBias(8, 2).to(device)
     theirs.load_state_dict(ours.state_dict())
@@ -76,7 +76,7 @@ def test_the_kept_table_is_not_the_callers(guard, signed, backend, device):
         before = module.table(9).clone(), module(5, 9, backend=backend).clone()
         for _ in range(2):
             module.table(9).zero_()
-            module.table(300)[:] = 1.0  # longer than what is kept at first
+            module.table(300)[:] = 1.0  # longer than the first kept table
             module(5, 9, backend=backend).fill_(2.0)
         assert torch.equal(module.table(9), before[0])
         assert torch.equal(module(5, 9, backend=backend), before[1])
@@ -84,7 +84,7 @@ def test_the_kept_table_is_not_the_callers(guard, signed, backend, device):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_table_may_be_written_to(heads, device):
-    """Also of one head, where no copy is needed to lay it out."""
+    """Also with one head, whose table is laid out without a copy."""
     module = DynamicPositionBias(8, heads, device=device)
     for n in (1, 6):
         module.zero_grad()
@@ -116,17 +116,17 @@ ATTENTION = {
 
 @pytest.fixture(params=ATTENTION.values(), ids=ATTENTION)
 def attend(request, attention_backend, device):
-    """(the four tensors, a function of them -> out, lse)."""
+    """(the four tensors, a function that takes them and returns out and lse)."""
     case, options = request.param
     if case.dtype == torch.float64 and attention_backend == "triton":
-        pytest.skip("no float64 attention by Triton")
+        pytest.skip("Triton has no float64 attention")
     options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     tensors = case.draw(device)[:4]
     return tensors, lambda *inputs: bias_attention(*inputs, return_lse=True, backend=attention_backend, **options)
 
 
 def gradients(function, tensors):
-    """The gradients of a loss of (out, lse) without empty rows' -inf, and both."""
+    """(gradients, out, lse) for a loss of out and lse that ignores the -inf of empty rows."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     torch.manual_seed(3)
     out, lse = function(*leaves)
@@ -154,7 +154,7 @@ def test_layout_of_attention(attend):
 
 
 def share_memory(a, b):
-    """Whether two tensors have a byte in common, both dense."""
+    """Whether two dense tensors have a byte in common."""
     begin, other = a.data_ptr(), b.data_ptr()
     return bool(a.numel() and b.numel()) and begin < other + b.nbytes and other < begin + a.nbytes
 
@@ -207,7 +207,7 @@ def test_an_lse_written_to_keeps_its_gradient(attend):
 
 
 def test_an_out_written_to_is_refused_in_backward(attention_backend, device):
-    """Backward reads out, as that of torch's flash attention does: autograd says so."""
+    """Backward reads out, like the one of torch's flash attention, so autograd raises an error."""
     leaves = [tensor.requires_grad_() for tensor in Case().draw(device)[:4]]
     out = bias_attention(*leaves, backend=attention_backend).mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""setup.py: what it builds, and what it says where it does not.
+"""setup.py: what it builds, and what it says if it cannot.
 
-Nothing is compiled here: that is `make wheel-test`, and `make cuda-build-test` against a CUDA build of torch.
+Nothing is compiled here. `make wheel-test` compiles, and so does `make cuda-build-test`, against a CUDA build of torch.
 """
 
 import json
@@ -35,7 +35,7 @@ MISSING = {
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what is built, without an earlier build."""
+    """A copy of the sources, without the files of an earlier build."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
@@ -52,7 +52,7 @@ def build(source, code, command=BUILD, **environment):
 
 @pytest.mark.parametrize("missing", [slow("torch"), "ninja", slow("compiler"), slow("working compiler")])
 def test_something_is_missing(source, missing):
-    """Pure Python and one line that says why, which is kept for `python -m dpb_triton`; an error where asked for."""
+    """Pure Python, and one line that says why, kept for `python -m dpb_triton`. DPB_TRITON_CSRC=1 makes it an error."""
     code, environment, words = MISSING[missing]
     done = build(source, code, **environment)
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_refuses_another_word(source):
 
 @pytest.mark.parametrize("code", [pytest.param("", id="it fails"), slow(NO_NINJA, id="it is not tried")])
 def test_a_build_in_place_that_does_not_happen_takes_the_old_binary_along(source, code):
-    """Else the package would go on with kernels of other sources."""
+    """Otherwise the package would go on using kernels of older sources."""
     old = source / "dpb_triton/_C.abi3.so"
     old.touch()
     done = build(source, code, IN_PLACE, CXX="false")
@@ -89,7 +89,7 @@ def test_a_build_in_place_that_does_not_happen_takes_the_old_binary_along(source
     assert (source / "dpb_triton/_C.txt").read_text().strip() in done.stderr
 
 
-# ---- a CUDA build of torch, and compilers that only write down what they are asked for
+# A fake CUDA build of torch, and compilers that only log their command lines
 
 CUDA_TORCH = """
 import torch, setuptools
@@ -125,7 +125,7 @@ else:
 
 @pytest.fixture
 def compilers(source):
-    """Puts nvcc and a C++ compiler into `source`; returns the environment that chooses them."""
+    """A function that puts nvcc and a C++ compiler into `source`, and returns the environment that selects them."""
 
     def install(cuda="13.0", archs=("compute_80", "compute_90", "compute_100"), nvcc_status=0):
         paths = {"nvcc": source / "toolkit/bin/nvcc", "c++": source / "toolkit/bin/c++"}
@@ -143,7 +143,7 @@ def compilers(source):
 
 
 def commands(source, name):
-    """The command lines that the compiler `name` was given."""
+    """The command lines that the compiler `name` received."""
     return [json.loads(line) for line in (source / f"{name}.log").read_text().splitlines()]
 
 
@@ -151,7 +151,7 @@ def commands(source, name):
     ("cuda", "known", "archs"),
     [
         ("13.0", ("compute_75", "compute_80", "compute_90", "compute_100", "compute_120"), "8.0;9.0;10.0+PTX"),
-        slow("12.8", ("compute_80", "compute_90"), "8.0;9.0+PTX"),  # a toolkit older than torch's
+        slow("12.8", ("compute_80", "compute_90"), "8.0;9.0+PTX"),  # a toolkit that knows fewer architectures
         slow(None, (), None),
     ],
 )
@@ -171,7 +171,7 @@ def test_the_bench_compiles_the_cuda_source_with_the_flags_of_the_build(source, 
     done = build(source, CUDA_TORCH.format(cuda="13.0"), **compilers())
     assert done.returncode == 0, done.stderr
     [built] = commands(source, "nvcc")
-    named = ("-DTORCH_EXTENSION_NAME=", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DPy_LIMITED_API=")  # after the module
+    named = ("-DTORCH_EXTENSION_NAME=", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DPy_LIMITED_API=")  # of the module
     flags = [flag for flag in built if flag.startswith(("-D", "-O", "-std", "--expt")) and not flag.startswith(named)]
     assert "-DUSE_CUDA" in flags
     assert sorted(codegen_cuda.build_flags()) == sorted(flags)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.jit.trace and the older ONNX exporter, which traces: torch's operators only, for lengths of all kinds."""
+"""torch.jit.trace, and the older ONNX exporter, which traces too: only torch's operators, for lengths of all kinds."""
 
 import io
 import subprocess
@@ -20,7 +20,7 @@ def heads_of(x, heads=2):
 
 
 class Bias(nn.Module):
-    """What `call(bias, x, y)` makes of two batches of sequences."""
+    """Computes `call(bias, x, y)` for two batches of sequences."""
 
     def __init__(self, call, **options):
         super().__init__()
@@ -102,8 +102,8 @@ def test_traced_once_for_all_lengths(build, training, device):
     module = build().to(device).train(training)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        traced = torch.jit.trace(module, inputs(*LENGTHS[0], device))  # which checks the trace too
-    assert not [w for w in caught if "dpb_triton" in w.filename], "a warning of ours"
+        traced = torch.jit.trace(module, inputs(*LENGTHS[0], device))  # this also checks the trace
+    assert not [w for w in caught if "dpb_triton" in w.filename], "a warning came from dpb_triton"
     for lengths in LENGTHS:
         tensors = inputs(*lengths, device)
         torch.testing.assert_close(traced(*tensors), module(*tensors), atol=1e-5, rtol=1e-5)
@@ -146,7 +146,7 @@ def test_dropout_is_torchs(device):
 
 
 def test_what_the_checks_say(device):
-    """Numbers, when the trace is made. A table that is too short later on is an error of torch's."""
+    """The checks read numbers when the trace is made. Later, torch raises the error if a table is too short."""
     x, y = inputs(1, 5, 7, device)
     with pytest.raises(ValueError, match="got i = 7, j = 5"):
         torch.jit.trace(CASES["forward"](), (y.cpu(), x.cpu()))
@@ -157,7 +157,7 @@ def test_what_the_checks_say(device):
     with pytest.raises(TypeError, match="i must be an int, got tensor"):
         DynamicPositionBias(8, 2)(torch.tensor(3), 3)
     for options in ({}, {"signed": True}, {"is_causal": True, "signed": True}):
-        module = Attention(**options)  # on the CPU, whose index errors leave it alive
+        module = Attention(**options)  # on the CPU: after an index error a GPU is unusable
         traced = torch.jit.trace(module, inputs(1, 5, 7))
         traced(*inputs(1, 15, 15))
         with pytest.raises((RuntimeError, IndexError), match="out of"):
@@ -203,7 +203,7 @@ torch.testing.assert_close(torch.jit.load("module.pt")(*tensors), expected)
 @pytest.mark.parametrize("name", [name for name in CASES if "float" not in name])
 def test_the_older_onnx_exporter(name):
     pytest.importorskip("onnx", reason="the ONNX exporter needs it (extra: test)")
-    runtime = pytest.importorskip("onnxruntime", reason="(extra: test)")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra: test)")
     module, file = CASES[name]().eval(), io.BytesIO()
     axes = {"x": {0: "batch", 1: "i"}, "y": {0: "batch", 1: "j"}}
     torch.onnx.export(

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Attention around a ring of processes: each holds a slice of the sequence, and the key shards travel.
+"""Attention around a ring of processes: each process holds a slice of the sequence, and the key shards travel.
 
-             step 0      step 1      step 2          rank r has the queries of slice r throughout, and in the step of
-    rank 0   k0 v0       k2 v2       k1 v1           shift s the keys and values of slice r - s. A result is merged
-    rank 1   k1 v1       k0 v0       k2 v2           with those before it by the sums of their softmax (`merge`).
-    rank 2   k2 v2       k1 v1       k0 v0           Backward goes round once more, given the merged out and state;
-                                                     the gradients of a shard follow it and at the end hop home.
+             step 0      step 1      step 2          Rank r always has the queries of slice r. In the step of shift s
+    rank 0   k0 v0       k2 v2       k1 v1           it has the keys and values of slice r - s. `merge` combines its
+    rank 1   k1 v1       k0 v0       k2 v2           result with the earlier ones by the sums of their softmax.
+    rank 2   k2 v2       k1 v1       k0 v0           Backward goes around once more, given the merged out and state.
+                                                     A shard's gradients follow the shard and hop home at the end.
 
-A hop is one message, key and value flattened together, and travels while the shard before it is computed. Shifts that
-no rank has work for (beyond a window) are left out: the next hop is longer instead. All ranks make all hops, whether
-they have work in a step or not, so nothing depends on the numbers in the tensors.
+A hop is one message, with key and value flattened together. It travels while the shard before it is computed. Shifts in
+which no rank has work (beyond a window) are left out; the next hop is longer instead. All ranks make all hops, with or
+without work in a step, so nothing depends on the numbers in the tensors.
 
-Memory: two shards in forward; in backward also two of their gradients in float32. O(n / ranks), nothing gathered.
-Numerics: results are merged and gradients summed in float32 (float64 for float64), rounded once, at the end; a step's
-own result is rounded to the inputs' dtype by the operator.
-Determinism: rank r takes the shards in the order r, r - 1, …, a shard's gradients are summed as it travels.
+Memory: two shards in forward; in backward also two shards of gradients in float32. O(n / ranks), nothing is gathered.
+Numerics: results are merged and gradients summed in float32 (float64 for float64) and rounded once, at the end. The
+operator rounds a step's own result to the inputs' dtype.
+Determinism: rank r takes the shards in the order r, r - 1, …, and a shard's gradients are summed as it travels.
 Communication: torch.distributed's batch_isend_irecv. Ring attention is Liu et al.'s (2023, arXiv:2310.01889).
 """
 
@@ -30,26 +30,26 @@ from .. import dispatch
 from ..attention.checks import longest_distances
 from ..attention.torch_path import like
 
-KEYS, GRADIENTS = 0, 1  # tags: both kinds of messages may be on their way between the same two ranks
+KEYS, GRADIENTS = 0, 1  # message tags: both kinds may be on their way between the same two ranks
 
 
 class Step(NamedTuple):
-    """One step of a rank: it holds the shard of rank `source`, sends it `distance` on, and gets that of `following`."""
+    """One step of a rank: it holds `source`'s shard, sends it `distance` ranks on, and receives `following`'s shard."""
 
     source: int
     has_work: bool
     distance: int
     following: int
-    is_last: bool  # the hop leads home, which the keys need not make; of distance 0 if they are there
+    is_last: bool  # the hop only leads home, so the keys skip it; distance 0 if they are home
 
 
 class Ring:
-    """Who holds which slice, which shifts are worth a step, and the hops between them.
+    """Which rank holds which slice, which shifts need a step, and the hops between them.
 
     Args:
-        group: the process group, its ranks in the order of their slices.
-        lengths: of the slices, one a rank.
-        left, right: bounds of the keys that a query sees, None where unlimited.
+        group: the process group, with the ranks in the order of their slices.
+        lengths: the length of each rank's slice.
+        left, right: bounds of the keys that a query sees; None is no bound.
     """
 
     def __init__(self, group, lengths, left, right):
@@ -70,7 +70,7 @@ class Ring:
         return None, None, i, j, offset, signed, *self.bounds, scale, softcap, 0.0
 
     def hop(self, shard, step, tag):
-        """Start to send `shard` on its way while the following one comes in: -> Hop."""
+        """Start to send `shard` and to receive the following one: -> Hop."""
         incoming = Shard.empty_like(shard, self.lengths[step.following])
         peers = (self.rank + step.distance) % self.size, (self.rank - step.distance) % self.size
         operations = [
@@ -90,9 +90,9 @@ def _has_work(lengths, rank, source, left, right):
     return longest_distances(lengths[rank], lengths[source], offset, left, right) is not None
 
 
-@functools.lru_cache(maxsize=64)  # ranks^2 comparisons, every call the same
+@functools.lru_cache(maxsize=64)  # ranks^2 comparisons, the same in every call
 def _shifts(lengths, left, right):
-    """The shifts in which some rank has work; 0 among them, because there the shards are."""
+    """The shifts in which some rank has work. 0 is always one of them, because the shards start there."""
     size = len(lengths)
     return [
         shift
@@ -114,7 +114,7 @@ class Hop:
 
 
 class Shard:
-    """The keys and values of one rank, or their gradients, one after the other in one message."""
+    """The keys and values of one rank, or their gradients, stored one after the other in one message."""
 
     def __init__(self, flat, key_shape, value_shape):
         self.flat = flat
@@ -127,7 +127,7 @@ class Shard:
 
     @classmethod
     def empty(cls, key_shape, value_shape, dtype, device):
-        # one element more than needed: a message of a rank without positions is not empty
+        # one element more than needed, so that the message of a rank without positions is not empty
         size = math.prod(key_shape) + math.prod(value_shape) + 1
         return cls(torch.empty(size, dtype=dtype, device=device), key_shape, value_shape)
 
@@ -145,14 +145,14 @@ class Shard:
 
 
 def merge(out, state, part, part_state):
-    """Take the attention over more keys into `out` (batch, heads, i, dim) and `state` (2, batch, heads, i), in place.
+    """Merge attention over more keys into `out` (batch, heads, i, dim) and `state` (2, batch, heads, i), in place.
 
-    A state is (largest score in units of log2, sum of exp2(score - largest)), largest -inf where no key was seen:
+    A state is (largest score in units of log2, sum of exp2(score - largest)); largest is -inf if no key was seen:
 
         sum = a + b,  a = sum_1 exp2(m_1 - m), b = sum_2 exp2(m_2 - m),  m = max(m_1, m_2)
         out = out_1 a / sum + out_2 b / sum
 
-    The two-pass form of FlashAttention's update (Dao 2023, arXiv:2307.08691, section 3.1).
+    This is the two-pass form of FlashAttention's update (Dao 2023, arXiv:2307.08691, section 3.1).
     """
     largest = torch.maximum(state[0], part_state[0])
     zero = largest.masked_fill(largest == -torch.inf, 0)  # -inf - -inf would be NaN
@@ -166,8 +166,8 @@ def merge(out, state, part, part_state):
 class RingAttention(torch.autograd.Function):
     """apply(query, key, value, table, ring, signed, scale, softcap, suffix, with_lse) -> (out, lse).
 
-    The tensors are this rank's slice; every rank calls it, forward and backward. `with_lse` False says that nobody
-    differentiates lse. The gradient of the table is that of this rank's queries alone.
+    The tensors are this rank's slice. Every rank must call it, forward and backward. `with_lse` is False if nobody
+    differentiates lse. The table's gradient covers this rank's queries only.
     """
 
     @staticmethod
@@ -206,7 +206,7 @@ class RingAttention(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """`_backward` under create_graph=True: fine until somebody differentiates through it."""
+    """`_backward` under create_graph=True. It fails only if somebody differentiates through it."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -220,7 +220,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _backward(ring, numbers, suffix, needs, dout, dlse, query, key, value, table, out, state):
-    """The second time around: -> dq, dk, dv, dtable of this rank's slice; zeros where not needed."""
+    """The second trip around the ring: -> dq, dk, dv, dtable of this rank's slice; zeros if not needed."""
     dq, dtable = torch.zeros_like(query, dtype=table.dtype), torch.zeros_like(table)
     shard = Shard.of(key, value)
     gradient = Shard.empty(key.shape, value.shape, table.dtype, key.device)

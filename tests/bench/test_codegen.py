@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The kernels as each GPU would get them: compiled offline, as `python -m bench codegen` does, in processes."""
+"""The kernels as each GPU would get them: compiled offline in processes, as in `python -m bench codegen`."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from bench.codegen.run import compile_all  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MATRIX = codegen_matrix.cases()
-# One architecture: every kernel, whole vectors and edges, a size of one. The others are for `make test-full`.
+# One architecture with every kernel, whole vectors, edges, and a size of one. `make test-full` has the others.
 QUICK = [
     case
     for case in MATRIX
@@ -41,9 +41,9 @@ def run(*arguments):
 
 @pytest.fixture(scope="session")
 def records(request, tmp_path_factory):
-    """{(op, layout, dtype, arch): the records of its kernels}, of QUICK and of what else this session asks for.
+    """{(op, layout, dtype, arch): the records of its kernels}, for QUICK and every other case of this session.
 
-    Compiled once for all of pytest-xdist's workers.
+    The kernels are compiled once for all of pytest-xdist's workers.
     """
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
@@ -72,7 +72,7 @@ def name_of(case):
 
 @pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in MATRIX], ids=name_of)
 def test_keeps_its_promises(records, case):
-    """Counted here from what the disassembler printed; `broken` must come to the same end."""
+    """This test itself checks the disassembler's counts; `broken` must come to the same result."""
     kernels = records[case.op, case.layout, case.dtype, case.arch]
     assert all("error" not in record for record in kernels), kernels[0]["error"]
     has_mask = {"_key_bias_kernel"} if case.layout.endswith(" mask") else set()
@@ -87,7 +87,7 @@ def test_keeps_its_promises(records, case):
     for record in kernels:
         allowed = exceptions.of(record)
         assert record["spills"] <= allowed.get("spills", 0)
-        if not case.arch.startswith("gfx"):  # which may spill into registers of another kind
+        if not case.arch.startswith("gfx"):  # AMD GPUs may spill into registers of another kind
             assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
         assert record["scalar_spills"] == 0 or "attention" in case.op
         assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
@@ -118,18 +118,18 @@ def test_attention_multiplies_on_tensor_cores(records, arch):
 
 
 def test_attention_shares_bias_loads(records):
-    """Head_dim 64 in bf16: of an accumulator's elements on one diagonal a thread loads the bias once."""
+    """With head_dim 64 in bf16 a thread loads the bias once for all its elements of an accumulator on one diagonal."""
     found = records["attention", "d64 causal", "bf16", "sm_90"]
     (forward,) = (record for record in found if record["kernel"] == "_forward_kernel")
     scores = forward["constants"]["BLOCK_M"] * forward["constants"]["BLOCK_N"] / forward["threads"]
-    assert forward["interior"]["counts"]["load.32"] == scores / 2 + 2  # a diagonal more than half, of either parity
+    assert forward["interior"]["counts"]["load.32"] == scores / 2 + 2  # half, and one more diagonal of each parity
     for record in records["attention backward", "d64 causal", "bf16", "sm_90"]:
-        assert not {name for name in record["counts"] if name.startswith("atomic")}  # hence the same bits in every run
+        assert not {name for name in record["counts"] if name.startswith("atomic")}  # so every run gives the same bits
 
 
 @pytest.mark.parametrize("layout", ["one key", slow("one query"), slow("one pair")])
 def test_ints_that_are_one_stay_arguments(records, layout):
-    """Else each of i = 1, j = 1 is one more binary, and `.to` on it does not compile."""
+    """Otherwise i = 1 and j = 1 each need one more binary, and `.to` on such an int does not compile."""
     for op, kernel in (("expand", 0), ("reduce", 0), ("reduce", 1)):
         signature = records[op, layout, "bf16", "sm_90"][kernel]["signature"]
         kinds = {kind for name, kind in signature.items() if name.islower() and not name.endswith("_ptr")}
@@ -138,7 +138,7 @@ def test_ints_that_are_one_stay_arguments(records, layout):
 
 @pytest.mark.slow
 def test_a_spilling_window_fails_the_command():
-    """A window of 256 x 256, which does not fit the registers, is noticed and named."""
+    """A window of 256 x 256 does not fit the registers. The command notices and names it."""
     done = run("--block", 256, 256, "--kernel", "expand", "--arch", "sm_80", "--dtype", "bf16", "--layout", "ragged")
     assert done.returncode == 1, done.stderr
     assert "spills" in done.stdout

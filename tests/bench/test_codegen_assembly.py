@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reading machine code: instructions, loops, accesses, products, from short texts."""
+"""Reading machine code: finds instructions, loops, accesses and products in short texts."""
 
 import subprocess
 
@@ -31,7 +31,7 @@ def test_sass_counts_by_width_and_predicate():
                 "BAR.SYNC.DEFER_BLOCKING 0x0",
                 "@P2 BRA 0x10",
                 "EXIT",
-                "BRA 0xd0",  # the trap behind the end is no loop
+                "BRA 0xd0",  # the trap after the end is not a loop
                 "NOP",
             )
         )
@@ -45,7 +45,7 @@ def test_sass_counts_by_width_and_predicate():
 
 
 def test_sass_loops_are_found_in_the_graph():
-    """An inner loop whose cold block lies behind the outer one, with a condition among the operands of a branch."""
+    """An inner loop whose cold block is after the outer loop. A condition is among the operands of one branch."""
     instructions = parse_sass(
         sass(
             "MOV R1, R2",
@@ -110,7 +110,7 @@ def test_amdgcn_counts_by_width_and_predicate(select, predicated):
 
 
 def test_sass_products_exp2_and_waits():
-    """By opcode, without what follows in the operands; the waits of wgmma are those of WARPGROUP.DEPBAR."""
+    """Products are counted by opcode, without the operands. wgmma waits by WARPGROUP.DEPBAR."""
     (loop,) = innermost_loops(
         parse_sass(
             sass(
@@ -197,7 +197,7 @@ loop:
 
 
 def test_ptxas_still_says_so(tmp_path):
-    """An accumulator that is changed while a wgmma writes it: if ptxas' words change, no serialised kernel is seen."""
+    """An accumulator changes while a wgmma writes it. If ptxas changes its words, serialised kernels go unseen."""
     triton = pytest.importorskip("triton", reason="ptxas comes with Triton")
     source, target = tmp_path / "serialised.ptx", tmp_path / "serialised.o"
     source.write_text(PTX)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the attention kernels promise: each promise is broken, by hand in a record and by tiles that are compiled."""
+"""The promises of the attention kernels. Tests break each one, by hand in a record and by compiling a tile."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from bench.codegen.products import blocks_a_multiprocessor  # noqa: E402
 from bench.codegen.promises import broken  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-# Forward of head_dim 64 on sm_90: a tile of 128 x 64, 64 scores a thread.
+# The forward kernel of head_dim 64 on sm_90: a tile of 128 x 64, 64 scores a thread.
 FORWARD = {
     "op": "attention", "layout": "d64 causal", "dtype": "bf16", "arch": "sm_90", "is_wide": False, "triton": "0.0.0",
     "kernel": "_forward_kernel", "threads": 128, "registers": 253, "spills": 0, "scalar_spills": 0, "stack": 0,
@@ -80,7 +80,7 @@ def test_softcap_needs_a_second_exp2_and_registers_that_say_nothing_are_left_out
 
 
 def test_float32_multiplies_three_times():
-    """Tf32x3: eight TF32 products of 8 where bf16 has four of 16, and three of each."""
+    """TF32x3: bf16 has four products of 16, float32 has eight TF32 products of 8, and each of them three times."""
     record = copy.deepcopy(FORWARD) | {"dtype": "fp32"}
     record["interior"]["counts"]["copy.128"] = 16
     for count, times in ((96, None), (32, "0.33"), (192, "2.00")):
@@ -90,7 +90,7 @@ def test_float32_multiplies_three_times():
 
 
 def test_a_bulk_copy_stands_for_the_rows():
-    """TMA moves whole tiles: no vectors to count."""
+    """TMA moves whole tiles, so there are no vectors to count."""
     record = copy.deepcopy(FORWARD)
     del record["interior"]["counts"]["copy.128"]
     assert len(broken(record)) == 1
@@ -109,7 +109,7 @@ def test_a_bulk_copy_stands_for_the_rows():
     ],
 )
 def test_floors_of_the_loops(kernel, changes, words):
-    """Triton 3.6.0, head_dim 64, a tile of 64 x 64 by four warps: 32 scores a thread."""
+    """Triton 3.6.0, head_dim 64, a tile of 64 x 64 for four warps: 32 scores a thread."""
     record = copy.deepcopy(FORWARD) | {"triton": "3.6.0", "kernel": kernel}
     record["constants"]["BLOCK_M"] = 64
     number = {"_dkdv_kernel": 16, "_dq_kernel": 12}[kernel]
@@ -145,7 +145,7 @@ def test_the_line_that_would_allow_it_is_printed():
 
 
 def test_the_list_of_exceptions_names_cases_that_are_compiled():
-    """A line for a launch that no matrix has would never be noticed."""
+    """Nobody would notice a line for a launch that is not in the matrix."""
     known = {(case.arch, case.dtype, case.layout) for case in cases(is_full=True)}
     for _, arch, dtype, layout, _ in exceptions.parse(exceptions.PATH.read_text()):
         assert (arch, dtype, layout) in known
@@ -154,8 +154,8 @@ def test_the_list_of_exceptions_names_cases_that_are_compiled():
 @pytest.mark.parametrize(
     ("change", "blocks"),
     [
-        ({}, 2),  # 253 registers of 128 threads
-        ({"registers": 128}, 3),  # 64 KB and 1 of 228
+        ({}, 2),  # 128 threads with 253 registers each
+        ({"registers": 128}, 3),  # 64 KB and 1 KB, of 228 KB
         ({"shared": 0, "registers": 32}, 16),
         ({"threads": 256}, 1),
         ({"arch": "gfx942"}, None),
@@ -166,7 +166,7 @@ def test_blocks_a_multiprocessor(change, blocks):
 
 
 def test_options_that_people_train_with_are_in_the_matrix():
-    """Sm_90: every option set at 64 and 128, every head_dim; with is_full all of all; the other GPUs the plain sets."""
+    """sm_90 has all options at head_dim 64 and 128, and every head_dim; all pairs if is_full. Others: plain sets."""
     for is_full, head_dims in ((False, (64, 128)), (True, (40, 64, 72, 80, 96, 128, 256))):
         layouts = {(case.op, case.layout) for case in cases(["sm_90"], is_full=is_full)}
         for op in ("attention", "attention backward"):
@@ -199,7 +199,7 @@ def test_a_tile_that_breaks_a_promise_is_reported(tmp_path, op, head_dim, tile, 
     assert done.returncode == 1, done.stderr
     assert "1 kernels, 1 break a promise" in done.stdout
     (record,) = json.loads(path.read_text())["records"]
-    assert record["kernel"] == f"_{kernel}_kernel"  # and no other was compiled
+    assert record["kernel"] == f"_{kernel}_kernel"  # no other kernel was compiled
     sentences = " ".join(finding.sentence for finding in findings(record))
     for word in words:
         assert word in sentences
@@ -236,7 +236,7 @@ for launch in (launch_forward, launch_backward):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "gfx942"])
 def test_the_second_launch_compiles(arch, tmp_path):
-    """That of the programs which met a NaN; no promise but that it can be launched."""
+    """The second launch is for programs that met a NaN. It has one promise: it can be launched."""
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(tmp_path),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`bench gpu` without a GPU: what it leaves when it is cut off or killed, how it shares the time, what it starts."""
+"""`bench gpu` without a GPU: what remains if it is cut off or killed, how it shares the time, what it starts."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from bench.gpu.phases import Command, Phase, phases, shares  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-# A command that ignores what can be ignored, and starts a child that left its session and one whose parent is gone.
+# A command that ignores every signal it can. One of its children left its session, and the parent of another is gone.
 STUBBORN = """
 import signal, subprocess, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -40,7 +40,7 @@ time.sleep(300)
 
 
 def running(mark):
-    """Processes that carry `mark` in their arguments or their environment."""
+    """Processes that have `mark` in their arguments or their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -58,13 +58,13 @@ def until(is_true, seconds=20):
 
 
 def stubborn(tmp_path):
-    """(arguments after the interpreter, mark)."""
+    """A STUBBORN command: (arguments after the interpreter, mark)."""
     mark = f"mark-of-{tmp_path.name}-{os.getpid()}"
     return ("-c", f"MARK = {mark!r}{STUBBORN}"), mark
 
 
 class Said(list):
-    """What a Runner says; its build and its cache, of which nothing is asked."""
+    """Collects what a Runner says. Also stands for its build and its cache, which do nothing here."""
 
     def __call__(self, line):
         self.append(line)
@@ -77,7 +77,7 @@ class Said(list):
 
 
 def run(tmp_path, todo, seconds, **options):
-    """(is_well, summary, records, lines said)."""
+    """Run the phases: (is_well, summary, records, lines said)."""
     said, summary, output = Said(), {}, Output(tmp_path / "out")
     is_well = runner.Runner(output, summary, dict(os.environ), said, said, said).run(todo, seconds, **options)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
@@ -206,7 +206,7 @@ def test_a_wrong_case_says_so_and_a_lost_device_ends_the_smoke(monkeypatch, caps
     "case", ["expand bf16, odd", "attention bf16 dropout", "attention bf16 varlen", "graph forward"]
 )
 def test_the_smoke_computes(case, capsys):
-    """In the interpreter: one case of each kind."""
+    """The interpreter runs one case of each kind."""
     assert smoke.main(["--device", "cpu", "--tiny", "--case", case]) == 0
     assert f"{case} … ok" in capsys.readouterr().out
 
@@ -216,9 +216,9 @@ def test_every_test_file_is_chosen_or_left_out_with_a_reason():
     assert set(suite.CHOSEN) <= files
     for name in files:
         reasons = [reason for pattern, reason in suite.LEFT_OUT.items() if fnmatch(name, pattern)]
-        assert len(reasons) == (0 if name in suite.CHOSEN else 1), f"{name}: chosen, or left out by one pattern?"
+        assert len(reasons) == (0 if name in suite.CHOSEN else 1), f"{name} must be chosen or match just one pattern"
     for name in suite.CHOSEN:
-        assert "device" in (ROOT / "tests" / name).read_text(), f"{name} never asks which device it runs on"
+        assert "device" in (ROOT / "tests" / name).read_text(), f"{name} does not use the device"
 
 
 def test_the_tests_that_run_there_are_deterministic_and_need_a_gpu():
@@ -244,7 +244,7 @@ def test_every_command_of_a_phase_is_one_that_its_program_takes():
 
 
 def check_bench(name, *words):
-    """Parse, run nothing."""
+    """Parse the command line without running it."""
     known = cli.get_command(None, name)
     assert known is not None, f"python -m bench has no {name}"
     words = ["cpu" if word == "cuda" else word for word in words]
@@ -253,7 +253,7 @@ def check_bench(name, *words):
 
 @pytest.mark.slow
 def test_a_rehearsal(tmp_path):
-    """The whole command on the CPU, with the phases that take seconds."""
+    """Runs the whole command on the CPU, with the phases that take only seconds."""
     arguments = ["gpu", "--device", "cpu", "--phase", "expand", "--phase", "profile", "--phase", "host"]
     arguments += ["--seconds", "400", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -262,7 +262,7 @@ def test_a_rehearsal(tmp_path):
     assert outcomes == {"expand": "ok", "profile": "ok", "host": "ok"}, done.stdout
     assert done.returncode == 0
     assert {record["phase"] for record in records} >= {"expand", "host"}
-    assert len(list(tmp_path.iterdir())) <= 6, "the lent machine sends back 8 files"
+    assert len(list(tmp_path.iterdir())) <= 6, "the lent machine sends back at most 8 files"
     assert done.stdout.rstrip().endswith(f"wrote {tmp_path}") and len(done.stdout) < 12_000
     assert summary["environment"]["torch"] in done.stdout
 
@@ -286,7 +286,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
 
 
 def test_the_page_says_what_to_type():
-    """Every phase once, in command lines that are taken, and short enough."""
+    """The page has every phase once, in command lines that are valid and short enough."""
     done = CliRunner().invoke(cli, ["gpu", "--list"])
     assert done.exit_code == 0
     text = page.__doc__.replace("\\\n", " ")
@@ -295,7 +295,7 @@ def test_the_page_says_what_to_type():
     assert len(commands) == 2
     named, seconds = [], []
     for words in commands:
-        words[words.index("build/gpu-cache.tar")] = str(Path(__file__))  # a file that is there
+        words[words.index("build/gpu-cache.tar")] = str(Path(__file__))  # a file that exists
         context = cli.get_command(None, "gpu").make_context("gpu", words[4:])
         named += context.params["names"]
         seconds.append(context.params["seconds"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The compiled cache of `bench gpu`: which kernels go in, who finds them again, what is said where nobody does."""
+"""The kernel cache of `bench gpu`: which kernels it gets, which process finds them, and what a miss says."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the cache is Triton's")
+pytest.importorskip("triton", reason="the cache needs the extra `triton`")
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
@@ -88,7 +88,7 @@ def test_without_a_tar(tmp_path):
 
 
 def test_every_case_of_the_smoke_is_recorded_at_its_real_length(tmp_path):
-    """Also: what a case asks for is allowed at that length, on the way to the compiler at least."""
+    """This also shows that each case is valid at that length, at least on the way to the compiler."""
     output = call("-m", "bench.gpu.record", tmp_path / "l.pickle", "-m", "bench.gpu.smoke", "--device", "cuda")
     assert "FAIL" not in output
     names = [name for _, name, *_ in launches_in(tmp_path / "l.pickle")]
@@ -107,7 +107,7 @@ def test_a_bench_is_recorded_with_the_launches_of_its_real_length(tmp_path):
     signature, attrs = kernels["_forward_kernel"]
     assert signature["query_ptr"] == "*bf16"
     names = list(signature)
-    assert ["tt.divisibility", 16] in attrs[(names.index("query_ptr"),)], "tensors lie on 16 bytes there"
+    assert ["tt.divisibility", 16] in attrs[(names.index("query_ptr"),)], "tensors are aligned to 16 bytes there"
 
 
 @pytest.mark.slow
@@ -129,9 +129,9 @@ def test_the_tests_are_recorded(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton's launchers are C code")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton needs gcc for its launchers")
 def test_what_was_filled_is_found_by_another_process(tmp_path):
-    """And a second fill compiles nothing."""
+    """A second fill compiles nothing either."""
     recorded, folder = tmp_path / "l.pickle", tmp_path / "cache"
     call("-m", "bench.gpu.record", recorded, "-m", "bench.gpu.smoke", "--device", "cuda", "--only", "expand bf16, odd")
     count = len(launches_in(recorded))
@@ -148,5 +148,5 @@ def test_what_was_filled_is_found_by_another_process(tmp_path):
     assert cache.given == count
     before = sorted(folder.glob("*/*"))
     assert "launched" in call("-c", LAUNCH, **environment)
-    assert sorted(folder.glob("*/*")) == before, "neither a kernel nor a launcher was compiled"
+    assert sorted(folder.glob("*/*")) == before, "a kernel or a launcher was compiled"
     assert cache.news() == "kernels compiled anew: 0"

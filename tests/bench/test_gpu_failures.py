@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What goes wrong on a GPU, rehearsed: it is a finding about a cell, and the run goes on."""
+"""A rehearsal of what can go wrong on a GPU: it becomes a finding about a cell, and the run goes on."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_long_calls_get_no_graph(gpu, bench, monkeypatch):
 
 
 class _Fails:
-    """eager, which raises at its call number `at`."""
+    """Eager attention that raises `error` in call number `at`."""
 
     def __init__(self, error, at):
         self.error, self.left = error, at
@@ -128,12 +128,12 @@ def test_a_limit_that_ends_between_check_and_timing(gpu, bench, monkeypatch):
         return EAGER.attend(query, key, value, table, seen)
 
     monkeypatch.setattr(timing.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(timing, "WARM_SECONDS", -1)  # this clock does not move by itself
+    monkeypatch.setattr(timing, "WARM_SECONDS", -1)  # this clock does not advance by itself
     monkeypatch.setattr(bench_attention, "providers", lambda *_: ([Provider("late", late), EAGER], {}))
     code, output, records = bench(*QUICK, "--dtype", "bf16", "--limit", "8")
     assert code == 0, output
     assert records["forward", "late"]["ms"] > 0 and records["forward", "eager"]["graph_ms"] > 0
-    assert records["training", "late"]["peak_mib"] == 2  # it was checked
+    assert records["training", "late"]["peak_mib"] == 2  # the check has run
     for name in ("late", "eager"):
         assert records["training", name]["unmeasured"] == "not measured: time limit"
 
@@ -150,7 +150,7 @@ def test_rounds_end_at_the_deadline_and_slow_calls_run_once(gpu, monkeypatch):
     both = {"a": lambda: call("a", 1), "b": lambda: call("b", 1)}
     failed = {}
     found = timing.measure(both, "cuda", 5, 1e-6, failed, deadline=7)
-    assert [len(found[name].rounds) for name in "ab"] == [2, 2] and not failed  # 4 to begin with, then 2 a round
+    assert [len(found[name].rounds) for name in "ab"] == [2, 2] and not failed  # 4 s at first, then 2 s a round
     found = timing.measure(both, "cuda", 5, 1e-6, failed, deadline=clock[0] + 1)
     assert found.keys() == {"a"} and isinstance(failed["b"], TimeoutError)
     monkeypatch.setattr(timing, "SLOW", 0.0)
@@ -168,7 +168,7 @@ def test_expand_survives_a_bias_that_does_not_fit(gpu, bench, monkeypatch):
     code, _, records = bench("expand", "--device", "cuda", "--smoke", "--peer", "eager", *TORCH)
     assert code == 0
     assert records["backward", "eager"]["unmeasured"] == "out of memory"
-    assert records["forward", "eager"]["ms"] > 0  # which needs no gradient
+    assert records["forward", "eager"]["ms"] > 0  # forward needs no gradient
 
 
 def test_errors_of_a_failure_are_a_row_of_the_table(gpu, bench, monkeypatch):

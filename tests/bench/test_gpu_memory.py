@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The search for the longest trainable sequence on a GPU, rehearsed."""
+"""A rehearsal of the search for the longest trainable sequence on a GPU."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from bench.report_memory import NO_ROOM  # noqa: E402
 
 
 def _memory(monkeypatch, gpu, *, room, found=(EAGER,), first=512, step=0.001):
-    """Peaks as if eager needed n^2 / 2^14 MiB of `room`, and the other n / 256."""
+    """Fake peaks: eager needs n^2 / 2^14 MiB of `room`, every other provider n / 256 MiB."""
     tried = []
 
     def training(provider, query, *_):
@@ -43,7 +43,7 @@ def test_memory_begins_high_and_goes_where_it_must(gpu, bench, monkeypatch):
     assert code == 0, output
     by_name = {
         name: [n for who, n in tried if who == name][1:] for name, _ in tried
-    }  # after the one of 1,024 that warms up
+    }  # without the first run, of 1,024, which warms up
     assert by_name == {"eager": [2048, 1024], "slim": [2048, 4096, 8192], "no bias flash": [2048, 4096, 8192]}
     rows = {line.split()[0]: line for line in output.splitlines() if line.strip()}
     assert rows["eager"].split() == ["eager", "64", "too", "much", "<", "1024", "1024"]

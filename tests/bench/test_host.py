@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench host` runs, in a process of its own: its driver is for a whole process."""
+"""`python -m bench host` runs. It needs its own process, because its driver is for a whole process."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def run(*arguments, **variables):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only are the launches counted")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the launches are counted only without a GPU")
 def test_times_and_launches(tmp_path):
     done = run("--device", "cpu", "--rounds", 1, "--seq", 16, "--json", tmp_path / "host.json")
     assert done.returncode == 0, done.stderr
@@ -37,14 +37,14 @@ def test_times_and_launches(tmp_path):
         assert name in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fast only without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is fast only without a GPU")
 def test_tiles_by_descriptors():
     done = run("--device", "cpu", "--rounds", 1, "--seq", 16, "--tiles", "described")
     assert done.returncode == 0, done.stderr
 
 
 def test_the_interpreter_is_refused():
-    """It has no launches to time."""
+    """The interpreter has no launches to time."""
     done = run("--device", "cpu", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr

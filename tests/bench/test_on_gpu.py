@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benches' GPU paths, rehearsed: every branch runs here once, so that a slip of the pen costs no GPU time."""
+"""A rehearsal of the benches' GPU paths: every branch runs here once, so that a typing error costs no GPU time."""
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ CASES = [
 
 @pytest.mark.parametrize("backend_name, dtype, mask", CASES)
 def test_attention_beside_its_peers_and_limits(gpu, bench, backend_name, dtype, mask):
-    """Backend "triton" is our kernels in their interpreter."""
+    """Backend "triton" runs our kernels in their interpreter."""
     options = ["--dtype", dtype, "--mask", mask, "--window", "5", "--tokens", "48", "--backend", backend_name]
-    options += ["--heads", "1"] if backend_name == "triton" else []  # the interpreter takes its time
+    options += ["--heads", "1"] if backend_name == "triton" else []  # the interpreter is slow
     code, output, records = bench(*QUICK, *options)
     assert code == 0, output
     assert "batch 48 / seq" in output
@@ -47,7 +47,7 @@ def test_attention_beside_its_peers_and_limits(gpu, bench, backend_name, dtype, 
             record = records[direction, name]
             assert (record["batch"], record["wrong"], record["ms"] > 0) == (2, None, True)
             assert record["tflop_s"] > 0
-            assert record["graph_ms"] == pytest.approx(REPLAY_MS / 2)  # two calls in it
+            assert record["graph_ms"] == pytest.approx(REPLAY_MS / 2)  # the graph has two calls
             assert record.get("of_limit", {}).keys() == {f"no bias {limit}" for limit in limits}
             assert record["x_eager"] > 0 and record["graph_x_eager"] == pytest.approx(1)
             assert name.startswith("limit") or record["peak_mib"] == 2
@@ -90,7 +90,7 @@ def test_the_cells_are_the_published_shapes(gpu, monkeypatch):
 
 
 def test_flash_attentions_window_is_differentiable():
-    """On meta tensors, which have the operator's shapes and its derivative and no kernel."""
+    """Uses meta tensors: they have the operator's shapes and its derivative, but no kernel."""
     query, key, value = (
         torch.empty((2, 3, 40, 16), dtype=torch.bfloat16, device="meta").requires_grad_() for _ in "qkv"
     )
@@ -101,7 +101,7 @@ def test_flash_attentions_window_is_differentiable():
 
 
 def test_float32_is_held_against_sdpa_on_the_gpu(gpu, monkeypatch):
-    """Three TF32 products on tensor cores have an accumulator that eager's float32 products do not have."""
+    """Three TF32 products on tensor cores have an accumulator error that eager's float32 products do not have."""
     shape = Shape("fp32", 2, 2, 24, 16, "causal")
     sdpa = Provider("sdpa", lambda *arguments: EAGER.attend(*arguments) * (1 + 2e-5))
     monkeypatch.setattr(attention_cells, "SDPA", sdpa)
@@ -137,7 +137,7 @@ def test_errors_are_printed_as_numbers(gpu, bench, monkeypatch):
 def test_a_round_is_long_enough_and_a_graph_holds_many_short_calls(gpu):
     calls = []
     found = timing.measure({"a": lambda: calls.append(gpu.is_capturing)}, "graph", 2, 0.01)
-    assert found["a"].rounds == [pytest.approx(REPLAY_MS / 2)] * 2  # two calls in the graph, of which one replay
+    assert found["a"].rounds == [pytest.approx(REPLAY_MS / 2)] * 2  # one replay runs the two calls in the graph
     assert calls == [False, False, True, True, True]
 
 

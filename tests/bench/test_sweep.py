@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench sweep`: candidates, the list of what compiles, the GPU's part with recorders in place of CUDA."""
+"""`python -m bench sweep`: candidates, the list of what compiles, the GPU's part with recorders instead of CUDA."""
 
 import ast
 import itertools
@@ -40,7 +40,7 @@ def test_every_group_has_candidates_that_fit(kernel, width, dtype, arch):
 
 
 def test_the_first_candidates_are_large_tiles():
-    """The tile with the shortest measured loop of dkdv at 64 must not come last."""
+    """The dkdv tile with the shortest measured loop at width 64 must come early."""
     first = [candidate.blocks for candidate in candidates(*GROUP)][:12]
     assert (64, 64, 4, 2) in first
 
@@ -89,14 +89,17 @@ def test_a_list_is_gone_on_with_until_kernels_or_compiler_change(tmp_path, monke
 
 
 class Threads(ThreadPoolExecutor):
-    """In place of processes."""
+    """Threads instead of processes."""
 
     def __init__(self, jobs, mp_context):
         super().__init__(jobs)
 
 
 def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
-    """Every group's best first; what computes twice not with other stages, nothing larger than what spills a lot."""
+    """Each group compiles its best candidate first, and the groups take turns.
+
+    If a tile computes twice, it is not compiled with other stages. If a tile spills a lot, no larger tile is compiled.
+    """
     asked = []
 
     def compile_one(candidate, width, dtype, arch):
@@ -111,10 +114,10 @@ def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
     monkeypatch.setattr(sweep_offline, "compile_candidate", compile_one)
     wanted = [GROUP, ("dq", *GROUP[1:])]
     results = {}
-    assert sweep_offline.compile_candidates(wanted, results, 1, 0) > 100  # no time: none
+    assert sweep_offline.compile_candidates(wanted, results, 1, 0) > 100  # no time, so nothing is compiled
     assert not asked
     assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
-    # in turn; dkdv's second one is its first tile again, which computes twice
+    # the groups take turns; dkdv skips its second one: the first tile again, which computes twice
     assert [candidate.kernel for candidate in asked[:6]] == ["dkdv", "dq", "dq", "dkdv", "dq", "dkdv"]
     assert len([c for c in asked if c.kernel == "dkdv" and (c.block_m, c.block_n, c.warps) == first[:3]]) == 1
     crowded = [c for c in asked if c.kernel == "dq" and c.block_m * c.block_n >= 4096]
@@ -128,7 +131,7 @@ def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
 
 
 def test_a_compilation_says_why_not_and_stops_there(monkeypatch):
-    """With a problem when causal, the other options are not compiled."""
+    """If the causal kernel has a problem, the other options are not compiled."""
     seen = []
 
     def compile_case(case):
@@ -146,7 +149,7 @@ def test_a_compilation_says_why_not_and_stops_there(monkeypatch):
 
 @pytest.mark.slow
 def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
-    """One candidate for real, in a child: the table, the file and the lines have its registers and clocks."""
+    """Really compiles one candidate, in a child. The table, the file and the lines have its registers and clocks."""
     path, lines = tmp_path / "list.json", tmp_path / "lines.jsonl"
     arguments = ["--kernel", "forward", "--head-dim", "64", "--limit", "0.5", "--jobs", "1", "--list", str(path)]
     done = CliRunner().invoke(command.sweep, [*arguments, "--lines", str(lines)], catch_exceptions=False)
@@ -164,7 +167,7 @@ def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
 
 
 def test_the_launches_that_are_timed():
-    """In the interpreter: other constants give the same, and each call launches one kernel's part."""
+    """In the interpreter: other constants give the same results, and each call launches one kernel's part."""
     calls = sweep_gpu.calls_of(16, "fp32", 40, 1, 2, "cpu")
     for kernel, call in calls.items():
         first, second = (call(Candidate(kernel, *tile, 4, 1)) for tile in ((16, 16), (16, 32)))
@@ -182,7 +185,7 @@ def test_differences():
 
 
 class Recorder:
-    """Stands for CUDA: a candidate's replay takes as long as `costs` says; every capture and measurement is kept."""
+    """Replaces CUDA: `costs` has the time of each candidate's replay. Records every capture and measurement."""
 
     def __init__(self, costs):
         self.costs, self.captured, self.measured = costs, [], []
@@ -198,7 +201,7 @@ class Recorder:
 
 
 def launch_of(tiles, wrong=(), raises=()):
-    """A launcher whose result says which candidate it was, without changing it."""
+    """A launcher whose result holds the candidate's number, which is too small to count as a difference."""
 
     def launch(candidate):
         number = tiles.index(candidate)
@@ -241,14 +244,14 @@ def test_without_the_constants_of_today_nothing_is_compared():
 
 
 def test_a_group_ends_at_its_deadline():
-    """After the first round, which every candidate that was captured has."""
+    """It ends after the first round, which every captured candidate has."""
     tiles = [Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2)]
     found = sweep_gpu.time_group(launch_of(tiles), tiles, 1e-2, Recorder([1.0, 1.0]), lambda *_, **__: None, 0, 5)
     assert found == {tiles[0]: [1.0]}
 
 
 def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
-    """Recorders in place of CUDA: what is launched, in which order, and the rows that are printed."""
+    """With recorders instead of CUDA: what is launched, in which order, and which rows are printed."""
     today = {kernel: command.constants_of((kernel, *GROUP[1:])) for kernel in ("dkdv", "dq")}
     better = {kernel: Candidate(kernel, 32, 64, 4, 1) for kernel in today}
     path, lines = tmp_path / "list.json", tmp_path / "lines.jsonl"
@@ -278,7 +281,7 @@ def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
     done = CliRunner().invoke(command.sweep, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0
     offered = [today["dkdv"], better["dkdv"], slower[0], today["dq"], better["dq"]]
-    assert [job[0] for job in prefilled] == offered  # two at most beside today's
+    assert [job[0] for job in prefilled] == offered  # at most two besides today's
     assert prefilled[0][1:] == ("sm_90", 64, "bf16", 8192, 2, 16)
     assert list(dict.fromkeys(launched)) == offered
     body = done.output[done.output.index("{") :]
@@ -308,7 +311,7 @@ def test_no_gpu_is_named():
     ("hip", "name", "expected"), [(None, "NVIDIA H200", "sm_90"), ("7.0", "gfx942:sramecc+:xnack-", "gfx942")]
 )
 def test_the_architecture_of_this_gpu(hip, name, expected, monkeypatch):
-    """torch 2.11 has the card's name where AMD's have the architecture."""
+    """For this GPU torch 2.11 gives the card's name in the field that has the architecture of an AMD GPU."""
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(major=9, minor=0, gcnArchName=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`bench train`: the variants agree, a killed run ends with the numbers of one that was not, the files are safe."""
+"""`bench train`: the variants agree, a killed and resumed run ends with the same numbers, and the files are safe."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def command(*options):
 
 
 def run(*options, expect=0):
-    """In this process, which has imported torch; what is timed is called once a round instead of for 0.1 seconds."""
+    """Run in this process, which has imported torch. A timed call runs once a round instead of for 0.1 seconds."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(bench_train, "measure", lambda *rest, seconds: measure(*rest, seconds=1e-4))
         done = CliRunner().invoke(cli, ["train", *SIZES, *options])
@@ -43,7 +43,7 @@ def run(*options, expect=0):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of all variants that nobody disturbs."""
+    """An undisturbed run of all variants."""
     folder = tmp_path_factory.mktemp("whole")
     output = run("--steps", "12", "--json", str(folder / "run.json"), "--plot", str(folder / "run.png"))
     assert (folder / "run.png").stat().st_size > 10_000
@@ -80,7 +80,7 @@ def test_report(whole):
 
 @pytest.mark.parametrize("times", [1, slow(2)])
 def test_killed_and_resumed(times, whole, tmp_path):
-    """At whatever moment it is then."""
+    """The moment of the kill is arbitrary."""
     names = "eager", "fused"
     options = ("--steps", "12", "--checkpoint", str(tmp_path / "state.pt"), "--every", "1")
     options += tuple(word for name in names for word in ("--variant", name))
@@ -95,7 +95,7 @@ def test_killed_and_resumed(times, whole, tmp_path):
                     seen = step
                     break
             time.sleep(0.01)
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.poll() is None, "the run ended before it was killed"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     output = run(*options, "--json", str(tmp_path / "run.json"))
@@ -116,7 +116,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
 def test_a_failing_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "state.pt"
     checkpoint.save(path, {"step": 1})
-    with pytest.raises(AttributeError, match="local"):  # a function has no place in a file: it fails half-way
+    with pytest.raises(AttributeError, match="local"):  # a lambda cannot be pickled: the save fails half-way
         checkpoint.save(path, {"step": 2, "tensor": torch.ones(1000), "function": lambda: None})
     assert checkpoint.load(path) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["state.pt"]
@@ -137,7 +137,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
 
 
 class Malicious:
-    """What a pickle may do."""
+    """A pickle may run code like this."""
 
     def __reduce__(self):
         return os.mkdir, ("ran",)

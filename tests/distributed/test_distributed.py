@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several processes against one: torchrun starts them twice, as 2 and as 4, and every case is run in each launch."""
+"""Several processes against one: torchrun starts 2 processes, then 4, and each launch runs all its cases."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-    pytest.skip("torch is built without torch.distributed and gloo", allow_module_level=True)
+    pytest.skip("torch is built without torch.distributed or gloo", allow_module_level=True)
 
 import distributed_worker
 from quick import slow
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """size -> ({case: {"failure": str, "seconds": float}}, what the processes printed); one launch each."""
+    """size -> ({case: {"failure": str, "seconds": float}}, what the processes printed); one launch for each size."""
     launches = {}
 
     def results(size):
@@ -53,7 +53,7 @@ CASES = [
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_several_processes(size, name, launch):
     results, output = launch(size)
-    assert name in results, f"not reached:\n{output[-4000:]}"
+    assert name in results, f"the case did not run:\n{output[-4000:]}"
     assert not results[name]["failure"], results[name]["failure"]
 
 
@@ -61,8 +61,8 @@ def test_shifts_without_work_are_left_out():
     from dpb_triton.distributed.ring import _shifts
 
     assert _shifts((8, 8, 8, 8), None, None) == [0, 1, 2, 3]
-    assert _shifts((8, 8, 8, 8), 8, 0) == [0, 1]  # a causal window of a slice
-    assert _shifts((8, 8, 8, 8), 9, 0) == [0, 1, 2]  # the first query of a slice sees two behind
+    assert _shifts((8, 8, 8, 8), 8, 0) == [0, 1]  # a causal window as long as a slice
+    assert _shifts((8, 8, 8, 8), 9, 0) == [0, 1, 2]  # the first query of a slice sees the last key two slices back
     assert _shifts((8, 8, 8, 8), 3, 3) == [0, 1, 3]
     assert _shifts((8, 8, 8, 8), 0, 0) == [0]
-    assert _shifts((8, 0, 8, 8), 3, 0) == [0, 1, 2]  # across a rank without positions
+    assert _shifts((8, 0, 8, 8), 3, 0) == [0, 1, 2]  # the window crosses a rank without positions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""transformers' models on bias_attention against their own eager attention: logits, every gradient, generation."""
+"""Compares transformers' models on bias_attention with eager attention: logits, every gradient, generation."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ SIDES = (None, "right", "left", "holes")
 
 @pytest.fixture
 def fused_only(monkeypatch):
-    """A model that falls back to its eager attention fails."""
+    """A model raises an error if it falls back to its eager attention."""
 
     def fall_back(module, *_, reason=None, **__):
         raise AssertionError(f"{type(module).__name__} is not fused: {reason}")
@@ -102,11 +102,11 @@ INITIALISATIONS = {
 @pytest.mark.parametrize("family", ["T5", "MT5", "UMT5", "SwitchTransformers", "LongT5", "Pop2Piano"])
 @pytest.mark.parametrize("how", INITIALISATIONS)
 def test_t5_is_initialised_as_without(family, how):
-    """After `use_bias_attention` a model has the weights, and says that it has those, that it has without."""
+    """With `use_bias_attention` a model gets the same weights, and reports the same flags, as without it."""
     ours = t5(family, num_layers=1)
     plain = type(ours)(ours.config)
     for model in (ours, plain):
-        for x in (*model.modules(), *model.parameters()):  # else transformers keeps the weights that there are
+        for x in (*model.modules(), *model.parameters()):  # otherwise transformers keeps the existing weights
             x.__dict__.pop("_is_hf_initialized", None)
         torch.manual_seed(1)
         INITIALISATIONS[how](model)
@@ -114,7 +114,7 @@ def test_t5_is_initialised_as_without(family, how):
     assert flags[0] == flags[1]
     state, expected = ours.state_dict(), plain.state_dict()
     assert state.keys() == expected.keys()
-    for key, x in state.items() if how != "resize" else ():  # which draws the new rows like the old ones
+    for key, x in state.items() if how != "resize" else ():  # resize draws new rows that resemble the old ones
         assert torch.equal(x, expected[key]), key
 
 
@@ -129,7 +129,7 @@ def test_t5_is_copied_pickled_saved_and_loaded(fused_only, tmp_path, family):
         assert torch.equal(other(**inputs).logits, expected)
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
     model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data += torch.randn(32, 3)
-    # a replica, as of DataParallel, has the weights that it was given, not those of the module that it was made of
+    # a replica, as in DataParallel, uses the weights that it was given, not those of the original module
     replica = copy.deepcopy(model)._replicate_for_data_parallel()
     attention = replica.encoder.block[0].layer[0].SelfAttention._replicate_for_data_parallel()
     attention.relative_attention_bias = copy.deepcopy(attention.relative_attention_bias).double()
@@ -206,7 +206,7 @@ def test_prefill_in_chunks_is_the_whole(name, cache):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The elements of the largest tensor that an operation outside of dpb_triton's own returns."""
+    """The elements of the largest tensor that an operation returns. Operations inside dpb_triton's do not count."""
 
     elements = 0
 
@@ -272,7 +272,7 @@ def test_bfloat16_is_within_eagers_error(name):
     inputs = {"input_ids": tokens(2, 20), "attention_mask": mask}
     if name == "T5":
         inputs["decoder_input_ids"] = tokens(2, 20)
-    # no ReLU, whose kinks turn a rounding into another gradient
+    # no ReLU: at its kink a rounding error changes the gradient
     model = t5(feed_forward_proj="gated-gelu") if name == "T5" else decoder(name)
     exact = run(model, "eager", mask, **inputs)
     model.to(torch.bfloat16)

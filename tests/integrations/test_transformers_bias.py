@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A DynamicPositionBias in every layer of a transformers model, against eager attention with the bias in its mask."""
+"""Compares a DynamicPositionBias in a transformers model with eager attention that has the bias in its mask."""
 
 import copy
 import pickle
@@ -76,7 +76,7 @@ def test_trains(shared):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     parameters = dict(model.named_parameters())
-    # the last Linear's bias shifts all scores alike, which no softmax sees
+    # the last Linear's bias shifts all scores alike, and a softmax ignores that
     assert all(not torch.equal(parameters[name], p) for name, p in before.items() if "4.bias" not in name)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""transformers' models on bias_attention under torch.compile: the graphs, and the numbers, of eager attention."""
+"""transformers' models on bias_attention under torch.compile have the graphs and the numbers of eager attention."""
 
 import pytest
 import torch
@@ -43,14 +43,14 @@ MODELS = {
     "Llama with a signed bias in each layer": lambda: biased(False, signed=True),
     "T5": lambda: t5(num_layers=1),
     "Mistral": lambda: decoder("Mistral", sliding_window=9, num_hidden_layers=1),
-    # eager in every layer
+    # these fall back to eager in every layer
     "GptOss": lambda: decoder("GptOss", num_local_experts=2, num_experts_per_tok=1, num_hidden_layers=1),
     "Doge": lambda: decoder("Doge", keep_window_size=4, num_hidden_layers=1),
 }
 
 
 def decode(model, implementation, side, **options):
-    """(logits of 5 new tokens, number of graphs) with a static cache; `options` compile it."""
+    """(logits of 5 new tokens, number of graphs) with a static cache; compiled if there are `options`."""
     torch.compiler.reset()
     counters.clear()
     if options:
@@ -76,7 +76,7 @@ def decode(model, implementation, side, **options):
         slow("Llama with a signed bias in each layer", False, "left"),
         slow("T5", False, "left"),
         slow("Doge", False, "left"),
-        # with a sliding window transformers itself compiles for the second token again
+        # with a sliding window transformers itself compiles again for the second token
         slow("Mistral", None, "left"),
         slow("GptOss", None, "left"),
     ],

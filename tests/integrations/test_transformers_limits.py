@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What bias_attention does not compute for a transformers model: eager's numbers or an exception."""
+"""What bias_attention cannot compute for a transformers model gives eager's numbers or an exception."""
 
 import copy
 
@@ -22,7 +22,7 @@ from dpb_triton.integrations.transformers.table import place
 
 @pytest.fixture
 def reasons(monkeypatch):
-    """The reasons for which layers fell back to their eager attention."""
+    """The reasons why layers fell back to their eager attention; None for a fused layer."""
     found, why_not = [], transformers_attention._why_not
 
     def record(*arguments):
@@ -122,7 +122,7 @@ def test_encoders_and_cross_attention_are_eager(reasons):
     bart = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=VOCAB, d_model=24, **options))
     assert_same(bart.eval(), input_ids=tokens(2, 9), attention_mask=mask, decoder_input_ids=tokens(2, 4))
     llama = decoder("Llama")
-    llama.config.is_causal = False  # transformers' way to make a decoder see both ways
+    llama.config.is_causal = False  # this is how transformers makes a decoder see both ways
     assert_same(llama, mask, input_ids=tokens(2, 9), attention_mask=mask)
     assert set(reasons) == {None}
 
@@ -135,7 +135,7 @@ def test_a_model_that_computes_with_the_mask_falls_back(reasons):
     assert "(2, 4, 9, 9)" in reasons[-1]
 
 
-SPARSE = {  # three of DeepSeek's family: which keys a query sees is left to an attention that they do not know
+SPARSE = {  # three of DeepSeek's family: they pass the indices of the chosen keys to an unknown attention
     "HYV4": {"head_dim": 16, "num_key_value_heads": 4, "o_groups": 2, "o_lora_rank": 8},
     "DeepseekV32": {"head_dim": 8, "num_key_value_heads": 4},
     "GlmMoeDsa": {"head_dim": 8, "num_key_value_heads": 4},
@@ -158,7 +158,7 @@ def test_chosen_keys_fall_back(reasons, name, kind):
     if kind == "bool":
         inputs["attention_mask"] = (mask[:, None, None] == 1) & torch.ones(9, 9, dtype=torch.bool).tril()
     expected, _ = run(model, "eager", mask, **inputs | {"attention_mask": mask})
-    if kind == "bias":  # of zeros
+    if kind == "bias":  # a bias of zeros
         bias = DynamicPositionBias(8, 4)
         torch.nn.init.zeros_(bias.mlp[-1].weight)
         torch.nn.init.zeros_(bias.mlp[-1].bias)
@@ -244,7 +244,7 @@ WINDOWS = {
     "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(4), (4, 4)),
     "two windows": (masking_utils.and_masks(WINDOW := masking_utils.sliding_window_overlay(4), WINDOW), (3, None)),
     "the caller's window": (lambda b, h, x, y: (x - y < 3) & (y < x + 2), (2, 1)),
-    # what is no window
+    # these are no windows
     "chunks": (masking_utils.chunked_causal_mask_function(4, torch.zeros(2)), None),
     "padding": (masking_utils.padding_mask_function(torch.ones(2, 9)), None),
     "packed": (masking_utils.packed_sequence_mask_function(torch.ones(2, 9)), None),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""x-transformers' own class and models, of the version that is installed, against ours with their weights."""
+"""Compares the class and the models of the installed x-transformers with ours, which have their weights."""
 
 import copy
 
@@ -44,7 +44,7 @@ def test_the_class(depth, norm, log_distance):
 )
 @pytest.mark.parametrize("kind", [Decoder, Encoder])
 def test_models(kind, options):
-    """Logits and all gradients, with padding, after the swap that the README shows."""
+    """Compares logits and all gradients, with padding, after the swap that the README shows."""
     torch.manual_seed(0)
     layers = kind(dim=32, depth=2, heads=4, dynamic_pos_bias=True, **options)
     theirs = TransformerWrapper(num_tokens=64, max_seq_len=128, attn_layers=layers)
@@ -70,7 +70,7 @@ def test_models(kind, options):
 
 
 def test_with_flash_which_their_class_refuses():
-    """x-transformers asserts against its own dynamic bias beside attn_flash; ours may be put in."""
+    """x-transformers refuses its own dynamic bias together with attn_flash, but takes ours."""
     torch.manual_seed(0)
     options = {"dim": 32, "depth": 2, "heads": 4}
     theirs = TransformerWrapper(num_tokens=64, max_seq_len=128, attn_layers=Decoder(dynamic_pos_bias=True, **options))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Decoding: the table kept in eval mode and forgotten in time; token by token and chunk by chunk against the whole."""
+"""Decoding: eval mode keeps the table and drops it in time; decoding by tokens and by chunks equals one whole call."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from dpb_triton import module as module_file
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch):
-    """How many distances the MLPs were run on, a run each."""
+    """The number of distances of each run of an MLP."""
     lengths, run = [], module_file.run
     monkeypatch.setattr(module_file, "run", lambda mlp, x: lengths.append(len(x)) or run(mlp, x))
     return lengths
@@ -89,7 +89,7 @@ def replace_data(module):
 
 def write_through_data(module):
     module.mlp[2].bias.data.add_(1)
-    module.eval()  # what a GPU needs
+    module.eval()  # a GPU needs this to notice the write
 
 
 def step(optimizer):
@@ -221,7 +221,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Two of them."""
+    """Two of these layers."""
 
     def __init__(self, **options):
         super().__init__()
@@ -263,7 +263,7 @@ class TestDecoding:
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
     def test_a_static_cache_is_longer_than_what_is_in_it(self, device):
-        """Keys that are not there yet lie beyond the queries: causality hides them, whatever they hold."""
+        """Keys that nobody has written yet come after the queries: causality hides them, whatever they hold."""
         module = make(device)
         query, key, value = torch.randn(3, 2, 4, 40, 8, device=device).unbind()
         with torch.no_grad():
@@ -275,7 +275,7 @@ class TestDecoding:
                 torch.testing.assert_close(part, whole[:, :, start:end], atol=1e-5, rtol=1e-5)
 
     def test_a_materialised_step(self, device):
-        """For an attention of somebody else's: the last row of the whole bias."""
+        """For another library's attention, a step needs one row of the whole bias."""
         module = make(device)
         with torch.no_grad():
             whole = module(40, 40)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parameters that are somebody else's: replicated, quantised, in buffers, gathered or brought layer by layer, cast."""
+"""Parameters that other code owns: replicated, quantised, in buffers, gathered or loaded layer by layer, cast."""
 
 import copy
 
@@ -19,7 +19,7 @@ def make(dtype=torch.float32, **options):
 
 
 def calls(dtype):
-    """What a module can be asked for, by name."""
+    """{name: a call of a module}."""
     x = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     return {
         "table": lambda module: module.table(9),
@@ -30,7 +30,7 @@ def calls(dtype):
 
 
 def assert_same(module, expected, dtype=torch.float32, tolerance=0.0):
-    """In every call, training or not, with gradients or not; and nothing is kept."""
+    """Compare every call, in training or not, with gradients or not. The module must keep no table."""
     for training in (True, False):
         module.train(training)
         for grad in (True, False):
@@ -45,7 +45,7 @@ def assert_same(module, expected, dtype=torch.float32, tolerance=0.0):
 
 
 def replica(module):
-    """What torch.nn.parallel.replicate makes of a module for one device."""
+    """A replica of a module, as torch.nn.parallel.replicate makes it for one device."""
     again = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         again._modules[name] = None if child is None else replica(child)
@@ -89,7 +89,7 @@ class InBuffers(nn.Module):
 
 
 class Int8(nn.Module):
-    """Weight-only: int8 numbers, which must come as they are, and a scale a row."""
+    """Weight-only quantisation: int8 numbers, which must reach forward unchanged, and one scale for each row."""
 
     def __init__(self, linear, is_buffer, dtype=torch.float32):
         super().__init__()
@@ -109,7 +109,7 @@ class Int8(nn.Module):
 
 
 class Dequantised(nn.Module):
-    """As HQQ's: a product with a weight that is made in 16 bits, whatever comes in."""
+    """Like a layer of HQQ: the weight of its product always has 16 bits, whatever the input's dtype."""
 
     def __init__(self, linear):
         super().__init__()
@@ -121,7 +121,7 @@ class Dequantised(nn.Module):
 
 
 class Quantised(torch.Tensor):
-    """As torchao's: int8 numbers that stand for a weight of another dtype, in a tensor of a class of its own."""
+    """Like a weight of torchao: int8 numbers that stand for another dtype, in a tensor that has its own class."""
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -171,7 +171,7 @@ class TestLayersOfOthers:
 
     @pytest.mark.filterwarnings("ignore")
     def test_quantize_dynamic(self):
-        quantization = pytest.importorskip("torch.ao.quantization", reason="this torch has it no more")
+        quantization = pytest.importorskip("torch.ao.quantization", reason="this torch no longer has it")
         module = quantization.quantize_dynamic(make().eval(), {nn.Linear}, dtype=torch.qint8)
         expected = copy.deepcopy(module)
         x = torch.arange(9.0)[:, None]
@@ -216,7 +216,7 @@ class TestLayersOfOthers:
         module.table(9).sum().backward()
 
     def test_a_layer_of_another_dtype(self):
-        """Its weights are rounded, the distances are not."""
+        """The layer's weights are rounded, but the distances are not."""
         module, rounded = make(), make()
         module.mlp[0].bfloat16()
         for parameter in rounded.mlp[0].parameters():
@@ -228,7 +228,7 @@ class TestLayersOfOthers:
 @pytest.mark.parametrize("options", [{}, {"norm": True, "signed": True, "log_distance": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_is_the_float32_module_bit_for_bit(dtype, options):
-    """Forward and gradients: those of the same MLP whose parameters are cast, and whose gradients are cast back."""
+    """Forward and gradients equal those of the same MLP with parameters cast to float32 and gradients cast back."""
     module = make(dtype, **options)
     table = module.table(40)
     wide = copy.deepcopy(module).float()
@@ -240,7 +240,7 @@ def test_low_precision_is_the_float32_module_bit_for_bit(dtype, options):
 
 
 class Gathered:
-    """Parameters that are there while their layer runs: its hooks bring them and take them away, as ZeRO-3 does."""
+    """Parameters that exist only while their layer runs: its hooks load and release them, as ZeRO-3 does."""
 
     def __init__(self, module):
         self.seen = 0
@@ -277,7 +277,7 @@ class Offloaded:
         layer.register_forward_hook(lambda layer, args, out: self.offload(layer, own))
 
     def patch(self, layer, own, device):
-        """As accelerate does it."""
+        """Patch `forward` as accelerate does."""
         forward = layer.forward
 
         def patched(x):
@@ -321,10 +321,10 @@ class TestParametersThatComeAndGo:
         nested = make()
         for layer in nested.mlp:
             layer._hf_hook = type("Sequence", (), {"hooks": [object(), type("Hook", (), {"execution_device": 0})()]})()
-        assert nested.device.type == "cpu", "parameters that are somewhere count first"
+        assert nested.device.type == "cpu", "parameters on a real device must count first"
 
     def test_a_meta_module_stays_one(self):
-        """With hooks that fill nothing too, as a counter of shapes installs them."""
+        """This also holds with hooks that fill nothing, such as those of a shape counter."""
         module = make(device="meta")
         assert module(4, 6).is_meta and module.device.type == "meta"
         shapes = []
@@ -335,7 +335,7 @@ class TestParametersThatComeAndGo:
 
 
 def test_a_hook_of_the_mlp_that_keeps_a_part(device):
-    """DTensor's way: what goes in and out of the whole MLP is somebody else's too."""
+    """DTensor works like this: other code may also change the input and the output of the whole MLP."""
     module = make(torch.bfloat16, device=device)
     expected = module.table(9)[:1]
     module.mlp.register_forward_pre_hook(lambda mlp, args: (args[0].clone(),))

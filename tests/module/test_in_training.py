@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What people do with a model around the bias: mixed precision, compilers, exporters, checkpointing, copies."""
+"""Common uses of a model that has the bias: mixed precision, compilers, exporters, checkpointing, copies."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def train(model, steps, device="cpu", forward=loss_of, step=None):
 
 
 def test_fused_is_eager(device):
-    """The two models of `bench train`: the same weights, losses and gradients."""
+    """The two models of `bench train` have the same weights, losses and gradients."""
     fused, eager = model_of("fused", device), model_of("eager", device)
     assert fused.state_dict().keys() == eager.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), eager.parameters(), strict=True))
@@ -70,7 +70,7 @@ class TestMixedPrecision:
         ours, theirs = gradients_of(model, loss), gradients_of(model, exact)
         for name, gradient in theirs.items():
             assert ours[name].dtype == torch.float32
-            # biases before a softmax have a gradient of 0, of which only the rounding is left
+            # biases before a softmax have a gradient of 0, so only rounding errors are left
             if gradient.norm() > 1e-4:
                 assert (ours[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
@@ -103,7 +103,7 @@ class TestCompilers:
         torch._dynamo.reset()
 
     def test_the_whole_step(self, device):
-        """Forward, backward and optimizer, in inductor: the same losses."""
+        """Forward, backward and optimizer compiled by inductor give the same losses."""
         expected = train(model_of(device=device, layers=1), 4, device)
         losses = train(
             model_of(device=device, layers=1), 4, device,
@@ -126,7 +126,7 @@ class TestCompilers:
 
     @pytest.mark.slow
     def test_aot_inductor(self, device, tmp_path):
-        """torch.export with free batch and length, its package of compiled code, and other lengths."""
+        """torch.export with free batch and length makes a package of compiled code, which then runs other lengths."""
         model = model_of(device=device).eval()
         dims = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("n", min=2, max=4096)}
         with torch.no_grad():
@@ -144,7 +144,7 @@ class TestCompilers:
         runtime = pytest.importorskip("onnxruntime", reason="(extra: test)")
 
         class Bias(nn.Module):
-            """The bias of as many queries and keys as two tensors have."""
+            """The bias for the lengths of two tensors, queries and keys."""
 
             def __init__(self, **options):
                 super().__init__()
@@ -243,7 +243,7 @@ class TestCopies:
 
 
 class Adapted(nn.Module):
-    """A frozen Linear with a low-rank update, as LoRA has it."""
+    """A frozen Linear with a low-rank update, as in LoRA."""
 
     def __init__(self, base):
         super().__init__()
@@ -287,5 +287,5 @@ class TestForeignLayers:
     def test_quantised_layers(self):
         module = DynamicPositionBias(16, 4).eval()
         exact = module.table(50)
-        module.mlp[2] = nn.Sequential(module.mlp[2].bfloat16(), nn.Identity())  # any dtype of one's own
+        module.mlp[2] = nn.Sequential(module.mlp[2].bfloat16(), nn.Identity())  # a layer with its own dtype
         torch.testing.assert_close(module.table(50), exact, atol=0.5, rtol=0.1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What makes an MLP another function without a parameter changing: a table that is kept would be stale."""
+"""What can make an MLP another function while no parameter changes. A table that is kept then would be stale."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def make(**options):
 
 
 class Dial:
-    """A number that code from elsewhere multiplies with."""
+    """A number that other code multiplies results by."""
 
     factor = 1.0
 
@@ -73,7 +73,7 @@ class Parametrization(nn.Module):
 
 
 class Weight(torch.Tensor):
-    """A parameter of a class of its own."""
+    """A parameter that has its own class."""
 
     dial = None
 
@@ -92,7 +92,7 @@ def subclass_of(cls, dial):
 
 
 def hook(place, name, hook, **options):
-    """A hook on `mlp`, or on a layer of it."""
+    """Puts a hook on `mlp`, or on one of its layers."""
 
     def install(module, dial, stack, patch):
         layer = module.mlp if place is None else module.mlp[place]
@@ -147,7 +147,7 @@ def old_weight_norm(module, dial, stack, patch):
 
 
 def weight_is_an_attribute(module, dial, stack, patch):
-    """As FSDP1 leaves it."""
+    """FSDP1 leaves a weight like this."""
     layer, weight = module.mlp[3], module.mlp[3].weight.detach()
     del layer.weight
     stack.enter_context(Setting(dial, lambda: setattr(layer, "weight", weight * dial.factor)))
@@ -272,7 +272,7 @@ INTERVENTIONS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("install", INTERVENTIONS.values(), ids=INTERVENTIONS)
 def test_another_function_is_seen(install, monkeypatch):
-    """After each turn of the dial the module gives what the MLP gives now, and what it gave before once it is off."""
+    """After each turn of the dial the module gives the MLP's new result, and its first one once the change is gone."""
     module, dial = make(), Dial()
     tables = []
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_another_function_is_seen(install, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_precision_of_products(precision):
-    """What may round the distances is seen, and is not done to them."""
+    """The module notices a setting that may round the distances, and does not let it round them."""
     module = make()
     exact = module.double().table(3000).float()
     module.float()
@@ -311,7 +311,7 @@ def test_precision_of_products(precision):
 
 
 def marked(module):
-    """By transformers, which marks the layers that it has seen."""
+    """Mark the layers as transformers does after it has initialised them."""
     for layer in module.modules():
         layer._is_hf_initialized = True
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DynamicPositionBias against the recorded originals, in every dtype, and in the usage that zeta documents."""
+"""DynamicPositionBias against recorded results of the originals, in every dtype, and in the usage in zeta's docs."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_offsets_are_slices_of_the_whole(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_low_and_high_precision_modules(dtype, backend, device):
-    """The parameters' rounding aside, a low-precision module is the float32 one rounded once."""
+    """Apart from its rounded parameters, a low-precision module equals the float32 one rounded once."""
     module = DynamicPositionBias(32, 4).to(device, dtype)
     bias = module(40, 60, backend=backend)
     assert bias.dtype == dtype
@@ -125,7 +125,7 @@ def test_autocast(dtype, device):
 
 
 def test_autocast_keeps_8192_positions_apart(device):
-    """Eager under bf16 autocast rounds the distances to bf16 first, so that most positions share their bias."""
+    """Under bf16 autocast, eager rounds the distances to bf16 first, so most positions share their bias with others."""
     torch.manual_seed(0)
     eager = reference.EagerDynamicPositionBias(64, 8).to(device)
     ours = DynamicPositionBias(64, 8).to(device)
@@ -140,11 +140,11 @@ def test_autocast_keeps_8192_positions_apart(device):
 
     exact = copy.deepcopy(ours).double().table(8192)
     error = (our_table.bfloat16() - exact).abs().max() / exact.abs().max()
-    assert error < 2**-8, "one rounding to bf16"
+    assert error < 2**-8, "more than one rounding to bf16"
 
 
 def test_tf32_does_not_reach_the_table(monkeypatch):
-    """Where TF32 is allowed the MLP runs in float64: the table is the exact one, rounded once."""
+    """If TF32 is allowed, the MLP runs in float64: the table is the exact one, rounded once."""
     from dpb_triton import module as module_file
 
     module = DynamicPositionBias(32, 4)
@@ -189,7 +189,7 @@ def test_copies_pickles_and_meta(tmp_path):
 
 
 def test_layers_may_be_replaced(device):
-    """LoRA and the like put other modules into `mlp`."""
+    """LoRA and similar methods put other modules into `mlp`."""
 
     class Adapted(torch.nn.Module):
         def __init__(self, base):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What torch's module refuses, MultiheadAttention refuses, with an error of the same type; what it takes, it takes."""
+"""MultiheadAttention refuses what torch's module refuses, with an error of the same type, and takes what torch takes."""
 
 import itertools
 
@@ -78,7 +78,7 @@ def test_shapes_of_masks(options, need_weights):
 
 @pytest.mark.parametrize(
     "dtype,is_autocast",
-    [*itertools.product(DTYPES[1:5], (False,)), *itertools.product(DTYPES[1:4], (True,))],  # which leaves float64 alone
+    [*itertools.product(DTYPES[1:5], (False,)), *itertools.product(DTYPES[1:4], (True,))],  # autocast skips float64
 )
 def test_dtypes_of_masks(dtype, is_autocast):
     ours, theirs = pair(dtype)
@@ -93,7 +93,7 @@ def test_dtypes_of_masks(dtype, is_autocast):
 
 
 def test_a_causal_mask_of_another_dtype():
-    """torch's module does not look at the mask where it takes the hint."""
+    """If torch's module takes the hint, it does not look at the mask."""
     ours, theirs = pair()
     x = torch.randn(5, 2, 8)
     for dtype, need_weights in itertools.product(DTYPES, (True, False)):
@@ -128,7 +128,7 @@ def test_dtypes_of_inputs():
 
 
 def test_a_hint_lets_no_wrong_mask_in():
-    """torch's module drops it unseen."""
+    """torch's module drops the mask without looking at it."""
     ours, _ = pair()
     x = torch.randn(5, 2, 8)
     for mask, error in ((torch.zeros(5, 4), RuntimeError), (torch.zeros(3, 5, 5), RuntimeError), (torch.zeros(5, 5).int(), AssertionError)):  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""MultiheadAttention where torch's modules keep theirs: encoders, decoders, nn.Transformer.
+"""MultiheadAttention inside torch's modules: encoders, decoders, nn.Transformer.
 
 Without gradients torch's encoder makes nested tensors of padded sequences, and its layers compute attention from the
-weights alone; neither may lose the bias. Under `with torch.device(…)` torch does neither, so here all say their device.
+weights alone. Neither may lose the bias. Under `with torch.device(…)` torch does neither, so these tests pass a device.
 """
 
 import copy
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def swapped(module, is_zero=False):
-    """A copy of a torch module with ours for every attention, of the same weights and a random or no bias."""
+    """A copy of a torch module with our attention for torch's, with the same weights and a random or zero bias."""
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
         for name, theirs in list(parent.named_children()):
@@ -59,19 +59,20 @@ def causal_mask(n, device):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_zero_bias_is_torchs_encoder(batch, options, mode, device):
     if device != "cpu" and "activation" in options:
-        pytest.skip("torch's fast path approximates GELU on a GPU, by 2e-4")
+        pytest.skip("torch's fast path approximates GELU on a GPU, with an error of 2e-4")
     theirs = encoder(device, **options, norm=nn.LayerNorm(12, device=device, dtype=torch.float64))
     ours = swapped(theirs, is_zero=True)
     x, padding = padded(device, batch)
     src = x if options.get("batch_first", True) else x.transpose(0, 1)
     with mode():
-        for mask in (padding, None, padding.flip(1)):  # what torch nests, has no reason to nest, cannot nest
+        # torch nests the first, has no reason to nest the second, and cannot nest the third
+        for mask in (padding, None, padding.flip(1)):
             mine, reference = (module(src, src_key_padding_mask=mask) for module in (ours, theirs))
             assert mine.shape == reference.shape
             keep = torch.ones_like(padding) if mask is None else ~mask
             keep = keep if options.get("batch_first", True) else keep.T
             torch.testing.assert_close(mine[keep], reference[keep])
-            if mask is padding and not options:  # torch fills nested tensors up with zeros, before the norm
+            if mask is padding and not options:  # before the norm torch pads nested tensors with zeros
                 torch.testing.assert_close(mine, reference)
 
 
@@ -82,7 +83,7 @@ def test_what_torch_nests_has_the_bias(batch, device):
     expected = ours(x, src_key_padding_mask=padding)
     zero = swapped(encoder(device), is_zero=True)(x, src_key_padding_mask=padding)
     assert not torch.allclose(expected[~padding], zero[~padding])
-    rebuilt = nn.TransformerEncoder(copy.deepcopy(ours.layers[0]), 2).eval()  # made of a layer that has ours already
+    rebuilt = nn.TransformerEncoder(copy.deepcopy(ours.layers[0]), 2).eval()  # from a layer that has our attention
     rebuilt.load_state_dict(ours.state_dict())
     for module in (ours, rebuilt):
         with torch.no_grad():
@@ -103,7 +104,7 @@ def test_one_layer_of_several(device):
 
 
 def test_only_the_bias_learns(device):
-    """Then torch nests although gradients are on: nothing that it looks at asks for one."""
+    """Then torch nests although gradients are on, because no tensor that it checks requires one."""
     ours = swapped(encoder(device, num_layers=1))
     x, padding = padded(device)
     gradients = []
@@ -177,7 +178,7 @@ def test_without_its_hook_the_bias_is_not_lost_silently(device):
 
 
 class TestNested:
-    """A nested tensor, as torch's module takes it on its fast path."""
+    """A nested tensor, which torch's module takes on its fast path."""
 
     @pytest.mark.parametrize("lengths", [(3, 5), (5,), (4, 4), (0, 2), (1, 1, 7)])
     def test_torchs_numbers(self, lengths, device):
@@ -192,10 +193,10 @@ class TestNested:
                 if weights is None:
                     continue
                 if device == "cpu":
-                    if 0 not in lengths:  # of which torch says NaN
+                    if 0 not in lengths:  # torch gives NaN for an empty sequence
                         torch.testing.assert_close(weights, their_weights)
                     continue
-                # a GPU's fast path fills up to multiples of 8, and gives the queries beyond a sequence other numbers
+                # a GPU's fast path pads to multiples of 8, and gives queries after a sequence's end other numbers
                 for ours_here, theirs_here, n in zip(weights, their_weights, lengths, strict=True):
                     torch.testing.assert_close(ours_here[..., :n, :n], theirs_here[..., :n, :n])
 
@@ -231,7 +232,7 @@ class TestNested:
 
 
 class TestTorchsLayers:
-    """torch.nn.TransformerEncoder and Decoder with ours for their attention, against theirs with the bias as a mask."""
+    """TransformerEncoder and Decoder with our attention, against torch's attention with the bias as a mask."""
 
     @pytest.mark.parametrize("is_training", [True, False])
     @pytest.mark.parametrize("batch_first", [True, False])
@@ -250,11 +251,11 @@ class TestTorchsLayers:
         causal = causal_mask(9, device)
         bias = mine.layers[0].self_attn.pos_bias(9, 9).repeat(3, 1, 1)
         rows = (~padding if batch_first else ~padding.T).unsqueeze(-1)
-        with torch.set_grad_enabled(is_training):  # without, torch's layers take their fast path
+        with torch.set_grad_enabled(is_training):  # without gradients torch's layers take their fast path
             for mask, is_causal in ((None, None), (causal, True)):
                 mine_out = mine(x, mask=mask, src_key_padding_mask=padding, is_causal=is_causal)
                 mask = bias if mask is None else bias + mask
-                torch.backends.mha.set_fastpath_enabled(False)  # which takes a float mask for a boolean one
+                torch.backends.mha.set_fastpath_enabled(False)  # it takes a float mask for a boolean one
                 theirs_out = theirs(x, mask=mask, src_key_padding_mask=as_float(padding))
                 torch.backends.mha.set_fastpath_enabled(True)
                 torch.testing.assert_close(mine_out * rows, theirs_out * rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What people do with modules, done to MultiheadAttention."""
+"""MultiheadAttention in common uses of modules."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 class TestModule:
-    """What people do with modules."""
+    """State dicts, copies, dropout, autocast, compilation, initialisation and LoRA."""
 
     def test_state_dict(self):
         ours, theirs = pair({"batch_first": True})
@@ -36,7 +36,7 @@ class TestModule:
         x = torch.randn(6, 2, 12, dtype=torch.float64)
         torch.testing.assert_close(ours(x), theirs(x))
         ours(x).sum().backward()
-        assert ours[0].self_attn.pos_bias.mlp[-1].weight.grad.abs().sum() > 0  # it learns from there
+        assert ours[0].self_attn.pos_bias.mlp[-1].weight.grad.abs().sum() > 0  # its zero bias can learn
 
     def test_a_broken_state_dict_is_still_broken(self):
         ours = MultiheadAttention(12, 4)
@@ -116,7 +116,7 @@ class TestModule:
         fresh = MultiheadAttention(12, 4, **options)
         for (name, a), (_, b) in zip(ours.named_parameters(), fresh.named_parameters(), strict=True):
             assert a.isfinite().all()
-            same = a.numel() < 30 or 0.5 < a.std() / b.std() < 2  # of the same distribution
+            same = a.numel() < 30 or 0.5 < a.std() / b.std() < 2  # the same distribution
             assert same if b.any() else not a.any(), name
         x, y = torch.randn(5, 2, 12), torch.randn(5, 2, ours.kdim)
         assert ours(x, y, torch.randn(5, 2, 12), need_weights=False)[0].isfinite().all()
@@ -129,7 +129,7 @@ class TestModule:
             assert torch.equal(ours.get_parameter(name), parameter)
 
     def test_an_old_pickle_of_torchs(self):
-        """torch's module reads states without _qkv_same_embed_dim."""
+        """torch's module can read a state without _qkv_same_embed_dim."""
         ours = MultiheadAttention(12, 4)
         state = ours.__getstate__().copy()
         del state["_qkv_same_embed_dim"]
@@ -148,7 +148,7 @@ class TestModule:
 
     @pytest.mark.parametrize("need_weights", [True, False])
     def test_lora_of_peft(self, need_weights):
-        """It asks for packed weights, merges into in_proj_weight, which is then no parameter, and wraps out_proj."""
+        """PEFT needs packed weights, replaces in_proj_weight with a merged tensor (no parameter), wraps out_proj."""
 
         class LoRA(nn.Module):
             def __init__(self, base_layer):
@@ -206,7 +206,7 @@ class TestTransforms:
         x = draw(ours, 1, 5, 5)[0].detach()[0]
         (loss, parameters), (their_loss, theirs_parameters) = (
             self.loss(m, w)
-            for m, w in ((ours, need_weights), (theirs, True))  # torch's fused way has no jvp
+            for m, w in ((ours, need_weights), (theirs, True))  # torch's fused path has no jvp
         )
         torch.testing.assert_close(grad(loss, 1)(parameters, x), grad(their_loss, 1)(theirs_parameters, x))
         mine, reference = (

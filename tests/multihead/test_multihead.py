@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MultiheadAttention against torch's own: its numbers with a zero bias, its numbers with the bias in its attn_mask."""
+"""MultiheadAttention against torch's module: with a zero bias, and with the bias in the attn_mask of torch's module."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ def test_a_zero_table_gives_torchs_numbers(options, need_weights):
         inputs = draw(ours, 2, 7, 9)
         masks = draw_masks(ours, 2, 7, 9, attn_mask, padding)
         mine = ours(*inputs, need_weights=need_weights, **masks)
-        masks = {name: as_float(mask) for name, mask in masks.items()}  # torch wants one type for both
+        masks = {name: as_float(mask) for name, mask in masks.items()}  # torch wants one dtype for both
         assert_same(ours, theirs, inputs, mine, theirs(*inputs, need_weights=need_weights, **masks), has_bias=False)
 
 
@@ -121,7 +121,7 @@ def test_is_causal_without_a_square(i, j, offset, need_weights):
 
 
 def test_a_mask_decides_where_the_hint_cannot(fused):
-    """As in torch: is_causal says nothing about more keys than queries."""
+    """As in torch, is_causal says nothing if there are more keys than queries."""
     ours, theirs = pair({})
     inputs = draw(ours, 2, 5, 9)
     mask = draw_mask("bool", (5, 9), torch.float64)
@@ -157,7 +157,7 @@ def draw_call(ours, batch, i, j, attn_mask, padding, offset):
 
 
 def seen(ours, theirs, inputs, attn_mask, is_causal, offset, **call):
-    """What torch gives for the mask that was asked for, with 0 for a query that sees no key."""
+    """What torch gives for the requested mask, with 0 for a query that sees no key."""
     i, j = (x.shape[1 if ours.batch_first and x.dim() == 3 else 0] for x in inputs[:2])
     if attn_mask is None and is_causal:
         attn_mask = torch.ones(i, j, dtype=torch.bool).triu(offset + 1)
@@ -169,7 +169,7 @@ def seen(ours, theirs, inputs, attn_mask, is_causal, offset, **call):
 @pytest.mark.parametrize("calls", [pytest.param(slice(40), id="40"), slow(slice(40, 150), id="110 more")])
 @pytest.mark.parametrize("options", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
 def test_both_ways_do_what_the_masks_say(options, calls):
-    """With need_weights and without, whatever hint is given, also a wrong one: outputs and gradients."""
+    """Compares outputs and gradients, with need_weights and without, with every hint, also a wrong one."""
     ours, theirs = pair(options)
     for attn_mask, padding, is_causal, batch, (i, j, offset) in random.Random(0).sample(CALLS, 150)[calls]:
         offset = j - i if offset is None else offset
@@ -190,7 +190,7 @@ def test_both_ways_do_what_the_masks_say(options, calls):
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_a_query_that_sees_no_key_gives_what_zero_gives(need_weights):
-    for mask in (None, torch.zeros(5, 5, dtype=torch.bool)):  # fused and not
+    for mask in (None, torch.zeros(5, 5, dtype=torch.bool)):  # fused, and not fused
         ours, _ = pair({"batch_first": True})
         x = draw(ours, 2, 5, 5)[0]
         padding = torch.tensor([[True] * 5, [False] * 5])
@@ -219,7 +219,7 @@ def test_a_key_that_nobody_sees_may_hold_anything(need_weights):
 
 
 class TestTheCausalHint:
-    """is_causal says something about attn_mask: it is looked at, once."""
+    """is_causal makes a claim about attn_mask, and the mask is read once to check it."""
 
     def test_one_look_for_all_layers(self, monkeypatch, fused):
         looks = []
@@ -246,7 +246,7 @@ class TestTheCausalHint:
         inputs = draw(ours, 2, 1, 9)
         step = {"attn_mask": torch.zeros(1, 9, dtype=torch.bool), "need_weights": False}
         expected = biased(ours, theirs, *inputs, batch=2, **step)
-        assert_same(ours, theirs, inputs, ours(*inputs, is_causal=True, **step), expected)  # a decoding step: it is
+        assert_same(ours, theirs, inputs, ours(*inputs, is_causal=True, **step), expected)  # true of a decoding step
         assert len(fused) == 1
         expected = biased(ours, theirs, *inputs, batch=2, offset=0, **step)
         assert_same(ours, theirs, inputs, ours(*inputs, is_causal=True, offset=0, **step), expected)
@@ -254,7 +254,7 @@ class TestTheCausalHint:
 
     @pytest.mark.parametrize("hint", [None, 0, 1])
     def test_what_is_as_good_as_a_flag(self, hint):
-        """torch's module takes it with need_weights."""
+        """torch's module takes such a hint with need_weights."""
         ours, theirs = pair({}, is_zero=True)
         x, mask = draw(ours, 2, 5, 5)[0], torch.ones(5, 5, dtype=torch.bool).triu(1)
         reference = theirs(x, x, x, attn_mask=mask, is_causal=hint)[0]
@@ -264,7 +264,7 @@ class TestTheCausalHint:
 
     def test_in_inference_mode(self, fused):
         ours = MultiheadAttention(12, 4)
-        with torch.inference_mode():  # whose tensors do not count their writes
+        with torch.inference_mode():  # its tensors do not count their writes
             x, mask = torch.randn(5, 2, 12), torch.ones(5, 5, dtype=torch.bool).triu(1)
             first = ours(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
             mask[4, 0] = True
@@ -294,7 +294,7 @@ def test_what_is_one_tensor_is_projected_once(need_weights, batch_first, monkeyp
         rows.clear()
         ours(*inputs, need_weights=need_weights)
         assert rows[: len(expected)] == expected
-        assert len(rows) == len(expected) + 3 + 1  # and the MLP's, and out_proj's
+        assert len(rows) == len(expected) + 3 + 1  # plus 3 of the MLP and 1 of out_proj
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -312,7 +312,7 @@ def test_all_can_be_dropped(need_weights):
 
 
 def test_a_rounded_bias_is_no_bias():
-    """Scores of bfloat16 layers take the bias in float32 in both ways: rounded, it would be off by up to 1 here."""
+    """Both paths add the bias to a bfloat16 layer's scores in float32. A rounded bias would be off by up to 1 here."""
     ours = MultiheadAttention(16, 2, batch_first=True, dtype=torch.bfloat16)
     with torch.no_grad():
         ours.pos_bias.mlp[-1].bias += 300
@@ -350,7 +350,7 @@ def test_any_head_dim(head_dim):
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_hidden_key_may_hold_anything(need_weights, number, on_the_device):
-    """As keys of a cache that nobody wrote: out and query's gradient are those of the keys that are seen."""
+    """Like keys of a cache that nobody wrote: out and query's gradient depend only on the keys that are seen."""
     torch.manual_seed(0)
     module = MultiheadAttention(8, 2, batch_first=True)
     query, keys = torch.randn(2, 5, 8), torch.randn(2, 7, 8)

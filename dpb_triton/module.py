@@ -107,7 +107,7 @@ class DynamicPositionBias(nn.Module):
             if norm:
                 layers.append(nn.LayerNorm(dim, bias=layer > 0, **options))
             layers.append(nn.SiLU())
-        self.mlp = nn.Sequential(*layers, nn.Linear(dim, heads, **options))
+        self.mlp: nn.Sequential = nn.Sequential(*layers, nn.Linear(dim, heads, **options))
         self._cache = TableCache()
 
     @property

@@ -90,7 +90,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise TypeError(f"pos_bias must be a DynamicPositionBias or None, got {type(pos_bias).__name__}")
         if pos_bias.heads != num_heads:
             raise ValueError(f"pos_bias must have num_heads = {num_heads} heads, got {pos_bias.heads}")
-        self.pos_bias = pos_bias
+        self.pos_bias: DynamicPositionBias = pos_bias
         self.register_forward_pre_hook(_no_fast_path)
 
     def forward(

@@ -171,7 +171,7 @@ class EagerDynamicPositionBias(torch.nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.mlp = torch.nn.Sequential(
+        self.mlp: torch.nn.Sequential = torch.nn.Sequential(
             torch.nn.Linear(1, dim),
             torch.nn.SiLU(),
             torch.nn.Linear(dim, dim),

@@ -115,8 +115,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask: (batch, j), or (j,) without a batch. bool: True for a key to ignore. Floating: added.
             need_weights: also return the weights, (batch, i, j) or, with average_attn_weights False,
                 (batch, num_heads, i, j). True, torch's default, materialises the bias: pass False to train.
-            attn_mask: (i, j) or (batch * num_heads, i, j). bool: True where a query must not look. Floating: added, in
-                query's dtype or, with need_weights False, in float32.
+            attn_mask: (i, j) or (batch * num_heads, i, j). bool: True where a query must not look. Floating: added.
+                Floating masks have query's dtype or, with need_weights False, may be float32.
             is_causal: attn_mask is the causal mask, y <= x + offset. The module reads the mask (once for all layers
                 that get it), and uses the mask if the hint is wrong. Inside torch.compile, a trace or a CUDA graph the
                 module cannot read it, and believes the hint if i == j and offset is 0, as torch's module always does.

@@ -103,9 +103,10 @@ cuda-build-test: $(CUDA_READY)  ## the wheel against a CUDA build of torch (5 GB
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp)
 
-lint: $(READY)  ## ruff and clang-format, as pinned
+lint: $(READY)  ## ruff, clang-format and mypy, as pinned
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 	$(dir $(PYTHON))clang-format --dry-run --Werror $(CSRC)
 
 format: $(READY)  ## let them rewrite

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Dynamic position bias for PyTorch: a small MLP maps every distance to one attention bias per head.
 
-The letters, the same in every file:
+The letters mean the same in every file:
     i, j      numbers of queries and keys
     x, y      positions of a query and a key in their own order, from 0
     offset    position of query 0 relative to key 0; j - i when the queries are the last i of j positions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m dpb_triton`: what is installed, which backends can run here and why the others cannot, what is chosen."""
+"""`python -m dpb_triton`: the installed versions, the backends that run here, why the others cannot, the choice."""
 
 import importlib.metadata
 import platform
@@ -10,22 +10,22 @@ from . import __version__, dispatch
 from .dispatch import BACKENDS, why_not
 
 
-def version_of(package):
-    """The installed version, or that there is none."""
+def version_of(package: str) -> str:
+    """The installed version, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def chosen(device_type):
+def chosen(device_type: str) -> str:
     """The backend that `backend=None` takes for tensors on that device."""
     preferred = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}[device_type]
     return next(backend for backend in preferred if why_not(backend, device_type) is None)
 
 
-def print_backends(device_type):
-    """What can serve tensors on that device, which is said to be missing where it is."""
+def print_backends(device_type: str) -> None:
+    """Print which backends serve tensors on that device, and whether there is such a device."""
     choice, ready = f"{chosen(device_type)!r} is chosen", dict.fromkeys(BACKENDS, "available")
     if device_type == "cuda" and not torch.cuda.is_available():
         choice = f"there are none here, torch sees no GPU; with one {choice}"
@@ -35,8 +35,8 @@ def print_backends(device_type):
         print(f"  {backend:<7} {why_not(backend, device_type) or ready[backend]}")
 
 
-def main():
-    """Print it."""
+def main() -> None:
+    """Print all of it."""
     print(f"dpb_triton {__version__} in {dispatch.__file__.rpartition('/')[0]}")
     triton = version_of("triton") if dispatch.has_triton() else "not installed"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")

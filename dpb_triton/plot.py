@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Pictures of a learned bias. Needs matplotlib (`pip install 'dpb_triton[plot]'`), imported on first use."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .checks import check_flag, check_int
 from .module import DynamicPositionBias
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot_bias(module, i, j=None, *, head=0, log_x=False):
+
+def plot_bias(
+    module: DynamicPositionBias, i: int, j: int | None = None, *, head: int = 0, log_x: bool = False
+) -> "Figure":
     """The curve of every head over the distance, and the (i, j) map of one head.
 
     Args:
         module: a `DynamicPositionBias`.
-        i, j: numbers of queries and keys; j is i unless given.
-        head: the head whose map is drawn.
+        i, j: numbers of queries and keys; j is i by default.
+        head: the head to map.
         log_x: draw the distance on a logarithmic axis (symmetric around 0 for a signed module).
 
     Returns:

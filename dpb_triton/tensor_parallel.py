@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The name under which users import `HeadParallel`, which lives in `distributed/tensor_parallel.py`."""
+"""Users import `HeadParallel` from here; it lives in `distributed/tensor_parallel.py`."""
 
 from .distributed.tensor_parallel import HeadParallel
 

@@ -6,10 +6,15 @@ records torch's own operators, those of `reference.py`. Ours would be recorded w
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -73,15 +78,15 @@ def is_size(value):
     )
 
 
-def traced_as(reference):
-    """A decorator: a trace records `reference`, of the same arguments but `backend`, in the function's place.
+def traced_as(reference: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: a trace records `reference` instead of the function, with the same arguments but `backend`.
 
-    The function is called beside it, unrecorded, so that its checks see numbers.
+    The function runs too, unrecorded, so that its checks see numbers.
     """
 
-    def decorate(function):
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def traceable(*args, **kwargs):
+        def traceable(*args: P.args, **kwargs: P.kwargs) -> R:
             if not is_tracing():
                 return function(*args, **kwargs)
             with unrecorded(), torch.no_grad():

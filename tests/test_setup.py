@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_told_to_leave_it_out(source):
     assert done.returncode == 0, done.stderr
     assert "not built: DPB_TRITON_CSRC=0" in done.stderr
     assert (source / "out/dpb_triton/_C.txt").read_text() == "DPB_TRITON_CSRC=0\n"
+    assert (source / "out/dpb_triton/py.typed").exists()  # for type checkers
+
+
+def test_the_sdist_has_the_sources_and_says_that_they_have_types(source):
+    done = build(source, "", ("sdist",))
+    assert done.returncode == 0, done.stderr
+    [path] = source.glob("dist/*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"dpb_triton/py.typed", "dpb_triton/expand/ops.py", "csrc/band_cuda.cu", "csrc/band.h"} <= names
 
 
 def test_refuses_another_word(source):

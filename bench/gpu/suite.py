@@ -63,6 +63,7 @@ LEFT_OUT = {  # by pattern
     "test_readme.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_tracing.py": TRACED,
+    "test_types.py": NO_KERNEL,
     "integrations/test_transformers*.py": CPU_ONLY,
     "integrations/test_x_transformers.py": CPU_ONLY,
 }

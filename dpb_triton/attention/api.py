@@ -1,24 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""Attention whose position bias is never materialised: arguments checked, backend chosen, derivatives attached."""
+"""Attention that never materialises its position bias: arguments checked, backend chosen, derivatives attached."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from .. import dispatch, reference
 from ..checks import is_transformed
+from ..reference import Window
 from ..tracing import is_in_onnx_export, is_tracing, traced_as
 from .autograd import BiasAttention
-from .checks import Packing, check_call, check_dense_call, check_packed, to_autocast
+from .checks import Call, Packing, check_call, check_dense_call, check_packed, to_autocast
 from .key_bias import check_key_padding_mask, key_bias_of
 
+Backend: TypeAlias = Literal["torch", "triton"]
 
-def _attend(query, key, value, table, key_bias, seqlens, longest, offset, signed, call, return_lse):
-    """Everything is checked: (batch, heads, length, head_dim) in, (out, lse) out."""
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    key_bias: Tensor | None,
+    seqlens: Tensor | None,
+    longest: Sequence[int],
+    offset: int,
+    signed: bool,
+    call: Call,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments of shape (batch, heads, length, head_dim) in, (out, lse) out."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     table = table if table.dtype == dtype else table.to(dtype)
     seed = None
     if call.dropout_p > 0:
-        # drawn by torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other
+        # from torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     numbers = call.left, call.right, call.scale, call.softcap, call.dropout_p
     arguments = query, key, value, table, key_bias, seqlens, seed, *longest, offset, signed, *numbers
@@ -33,28 +52,49 @@ def _attend(query, key, value, table, key_bias, seqlens, longest, offset, signed
     return dispatch.call("attention_forward", call.suffix, *arguments)[:2]
 
 
+@overload
+def bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, *, is_causal: bool = False, scale: float | None = None,
+    offset: int | None = None, signed: bool = False, window: Window | None = None, softcap: float | None = None,
+    dropout_p: float = 0, key_padding_mask: Tensor | None = None, enable_gqa: bool = False,
+    return_lse: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, *, is_causal: bool = False, scale: float | None = None,
+    offset: int | None = None, signed: bool = False, window: Window | None = None, softcap: float | None = None,
+    dropout_p: float = 0, key_padding_mask: Tensor | None = None, enable_gqa: bool = False,
+    return_lse: Literal[True], backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def bias_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, *, is_causal: bool = False, scale: float | None = None,
+    offset: int | None = None, signed: bool = False, window: Window | None = None, softcap: float | None = None,
+    dropout_p: float = 0, key_padding_mask: Tensor | None = None, enable_gqa: bool = False,
+    return_lse: bool, backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @traced_as(reference.attention)
 def bias_attention(
-    query,
-    key,
-    value,
-    table,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
     *,
-    is_causal=False,
-    scale=None,
-    offset=None,
-    signed=False,
-    window=None,
-    softcap=None,
-    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
-    key_padding_mask=None,
-    enable_gqa=False,
-    return_lse=False,
-    backend=None,
-):
+    is_causal: bool = False,
+    scale: float | None = None,
+    offset: int | None = None,
+    signed: bool = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0,  # torch.compile(dynamic=True) would make a symbol of 0.0 and trace twice
+    key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) v with bias[h, x, y] = table[h, |x + offset - y|], in O(n) memory.
 
-    The bias exists inside a tile only, forward and backward; the table gets its gradient.
+    The bias exists only inside a tile, forward and backward; the table gets its gradient.
 
     Args:
         query: (batch, heads, i, head_dim), float16, bfloat16, float32 or (backend "torch") float64; head_dim of 1 to
@@ -63,35 +103,35 @@ def bias_attention(
         value: (batch, kv_heads, j, value_dim).
         table: (heads, n), one number per head and distance; with `signed` (heads, 2n - 1), indexed by
             x + offset - y + n - 1. Used in float32 (float64 for float64). -inf is a hard mask.
-        is_causal: query x sees the keys y <= x + offset only: with the default offset the last query sees the last key.
-        scale: factor of q k^T; 1 / sqrt(head_dim) unless given.
+        is_causal: query x sees only the keys y <= x + offset. With the default offset the last query sees the last key.
+        scale: factor of q k^T. Default 1 / sqrt(head_dim).
         offset: position of the first query relative to the first key, any integer. Default j - i, which needs i <= j.
         signed: whether the table tells past (positive distances) from future.
-        window: (left, right), query x sees the keys x + offset - left <= y <= x + offset + right; None on a side does
-            not limit it.
+        window: (left, right): query x sees the keys x + offset - left <= y <= x + offset + right. None leaves a side
+            unlimited.
         softcap: softcap * tanh(scale q k^T / softcap) replaces scale q k^T, before the bias.
-        dropout_p: probability to drop an attention weight. The mask is a function of one seed from torch's generator
-            and of (batch, head, x, y), the same on every backend; backward computes it again.
-        key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it: bool, True for a key that nobody sees,
-            or floating, added to the scores of the key after softcap, in float32; -inf hides the key, and the mask has
-            a gradient. Where the lengths are known, `bias_attention_varlen` saves the work of hidden keys.
+        dropout_p: probability to drop an attention weight. The mask depends on one seed from torch's generator and on
+            (batch, head, x, y), so every backend drops the same weights. Backward computes the mask again.
+        key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it. bool: True for a key that no query
+            sees. Floating: added to the key's scores after softcap, in float32; -inf hides the key, and the mask has
+            a gradient. If you know the lengths, `bias_attention_varlen` saves the work of hidden keys.
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
-        return_lse: also return the logarithm of the softmax's denominator, differentiable: what merging the results
-            of key shards needs.
-        backend: None takes the fastest that is there; "torch" or "triton" takes that one or raises.
+        return_lse: also return the logarithm of the softmax's denominator, differentiable. Merging the results of key
+            shards needs it.
+        backend: None takes the fastest available one; "torch" or "triton" takes that one or raises.
 
     Returns:
         out (batch, heads, i, value_dim) in query's dtype, in memory (batch, i, heads, value_dim); with `return_lse`
         (out, lse), lse (batch, heads, i) in float32 (float64 for float64), natural logarithm. A query that sees no key
-        gets 0 and -inf. What lies at a key that is not seen contributes nothing, NaN and Inf included, forward and
-        backward; a NaN that is seen is passed on. Under autocast query, key and value are cast to its dtype; the table
-        is not. Deterministic: no atomics, the same bits in every run.
+        gets 0 and -inf. An unseen key contributes nothing, forward and backward, even if it holds NaN or Inf; a NaN in
+        a seen key is passed on. Autocast casts query, key and value to its dtype, but not the table. Deterministic: no
+        atomics, the same bits in every run.
         A trace (torch.jit.trace, torch.onnx.export) records plain torch operations, whatever the backend, with the bias
-        materialised and torch's dropout. Sizes stay free; every other argument, and what the checks say, is fixed.
+        materialised and torch's dropout. Sizes stay free; the trace fixes every other argument and the checks' results.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: sizes that do not agree, a distance outside the table, a number out of range, a backend that is
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: sizes do not agree, a distance is outside the table, a number is out of range, or the backend is
             not available.
         RuntimeError: inside a torch.func transform with a backend other than "torch" (which then materialises the
             bias); in a double backward.
@@ -104,7 +144,7 @@ def bias_attention(
         backend,
     )  # fmt: skip
     check_key_padding_mask(key_padding_mask, query, key)
-    is_exported = is_in_onnx_export()  # to what knows torch's operators, and none of ours
+    is_exported = is_in_onnx_export()  # ONNX knows torch's operators, and none of ours
     if is_exported or is_transformed(query, key, value, table, key_padding_mask):
         return _transformed(
             query, key, value, table, "torch" if is_exported else backend, is_causal=is_causal, scale=scale,
@@ -121,38 +161,62 @@ def bias_attention(
     return out, lse if shift is None else lse + shift[:, None, None]
 
 
+@overload
 def bias_attention_varlen(
-    query,
-    key,
-    value,
-    table,
-    cu_seqlens_q,
-    cu_seqlens_k,
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
+    is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
+    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
+    return_lse: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
+    is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
+    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
+    return_lse: Literal[True], backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def bias_attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
+    is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
+    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
+    return_lse: bool, backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def bias_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
     *,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    offsets=None,
-    is_causal=False,
-    scale=None,
-    signed=False,
-    window=None,
-    softcap=None,
-    dropout_p=0,  # as a float, torch.compile(dynamic=True) would make a symbol of it and trace twice
-    enable_gqa=False,
-    return_lse=False,
-    backend=None,
-):
-    """`bias_attention` of sequences of different lengths, packed one after the other without padding.
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    offsets: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    signed: bool = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0,  # torch.compile(dynamic=True) would make a symbol of 0.0 and trace twice
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`bias_attention` for sequences of different lengths, packed one after the other without padding.
 
     Args:
         query: (total_q, heads, head_dim).
         key: (total_k, kv_heads, head_dim).
         value: (total_k, kv_heads, value_dim).
         table: as in `bias_attention`, long enough for the longest sequence.
-        cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,) on query's device, where each sequence starts, from 0 to the
+        cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,) on query's device: where each sequence starts, from 0 to the
             total.
-        max_seqlen_q, max_seqlen_k: the longest sequences, or more. When both are given nothing waits for a GPU (the
-            numbers in cu_seqlens are then checked on it); torch.compile, torch.jit.trace and CUDA graphs need them.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, or more. With both given, nothing waits for a GPU:
+            the GPU itself checks the numbers in cu_seqlens. torch.compile, torch.jit.trace and CUDA graphs need both.
         offsets: int32 (sequences,), the offset of each sequence. Default: its number of keys minus its number of
             queries, which must not be negative.
         is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend: as in `bias_attention`.
@@ -161,8 +225,8 @@ def bias_attention_varlen(
         out (total_q, heads, value_dim), contiguous; with `return_lse` (out, lse), lse (total_q, heads).
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `bias_attention`; also cu_seqlens that do not start at 0, decrease, or
-            end elsewhere.
+        TypeError, ValueError, RuntimeError: as `bias_attention`; also if cu_seqlens do not start at 0, decrease, or do
+            not end at the total.
     """
     query, key, value = to_autocast(query, key, value)
     call = check_call(
@@ -183,7 +247,16 @@ def bias_attention_varlen(
     return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out
 
 
-def _transformed(query, key, value, table, backend, *, dropout_p, **options):
+def _transformed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    backend: Backend | None,
+    *,
+    dropout_p: float,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
     if backend != "torch":
         raise RuntimeError(
             f"bias_attention with backend={backend!r} supports neither torch.func transforms (grad, vmap, jvp, …) nor "

@@ -12,7 +12,7 @@ class BiasAttention(torch.autograd.Function):
 
     -> (out, lse, state)
 
-    Saves its inputs, out and state: O(n). `with_lse` False says that nobody differentiates lse.
+    It saves its inputs, out and state: O(n). `with_lse=False` promises that nothing differentiates lse.
     """
 
     @staticmethod
@@ -22,7 +22,7 @@ class BiasAttention(torch.autograd.Function):
         out, lse, state = dispatch.call("attention_forward", ctx.suffix, *arguments)
         ctx.save_for_backward(query, key, value, table, key_bias, out, state, seqlens, seed)
         ctx.mark_non_differentiable(*([state] if ctx.with_lse else [lse, state]))
-        ctx.set_materialize_grads(False)  # zeros for lse and state would be two fills of memory that nobody reads
+        ctx.set_materialize_grads(False)  # nothing would read the zeros for lse and state
         return out, lse, state
 
     @staticmethod
@@ -30,7 +30,7 @@ class BiasAttention(torch.autograd.Function):
         needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = ctx.needs_input_grad[:5]
         needs = needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
         saved = ctx.saved_tensors
-        if dout is None:  # lse alone was used
+        if dout is None:  # only lse was used
             dout = torch.zeros_like(saved[5])
         arguments = (dout, dlse, *saved, *ctx.options, False, *needs)
         if torch.is_grad_enabled():
@@ -48,7 +48,7 @@ class BiasAttention(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The backward operator under create_graph=True: fine until somebody differentiates through it."""
+    """The backward operator under create_graph=True: it works until somebody differentiates through it."""
 
     @staticmethod
     def forward(ctx, suffix, *arguments):

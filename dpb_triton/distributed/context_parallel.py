@@ -1,64 +1,95 @@
 # SPDX-License-Identifier: MIT
-"""Context parallelism: bias_attention of a sequence that several processes hold in slices; arguments checked here."""
+"""Context parallelism: bias_attention for a sequence that several processes hold in slices. Checks the arguments."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from torch import Tensor
 
+from ..attention.api import Backend
 from ..attention.checks import check_call, check_reach, to_autocast
 from ..checks import check_int, is_transformed
+from ..reference import Window
+
+if TYPE_CHECKING:  # some builds of torch lack it
+    from torch.distributed.device_mesh import DeviceMesh
 
 
+@overload
 def context_parallel_attention(
-    query,
-    key,
-    value,
-    table,
-    mesh,
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
+    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
+    return_lse: Literal[False] = False, backend: Backend | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
+    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
+    return_lse: Literal[True], backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
+    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
+    return_lse: bool, backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    mesh: "DeviceMesh",
     *,
-    lengths=None,
-    is_causal=False,
-    scale=None,
-    signed=False,
-    window=None,
-    softcap=None,
-    enable_gqa=False,
-    return_lse=False,
-    backend=None,
-):
-    """`bias_attention` of one sequence whose positions are spread over the ranks of `mesh`, O(n / ranks) memory each.
+    lengths: Sequence[int] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    signed: bool = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`bias_attention` for one sequence whose positions the ranks of `mesh` share, with O(n / ranks) memory each.
 
-    Rank 0 holds the first slice of the positions, rank 1 the next, …; the result is the same slice of what one process
-    would compute from the whole. The keys travel around a ring, forward and backward (`ring.py`).
+    Rank 0 holds the first slice of the positions, rank 1 the next, …; the result is the same slice of one process'
+    result for the whole sequence. The keys travel around a ring, forward and backward (`ring.py`).
 
-    It is a collective: every rank calls it, in the same order, with the same options and the same requires_grad, and
-    runs backward through it. Gradients are of the sum of the ranks' losses. Those of query, key and value are complete.
-    That of the table holds the terms of this rank's queries, as every gradient of a replicated parameter does under
-    data parallelism: sum the *parameters'* gradients over the mesh, which DistributedDataParallel and fully_shard over
-    it do with all others (both average: a rank's loss is then the mean over its own positions, or, where slices
-    differ in length, its sum times ranks / total).
+    The call is a collective: every rank makes it, in the same order, with the same options and the same requires_grad,
+    and runs backward through it. Gradients are those of the sum of the ranks' losses. The gradients of query, key and
+    value are complete. The table's gradient covers this rank's queries only, as every gradient of a replicated
+    parameter does under data parallelism. So sum the *parameters'* gradients over the mesh: DistributedDataParallel and
+    fully_shard over the mesh do it. Both average, so a rank's loss must be the mean over its own positions or, if
+    slices differ in length, its sum times ranks / total.
 
     Args:
         query: (batch, heads, i, head_dim), this rank's slice, float16, bfloat16, float32 or (backend "torch") float64.
             i may differ between ranks and may be 0.
         key: (batch, kv_heads, i, head_dim), the same positions. value: (batch, kv_heads, i, value_dim).
-        table: (heads, n), or signed (heads, 2n - 1), of the distances of the whole sequence, the same on every rank:
+        table: (heads, n), or signed (heads, 2n - 1), for the distances of the whole sequence, the same on every rank:
             `position_bias.table(total)`.
         mesh: a DeviceMesh of one dimension, such as `init_device_mesh("cuda", (8,))` or `mesh["cp"]`.
-        lengths: i of every rank, ints. None asks the ranks for it: one small all_gather, which waits for a GPU.
-        is_causal, scale, signed, window, softcap, enable_gqa, return_lse, backend: as in `bias_attention`. Under
-            causality the last rank has the most work and the others wait for it; under a window only the neighbours
+        lengths: the ranks' numbers of positions, a list or tuple of ints. None gathers them from the ranks: one small
+            all_gather, which waits for a GPU.
+        is_causal, scale, signed, window, softcap, enable_gqa, return_lse, backend: as in `bias_attention`. With
+            is_causal the last rank has the most work, and the others wait for it. With a window only neighbours
             within reach exchange anything.
 
     Returns:
-        out (batch, heads, i, value_dim); with `return_lse` (out, lse), lse (batch, heads, i). As `bias_attention`'s.
-        Deterministic for a number of ranks.
+        out (batch, heads, i, value_dim); with `return_lse` (out, lse), lse (batch, heads, i), as `bias_attention`'s.
+        Deterministic for a given number of ranks.
 
     Raises:
-        TypeError, ValueError: as `bias_attention`; also a mesh of several dimensions, of another device type, or
-            without this rank; DTensors (pass `x.to_local()`); key of another length than query; wrong lengths. All
-            before any communication but for lengths that the ranks were asked for.
+        TypeError, ValueError: as `bias_attention`; also if the mesh has several dimensions or another device type, or
+            does not contain this rank; for DTensors (pass `x.to_local()`), a key of another length than query, and
+            wrong lengths. The checks precede all communication, except that lengths=None gathers the lengths first.
         RuntimeError: inside a torch.func transform, in a double backward, or if torch was built without distributed.
 
-    There is no dropout. Ring attention is Liu et al.'s (2023, arXiv:2310.01889).
+    There is no dropout. Ring attention is by Liu et al. (2023, arXiv:2310.01889).
     """
     group = _check_mesh(mesh)
     _check_local(query=query, key=key, value=value, table=table)
@@ -88,8 +119,8 @@ def context_parallel_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_mesh(mesh):
-    """The process group of a mesh of one dimension that this rank is in."""
+def _check_mesh(mesh: "DeviceMesh") -> Any:
+    """The process group of a mesh that has one dimension and contains this rank."""
     if not torch.distributed.is_available():
         raise RuntimeError("context_parallel_attention needs a torch built with torch.distributed")
     from torch.distributed.device_mesh import DeviceMesh
@@ -106,7 +137,7 @@ def _check_mesh(mesh):
     return mesh.get_group()
 
 
-def _check_local(**tensors):
+def _check_local(**tensors: Tensor) -> None:
     from torch.distributed.tensor import DTensor
 
     for name, tensor in tensors.items():
@@ -114,7 +145,7 @@ def _check_local(**tensors):
             raise TypeError(f"{name} must be this rank's own Tensor, got a DTensor (pass {name}.to_local())")
 
 
-def _check_lengths(lengths, mesh, group, query):
+def _check_lengths(lengths: Sequence[int] | None, mesh: "DeviceMesh", group: Any, query: Tensor) -> list[int]:
     """The number of positions of every rank, ints."""
     size, own = mesh.size(), query.shape[2]
     if lengths is None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism over heads, as a style for torch's `parallelize_module`. Imports torch.distributed.tensor."""
 
+from typing import Any
+
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -9,26 +12,26 @@ from ..module import DynamicPositionBias
 
 
 class HeadParallel(ParallelStyle):
-    """Each rank's `DynamicPositionBias` gives the bias of the rank's own heads, as ColwiseParallel's projections do.
+    """Each rank's `DynamicPositionBias` computes the bias of the rank's own heads, as ColwiseParallel's projections do.
 
         parallelize_module(model, mesh, {"pos_bias": HeadParallel(), "q_proj": ColwiseParallel(), …})
 
-    `table(n)`, `forward` and `attention` then take and give heads / ranks heads, rank 0 the first ones. The MLP's last
-    Linear is sharded over its rows, which are the heads; the layers before it are replicated, and their gradient is
-    summed over the ranks by DTensor. All parameters are DTensors after it, which clip_grad_norm_ and fully_shard want,
-    and those of rank 0 (`src_data_rank`). On the last Linear alone, ColwiseParallel does the same to a module whose
-    other layers are the same on every rank.
+    Then `table(n)`, `forward` and `attention` take and return heads / ranks heads; rank 0 has the first ones. The MLP's
+    last Linear is sharded over its rows, which are the heads. The layers before it are replicated, and DTensor sums
+    their gradient over the ranks. Afterwards all parameters are DTensors, as clip_grad_norm_ and fully_shard need, with
+    the values of rank 0 (`src_data_rank`). If the other layers are the same on every rank, ColwiseParallel on the last
+    Linear alone does the same.
 
     Raises:
-        TypeError: on another module (a `MultiheadAttention` too: it packs its projections in one weight), or one whose
-            last layer is no Linear.
-        ValueError: a mesh of several dimensions, or whose size does not divide the number of heads.
+        TypeError: the module is no `DynamicPositionBias` (a `MultiheadAttention` is refused too: it packs its
+            projections in one weight), or its last layer is no Linear.
+        ValueError: the mesh has several dimensions, or its size does not divide the number of heads.
     """
 
-    def _apply(self, module, device_mesh):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, nn.MultiheadAttention):
-            # a _StridedShard trains it, but set_model_state_dict(broadcast_from_rank0=True) of torch 2.13 then loads
-            # other rows than a rank's, without a word
+            # A _StridedShard trains it. But set_model_state_dict(broadcast_from_rank0=True) of torch 2.13 then silently
+            # loads other rows than the rank's.
             raise TypeError(
                 "HeadParallel is not for a MultiheadAttention, whose packed in_proj_weight torch cannot load sharded "
                 "by heads: use a DynamicPositionBias with projections of its own"
@@ -43,7 +46,7 @@ class HeadParallel(ParallelStyle):
         if module.heads % device_mesh.size():
             raise ValueError(f"the mesh's {device_mesh.size()} ranks must divide the module's {module.heads} heads")
 
-        def partition(name, layer, mesh):
+        def partition(name: str, layer: nn.Module, mesh: DeviceMesh) -> None:
             for parameter_name, parameter in layer.named_parameters(recurse=False):
                 placement = Shard(0) if layer is last else Replicate()
                 local = distribute_tensor(parameter, mesh, [placement], src_data_rank=self.src_data_rank)
@@ -53,9 +56,9 @@ class HeadParallel(ParallelStyle):
         return module
 
 
-def _replicated_input(mlp, inputs, mesh):
+def _replicated_input(mlp: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
     return tuple(DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in inputs)
 
 
-def _local_output(mlp, output, mesh):
+def _local_output(mlp: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
     return output.redistribute(placements=[Shard(-1)]).to_local()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The position bias inside other libraries' models; each file needs its library, and says so where it is missing."""
+"""The position bias inside other libraries' models. Each file needs its library, and says so if it is missing."""

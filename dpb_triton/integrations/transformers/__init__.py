@@ -9,7 +9,7 @@ Importing this registers the attention under the name "dpb_triton":
 
     t5 = T5ForConditionalGeneration(T5Config(d_model=64, d_ff=128, num_layers=2, vocab_size=256,
                                              decoder_start_token_id=0))
-    use_bias_attention(t5)  # its learned bias stays a table of the distance, in training too
+    use_bias_attention(t5)  # its learned bias stays a table of distances, in training too
 
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4,
                                          num_hidden_layers=2, vocab_size=256))
@@ -17,12 +17,12 @@ Importing this registers the attention under the name "dpb_triton":
     add_position_bias(llama, DynamicPositionBias(16, heads=4))  # a bias in every layer, trained with the model
 
 Causal and bidirectional attention, sliding windows, softcap, dropout, grouped heads, padding on either side, dynamic
-and static caches have their O(n) path. Everything else a model may ask for (`output_attentions=True`, a mask (i, j) of
-the caller's or one that the model computes, packed sequences, chunks, keys that it chooses, attention sinks, a bias
-that is no table of the distance, …) goes through the model's own eager attention, whose numbers and whose memory it
-then has; a warning says so once. What even that cannot do raises. Under torch.compile give decoders an attention_mask:
-without one transformers makes a mask (i, j) that looks for packed sequences. With a static cache `generate` compiles as
-often as with eager attention: once, but for sliding windows.
+and static caches run in O(n) memory. All other requests (`output_attentions=True`, a mask (i, j) from the caller or the
+model, packed sequences, chunks, keys that the model selects, attention sinks, a bias that is no table of distances, …)
+go through the model's own eager attention, with its numbers and its memory; a warning says so once. Requests that even
+eager attention cannot serve raise. Under torch.compile pass an attention_mask to decoders: without one, transformers
+makes a mask (i, j) that looks for packed sequences. With a static cache `generate` compiles as often as with eager
+attention: once, except for sliding windows.
 """
 
 try:
@@ -33,6 +33,7 @@ except ImportError as error:
     ) from error
 
 import copy
+from typing import Any, TypeVar
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,12 +46,14 @@ from .table import NAME, has_t5_bias, replace_t5_bias
 
 __all__ = ["NAME", "add_position_bias", "use_bias_attention"]
 
+Model = TypeVar("Model", bound=transformers.PreTrainedModel)
 
-def use_bias_attention(model):
-    """Have a transformers model attend by `bias_attention`; `model.set_attn_implementation("eager")` undoes it.
 
-    More than `model.set_attn_implementation("dpb_triton")` for T5 and what is built like it (mT5, UMT5, Switch, …):
-    their learned bias stays a table of the distance, where otherwise T5 makes an (i, j) tensor of it.
+def use_bias_attention(model: Model) -> Model:
+    """Make a transformers model attend with `bias_attention`; `model.set_attn_implementation("eager")` undoes it.
+
+    For T5 and similar models (mT5, UMT5, Switch, …) this does more than `model.set_attn_implementation("dpb_triton")`:
+    their learned bias stays a table of distances, while T5 alone would make an (i, j) tensor of it.
 
     Args:
         model: a `PreTrainedModel` whose layers use transformers' attention interface.
@@ -77,25 +80,26 @@ def use_bias_attention(model):
     return model
 
 
-def add_position_bias(model, position_bias, *, shared=True):
+def add_position_bias(model: Model, position_bias: DynamicPositionBias, *, shared: bool = True) -> Model:
     """Give every self-attention layer a `DynamicPositionBias`, as its `pos_bias`, and run the model on bias_attention.
 
-    The bias is added to the scores beside what the model has for positions already, and trains with the model. With
-    another attention implementation the model then refuses to run. To load a saved one, make the model, add a position
-    bias again, and load its state_dict.
+    The scores get the bias beside the model's own position encoding, and the bias trains with the model. With another
+    attention implementation the model then refuses to run. To load a saved model, make the model, add a position bias
+    again, and load the state_dict.
 
     Args:
-        model: a `PreTrainedModel` that is no encoder-decoder, with the device and dtype it is to have.
+        model: a `PreTrainedModel` that is no encoder-decoder, already on its device and in its dtype.
         position_bias: a `DynamicPositionBias` with the model's number of query heads.
-        shared: one bias for all layers, in the state_dict as `pos_bias` of the base model; else each layer has a copy.
+        shared: True gives all layers one bias, in the state_dict as `pos_bias` of the base model; False gives each
+            layer a copy.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: another number of heads, a model with cross attention or without attention layers, one with a bias
-            of its own (T5), one that has a position bias already.
+        TypeError: an argument has the wrong type.
+        ValueError: the number of heads differs, or the model has cross attention, no attention layers, a bias of its
+            own (T5), or a position bias already.
     """
     check_flag("shared", shared)
     if not isinstance(position_bias, DynamicPositionBias):
@@ -122,7 +126,7 @@ def add_position_bias(model, position_bias, *, shared=True):
         model.base_model.pos_bias = position_bias
     for layer in layers:
         if shared:
-            # past nn.Module's registration: the parameters belong to the base model, and are saved once
+            # not registered as a submodule: the parameters belong to the base model, and are saved once
             layer.__dict__["pos_bias"] = position_bias
         else:
             layer.pos_bias = copy.deepcopy(position_bias)
@@ -130,7 +134,7 @@ def add_position_bias(model, position_bias, *, shared=True):
     return model
 
 
-def _check_implementation(layer, _):
+def _check_implementation(layer: Any, _: Any) -> None:
     if layer.config._attn_implementation != NAME:
         raise RuntimeError(
             f"a model with a position bias needs the attention implementation {NAME!r}, which adds it, got "

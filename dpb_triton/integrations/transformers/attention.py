@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The attention function that transformers' models call: `bias_attention` where it computes what the layer asks for.
+"""The attention function that transformers' models call: `bias_attention` if it computes what the layer asks for.
 
-Where it does not, the layer's own eager attention is called with the mask and the bias that eager would have, so the
-numbers are eager's whatever a model asks for, and only the memory is not O(n).
+If it does not, the layer's own eager attention runs, with the mask and the bias that eager would have. So the numbers
+are always eager's; only the memory is then not O(n).
 """
 
 import inspect
@@ -21,8 +21,8 @@ from .table import NAME, place
 
 logger = logging.get_logger(__name__)
 
-# What an eager attention function names that does no more than softmax(cap(scale q k^T) + bias) v. One that names
-# anything else (sinks, logsumexp) may compute something else.
+# The names in eager attention functions that compute softmax(cap(scale q k^T) + bias) v and no more. A function that
+# uses another name (sinks, logsumexp) may compute something else.
 _PLAIN = {
     "contiguous", "dropout", "dtype", "float32", "functional", "getattr", "hasattr", "head_dim", "matmul", "nn",
     "num_key_value_groups", "repeat_kv", "size", "softmax", "tanh", "to", "torch", "training", "transpose", "type",
@@ -32,22 +32,22 @@ _PLAIN = {
 def attend(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, position_bias=None, **options
 ):
-    """One layer's attention: what transformers' attention interface calls.
+    """One layer's attention, which transformers' attention interface calls.
 
     Args:
         module: the layer.
         query: (batch, heads, i, head_dim). key, value: (batch, kv_heads, j, head_dim).
-        attention_mask: a `Mask`, a (batch, 1 or heads, i, j) tensor, or None, for no mask.
+        attention_mask: a `Mask`, a (batch, 1 or heads, i, j) tensor, or None for no mask.
         scaling, dropout, softcap: of the scores, the weights, the scores.
-        position_bias: diagonals (heads, i + j - 1), or a tensor that is added to the scores.
-        options: what else the model hands to its attention.
+        position_bias: diagonals (heads, i + j - 1), or a tensor to add to the scores.
+        options: everything else that the model passes to its attention.
 
     Returns:
         out (batch, i, heads, head_dim), contiguous, and the weights, or None.
 
     Raises:
-        ValueError: lengths that the mask was not made for, blocks of keys that the layer chooses, a position bias whose
-            queries' positions are not known.
+        ValueError: the mask was made for other lengths, the layer selects blocks of keys, or there is a position bias
+            and the queries' positions are unknown.
     """
     i, j = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Mask) and attention_mask.shape[2:] != (i, j):
@@ -87,7 +87,7 @@ def attend(
         query, key, value, table.to(query.device), scale=scaling, softcap=softcap, dropout_p=dropout_p,
         key_padding_mask=None if padding is None else padding.to(query.device), enable_gqa=True, **placed,
     )  # fmt: skip
-    # contiguous already, and as models need it that view it
+    # contiguous already, as models that view it need it
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -104,7 +104,7 @@ def _offset(mask, position_bias, i, j):
 
 
 def _why_not(module, query, key, mask, scaling, position_bias, options):
-    """None if `bias_attention` computes what this layer asks for, else the reason, for people."""
+    """None if `bias_attention` computes what this layer asks for, else the reason, for the warning."""
     if options.get("output_attentions"):
         return "output_attentions=True"
     if options.get("indices") is not None:
@@ -127,7 +127,7 @@ def _why_not(module, query, key, mask, scaling, position_bias, options):
 
 
 def _dense_bias(diagonals, own, query, key, offset, position_bias):
-    """The position bias for an eager attention: (1, heads, i, j), or what the model gave."""
+    """The position bias for an eager attention: (1, heads, i, j), or the model's own."""
     if diagonals is None and own is None:
         return position_bias
     table, options = place(diagonals, own, query, key, offset, (None, None))
@@ -153,10 +153,10 @@ def _attend_eagerly(module, query, key, value, mask, position_bias, reason, *, o
 
 
 def _hide_others(indices, mask, query, key):
-    """The mask with the keys hidden that `indices` (batch, i, any number) do not name.
+    """The mask, which also hides the keys that `indices` (batch, i, any number) do not name.
 
-    DeepSeek's sparse attention (HYV4, GLM, …) does so itself for an attention that it knows, eager and sdpa, and leaves
-    it to any other.
+    DeepSeek's sparse attention (HYV4, GLM, …) does this itself for eager and sdpa, and leaves it to any other
+    attention.
     """
     hidden = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     hidden = hidden.scatter(-1, indices.long(), False)[:, None]
@@ -170,7 +170,7 @@ def _hide_others(indices, mask, query, key):
 def find_eager_attention(layer_type):
     """The eager function of a layer that uses the attention interface; None for another module.
 
-    It is the default that the layer's forward hands to the interface, so found among its globals.
+    The layer's forward passes it to the interface as the default, so it is among the forward's globals.
     """
     forward = inspect.unwrap(layer_type.forward)
     code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
@@ -182,6 +182,6 @@ def find_eager_attention(layer_type):
 
 @constant_under_compile
 def _is_plain(layer_type):
-    """Whether the layer's eager function is the attention that everybody means, as far as its names tell."""
+    """Whether the layer's eager function is plain attention, as far as its names tell."""
     eager = find_eager_attention(layer_type)
     return eager is None or set(inspect.unwrap(eager).__code__.co_names) <= _PLAIN

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a transformers model wants masked, as a window and the padded keys instead of an (i, j) mask.
+"""A transformers model's mask as a window and the padded keys, instead of an (i, j) mask.
 
-transformers describes a mask by a function of (batch, head, query, key). One that only says how far a query sees is
-read here; any other (packed sequences, chunks, blocks that see both ways) keeps transformers' own mask, made when it is
-needed.
+transformers describes a mask by a function of (batch, head, query, key). This file reads functions that only limit how
+far a query sees. For any other (packed sequences, chunks, blocks that see both ways) it makes transformers' own mask,
+when needed.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers import masking_utils
 
 
 class _Letter:
-    """What a mask function is run on: it raises on everything that it cannot stand for."""
+    """A symbolic argument for a mask function. It raises on every operation that it cannot represent."""
 
     device = None
     __hash__ = None
@@ -24,7 +24,7 @@ class _Letter:
 
 
 class _Linear(_Letter):
-    """a x + b y + c of the positions x of a query and y of a key."""
+    """a x + b y + c, with the positions x of a query and y of a key."""
 
     def __init__(self, a, b, c):
         self.a, self.b, self.c = a, b, c
@@ -81,7 +81,7 @@ class _Distance(_Letter):
 
 
 class _Window(_Letter):
-    """x - left <= y <= x + right, what a mask function returns, or a part of it."""
+    """x - left <= y <= x + right: a mask function's result, or a part of it."""
 
     def __init__(self, left, right):
         self.left, self.right = left, right
@@ -98,35 +98,35 @@ def _smaller(side, other):
 
 
 def read_window(mask_function):
-    """(left, right) of `bias_attention` for a mask function of transformers; None if it asks for something else.
+    """`bias_attention`'s window (left, right) for a mask function of transformers; None if it is no window.
 
-    The function is run on letters instead of numbers. One that looks anything up (padding, the sequence of a position),
-    or that knows batch and head, raises on them.
+    The function runs on letters instead of numbers. A function that looks anything up (padding, the sequence of a
+    position), or that uses batch and head, raises on them.
     """
     try:
         window = mask_function(_Letter(), _Letter(), _Linear(1, 0, 0), _Linear(0, 1, 0))
         sides = window.left, window.right
-    except Exception:  # whatever somebody's function raises on what it was not made for
+    except Exception:  # a function may raise anything on such arguments
         return None
-    # a window that does not reach the query itself has no such name
+    # bias_attention has no window that leaves out the query itself
     return sides if all(side is None or (type(side) is int and side >= 0) for side in sides) else None
 
 
 class Mask:
     """One forward pass's mask, shared by its layers.
 
-    To a model that looks into it, it is the mask of transformers' own eager attention: what it takes or computes from
-    it is a tensor, and the attention that gets the tensor is eager.
+    A model that looks into it finds the mask of transformers' own eager attention: anything that the model takes or
+    computes from it is a tensor, and the attention that gets such a tensor is eager.
 
     Attributes:
-        window: (left, right) as `bias_attention` takes it; None if only `dense` can say what is masked.
+        window: (left, right) as `bias_attention` takes it; None if only `dense` can express the mask.
         offset: position of the first query relative to the first key, an int or an int64 tensor ().
-        key_padding_mask: bool (batch, j), True for a key that nobody sees, or None.
-        shape, dtype, device: those of the mask this stands for, (batch, 1, i, j).
+        key_padding_mask: bool (batch, j), True for a key that no query sees, or None.
+        shape, dtype, device: those of the mask that this replaces, (batch, 1, i, j).
 
     A mask that `generate` makes ahead is an input of the compiled model. Two tokens share a graph if `offset` is a
-    tensor for both, and if both have a `key_padding_mask` or none. An eager call is quicker with a number, and without
-    padding that hides nothing. So both are kept.
+    tensor for both, and if both have a `key_padding_mask` or neither has one. An eager call is faster with a number,
+    and without padding that hides nothing. So both forms are kept.
 
     Args:
         eager: (offset, key_padding_mask) for an eager call.
@@ -134,7 +134,7 @@ class Mask:
         request: the arguments of transformers' own mask.
     """
 
-    ndim = 4  # transformers hands a mask of four dimensions on as it is
+    ndim = 4  # transformers does not change a mask of four dimensions
 
     def __init__(self, window, eager, compiled, request):
         self.window, self._eager, self._compiled = window, eager, compiled
@@ -157,27 +157,27 @@ class Mask:
         return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self):
-        """Itself: what `generate` asks of a mask that it makes ahead, up to transformers 5.22."""
+        """Itself. Up to transformers 5.22, `generate` calls this on a mask that it makes ahead."""
         return self
 
     def to(self, *args, **kwargs):
-        """Itself on another device, for a model in pieces: the attention moves what it needs. A tensor of a dtype."""
+        """Itself for another device: in a split model the attention moves what it needs. A tensor for a dtype."""
         if any(isinstance(x, (torch.dtype, torch.Tensor)) for x in (*args, *kwargs.values())):
             return self.dense().to(*args, **kwargs)
         return self
 
     def dense(self):
-        """The mask of transformers' own eager attention: (batch, 1, i, j), floating, to be added."""
+        """The additive mask of transformers' own eager attention: (batch, 1, i, j), floating."""
         if self._dense is None:
             request = self._request
-            if self.window is not None:  # only distances count: of what two tokens' graphs have as inputs
+            if self.window is not None:  # only distances count, so use the graph's inputs, not one token's numbers
                 seen = None if self.key_padding_mask is None else ~self.key_padding_mask
                 request = request | {"q_offset": self.offset, "kv_offset": 0, "attention_mask": seen}
             self._dense = masking_utils.eager_mask(**request)
         return self._dense
 
     def __getattr__(self, name):
-        # what begins with _ belongs to Python's protocols (copies, pickles), which are not meant for a tensor
+        # names with _ belong to Python's protocols (copies, pickles), which should not see a tensor
         if name.startswith("_") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.dense(), name)
@@ -213,12 +213,12 @@ def make_mask(
     attention_mask=None,
     **options,
 ):
-    """The `Mask` of a forward pass: what transformers' mask interface calls.
+    """The `Mask` of a forward pass. transformers' mask interface calls this.
 
     Args:
         batch_size, q_length, kv_length: sizes of the mask.
         q_offset, kv_offset: positions of the first query and the first key; q_offset may be a tensor.
-        mask_function: which pairs see each other, but for padding.
+        mask_function: which pairs see each other, without padding.
         attention_mask: bool (batch, positions), True for a token, or a `Mask` made ahead of the forward pass.
         options: of `transformers.masking_utils.eager_mask`.
     """
@@ -245,13 +245,14 @@ def make_mask(
     eager = compiled = offset, padding
     if not torch.compiler.is_compiling():
         is_tensor = isinstance(offset, torch.Tensor)
-        number = int(offset) if is_tensor and offset.device.type == "cpu" else offset  # a GPU would be waited for
-        # no padding costs nothing, at the price of one look a forward pass, as transformers' own masks
+        # reading it from a GPU would wait for the GPU
+        number = int(offset) if is_tensor and offset.device.type == "cpu" else offset
+        # one look a forward pass finds padding that hides nothing, as in transformers' own masks
         eager = number, padding if padding is not None and padding.any() else None
         if not is_tensor:
-            # without tokens before these, in training for one, the next pass has the same numbers
+            # with no earlier tokens, as in training, the next pass has the same numbers
             compiled = eager if offset == 0 else (torch.full((), offset, device=options.get("device")), padding)
     mask = Mask(read_window(mask_function), eager, compiled, request)
     if mask.window is None:
-        mask.dense()  # now: a graph that is given the mask would make it of numbers that are others for each token
+        mask.dense()  # now: a compiled graph would make it from numbers that change with each token
     return mask

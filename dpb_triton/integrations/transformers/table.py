@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The table of distances that a layer of a transformers model adds to its scores.
 
-A layer has none, a `DynamicPositionBias` of its own, or the *diagonals* of T5's relative bias:
+A layer has no table, a `DynamicPositionBias` of its own, or the *diagonals* of T5's relative bias:
 
     diagonals (heads, i + j - 1)        column c is the bias of the pairs with x - y = c - (j - 1)
 
-of which T5 would make a (1, heads, i, j) tensor. They are a plain tensor, so they go from layer to layer, and through
-gradient checkpointing, where T5's own bias went. No columns at all say that there is no bias.
+T5 would expand them to a (1, heads, i, j) tensor. They are a plain tensor, so they pass from layer to layer, and
+through gradient checkpointing, as T5's own bias does. Diagonals without columns mean that there is no bias.
 """
 
 import functools
@@ -19,7 +19,7 @@ NAME = "dpb_triton"
 
 
 class _OnDiagonals:
-    """What `replace_t5_bias` lays over an attention class of T5's kind: diagonals while the model runs on NAME."""
+    """The mixin that `replace_t5_bias` adds to an attention class like T5's: diagonals while the model uses NAME."""
 
     def compute_bias(self, query_length, key_length, device=None, past_seen_tokens=0):
         compute_bias = super().compute_bias
@@ -27,7 +27,7 @@ class _OnDiagonals:
             return compute_bias(query_length, key_length, device, past_seen_tokens)
         if not hasattr(self, "relative_attention_bias"):
             return torch.zeros(self.n_heads, 0, device=device)
-        # one query behind i + j - 1 keys sees every distance of the grid once, the farthest in the past first
+        # one query after i + j - 1 keys sees every distance of the grid once, the farthest in the past first
         row = compute_bias(1, query_length + key_length - 1, device, past_seen_tokens + query_length - 1)
         return row[0, :, 0].flip(1)
 
@@ -43,8 +43,8 @@ def _on_diagonals(base):
     def forward(self, *args, **kwargs):
         if self.has_relative_attention_bias or self.config._attn_implementation != NAME:
             return base.forward(self, *args, **kwargs)
-        # The one way past the zeros (i, j) that it would make here. Only for as long as it runs: whoever else asks,
-        # T5's initialisation for one, would go on to weights that are not there.
+        # Else forward would make zeros (i, j) here. The flag is True only during the call: other code that reads it,
+        # such as T5's initialisation, would go on to weights that do not exist.
         self.has_relative_attention_bias = True
         try:
             return base.forward(self, *args, **kwargs)
@@ -61,7 +61,7 @@ def _new(base):
 
 
 def has_t5_bias(module):
-    """Whether `module` makes its bias as T5's attention does, so that it can make diagonals instead."""
+    """Whether `module` makes its bias as T5's attention does, so that diagonals can replace it."""
     compute_bias = getattr(type(module), "compute_bias", None)
     if compute_bias is None or not hasattr(module, "has_relative_attention_bias"):
         return False
@@ -70,9 +70,9 @@ def has_t5_bias(module):
 
 
 def replace_t5_bias(module):
-    """Have `module` make diagonals. The decoder's attention over the encoder too, which T5 would give zeros (i, j).
+    """Make `module` use diagonals. The decoder's attention over the encoder too, because T5 would give it zeros (i, j).
 
-    Its class becomes a subclass of what it was. Its weights and attributes stay as they are.
+    The module's class becomes a subclass of the old one. Its weights and attributes do not change.
     """
     if not isinstance(module, _OnDiagonals):
         module.__class__ = _on_diagonals(type(module))
@@ -89,8 +89,8 @@ def place(diagonals, position_bias, query, key, offset, window):
         window: (left, right).
 
     Returns:
-        The table, and `offset`, `signed` and `window`. An offset that is a tensor is read nowhere: the table is then
-        laid out for offset 0, and is -inf where the window ends.
+        The table, and `offset`, `signed` and `window`. A tensor offset is never read: the table is then laid out for
+        offset 0, and is -inf outside the window.
     """
     heads, i, j = query.shape[1], query.shape[2], key.shape[2]
     options = {"offset": offset, "signed": diagonals is not None, "window": window}
@@ -116,10 +116,10 @@ def place(diagonals, position_bias, query, key, offset, window):
 
 
 def _look_up(position_bias, distance, heads, n):
-    """The bias of each distance, a tensor, below n: (heads, distances). Queries of a cache stand inside its n keys."""
+    """The bias of each distance, a tensor: (heads, distances). A cache's queries stand among its n keys: |d| < n."""
     if position_bias is None:
         return distance.new_zeros(heads, len(distance), dtype=torch.float32)
     index = distance.clamp(1 - n, n - 1)
-    # a shared bias stands on one device, the layers of a model in pieces on several
+    # a shared bias is on one device, the layers of a split model on several
     table = position_bias.table(n).to(distance.device)
     return table[:, index + n - 1 if position_bias.signed else index.abs()]

@@ -83,18 +83,18 @@ LONG = {"dtype": "bf16", "n": 8192, "head_dim": 64, "mask": "causal", "queries":
 WINDOW = {"dtype": "bf16", "n": 4600, "head_dim": 16, "mask": "window", "direction": "training"}
 SHORT = {"dtype": "fp32", "n": 2048, "head_dim": 64, "mask": "causal"}
 ROWS = (
-    Row("H200", "bias, 8 x 8192 x 8192", GPU, _bias(8192, "forward", dtype="bf16", phase="expand")),
-    Row("H200", "gradient of 8 x 16384 x 16384", GPU, _bias(16384, "backward", dtype="bf16", phase="expand")),
-    Row("H200", "attention, 2 x 16 x 8192, d 64", GPU, LONG | {"direction": "forward"}),
-    Row("H200", "the same, training", GPU, LONG | {"direction": "training"}),
-    Row("H200", "window of 128, 600 x 8 x 4600, d 16, training", GPU, WINDOW),
-    Row("H200", "262,144 tokens, training", GPU, {"event": "memory", "n": 262144}, "MiB"),
-    Row("CPU", "bias, 8 x 2048 x 2048", CPU_BIAS, _bias(2048, "forward", dtype="fp32")),
-    Row("CPU", "its gradient", CPU_BIAS, _bias(2048, "backward", dtype="fp32")),
-    Row("CPU", "attention, 1 x 8 x 2048, d 64", CPU_ATTENTION, SHORT | {"direction": "forward"}),
-    Row("CPU", "the same, training", CPU_ATTENTION, SHORT | {"direction": "training"}),
+    Row("H200", "bias, forward: 8 x 8192 x 8192", GPU, _bias(8192, "forward", dtype="bf16", phase="expand")),
+    Row("H200", "bias, backward: 8 x 16384 x 16384", GPU, _bias(16384, "backward", dtype="bf16", phase="expand")),
+    Row("H200", "attention, forward: 2 x 16 x 8192 x 64", GPU, LONG | {"direction": "forward"}),
+    Row("H200", "attention, training: 2 x 16 x 8192 x 64", GPU, LONG | {"direction": "training"}),
+    Row("H200", "window of 128, training: 600 x 8 x 4600 x 16", GPU, WINDOW),
+    Row("H200", "memory of training: 1 x 16 x 262144 x 64", GPU, {"event": "memory", "n": 262144}, "MiB"),
+    Row("CPU", "bias, forward: 8 x 2048 x 2048", CPU_BIAS, _bias(2048, "forward", dtype="fp32")),
+    Row("CPU", "bias, backward: 8 x 2048 x 2048", CPU_BIAS, _bias(2048, "backward", dtype="fp32")),
+    Row("CPU", "attention, forward: 1 x 8 x 2048 x 64", CPU_ATTENTION, SHORT | {"direction": "forward"}),
+    Row("CPU", "attention, training: 1 x 8 x 2048 x 64", CPU_ATTENTION, SHORT | {"direction": "training"}),
 )
-HEAD = ["", "", "dpb_triton", "eager", "fastest peer with this bias", "limit: no bias"]
+HEAD = ["", "", "dpb_triton", "eager", "fastest peer with this bias", "limit"]
 
 
 def markdown():

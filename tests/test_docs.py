@@ -27,7 +27,18 @@ COMMANDS = list(
     )
 )
 INLINE = sorted({found for text in PAGES.values() for found in re.findall(r"`((?:make|python -m) [^`…]*)`", text)})
-WITH_CODE = [name for name, blocks in BLOCKS.items() if any(language == "python" for language, _ in blocks)]
+
+
+def code_of(page):
+    """The Python of a page, in its order; of a diff the side after the change."""
+    for language, block in BLOCKS[page]:
+        if language == "diff":
+            yield "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-"))
+        elif language == "python":
+            yield block
+
+
+WITH_CODE = [page for page in PAGES if any(code_of(page))]
 
 
 def test_the_readme_is_short():
@@ -35,7 +46,7 @@ def test_the_readme_is_short():
 
 
 def test_blocks_are_of_known_kinds():
-    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"text", "python", "sh"}
+    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"text", "python", "diff", "sh"}
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
@@ -44,9 +55,9 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     import torch
     import torch.distributed as dist
 
-    blocks = [block for language, block in BLOCKS[page] if language == "python"]
+    blocks = list(code_of(page))
     for library in ("matplotlib", "transformers", "x_transformers"):
-        if any(library in block for block in blocks) or (library == "matplotlib" and "plot_bias" in PAGES[page]):
+        if any({"matplotlib": "plot_bias"}.get(library, library) in block for block in blocks):
             pytest.importorskip(library, reason="a block needs it (extra: test)")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

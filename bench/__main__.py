@@ -14,6 +14,7 @@ MODULES = {  # of each command, which is the module's attribute of that name; im
     "host": ".host",
     "gpu": ".gpu.command",
     "table": ".report",
+    "pages": ".pages",
 }
 NEEDED = ("torch", "einops", "click", "tabulate", "tqdm")
 

@@ -60,7 +60,7 @@ LEFT_OUT = {  # by pattern
     "multihead/test_bad_input.py": BEFORE,
     "test_operators_seen.py": OWN_PROCESSES,
     "module/test_plot.py": NO_KERNEL,
-    "test_readme.py": OWN_PROCESSES,
+    "test_docs.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_tracing.py": TRACED,
     "test_types.py": NO_KERNEL,

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench pages`: write the tables of README.md and docs/ anew, each from the file that it names.
+
+    <!-- table: bench/results/NAME.json -->     what `python -m bench table` prints of that file
+    <!-- file: bench/results/NAME.txt -->       that text
+    <!-- headline -->                           `headline.py`'s table
+
+A table ends at `<!-- end of table -->`, and so on. tests/test_docs.py fails where a page differs from its files.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from .headline import markdown
+from .report import tables
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- (table|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
+
+
+def _content(kind, path):
+    if kind == "headline":
+        return markdown()
+    text = (ROOT / path).read_text()
+    return text if kind == "file" else tables(json.loads(text), style="github")
+
+
+def filled(text):
+    """The page with the tables that its files give."""
+    return MARKED.sub(lambda found: f"{found[1]}{_content(found[2], found[3]).strip()}\n{found[4]}", text)
+
+
+@click.command()
+def pages():
+    """Write the tables of README.md and docs/ anew, from the files they name."""
+    for path in PAGES:
+        text = path.read_text()
+        if filled(text) != text:
+            path.write_text(filled(text))
+            click.echo(f"changed: {path.relative_to(ROOT)}")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Every code block and command of README.md, CONTRIBUTING.md and docs/ runs; tables and links are right."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quick import slow
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = {name: re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) for name, text in PAGES.items()}
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for blocks in BLOCKS.values()
+        for language, block in blocks
+        if language == "sh"
+        for line in block.splitlines()
+    )
+)
+INLINE = sorted({found for text in PAGES.values() for found in re.findall(r"`((?:make|python -m) [^`…]*)`", text)})
+
+
+def code_of(page):
+    """The Python of a page, in its order; of a diff the side after the change."""
+    for language, block in BLOCKS[page]:
+        if language == "diff":
+            yield "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-"))
+        elif language == "python":
+            yield block
+
+
+WITH_CODE = [page for page in PAGES if any(code_of(page))]
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_blocks_are_of_known_kinds():
+    assert {language for blocks in BLOCKS.values() for language, _ in blocks} == {"text", "python", "diff", "sh"}
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    """Each page by itself: a reader may open it first."""
+    import torch
+    import torch.distributed as dist
+
+    blocks = list(code_of(page))
+    for library in ("matplotlib", "transformers", "x_transformers"):
+        if any({"matplotlib": "plot_bias"}.get(library, library) in block for block in blocks):
+            pytest.importorskip(library, reason="a block needs it (extra: test)")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope = {"__name__": "page"}
+    try:
+        for block in blocks:
+            exec(compile(block, page, "exec"), scope)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def takes_a_while(command):
+    return command.startswith("python -m") and any(
+        word in command for word in (" attention", " expand", " train", " codegen", " table", ".context_parallel")
+    )
+
+
+@pytest.mark.parametrize("command", [slow(command) if takes_a_while(command) else command for command in COMMANDS])
+def test_commands(command, tmp_path):
+    """`make` targets dry (this is one of them); everything else for real."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        words.insert(1, "--dry-run")
+    elif words[0] == "python":
+        words[0] = sys.executable
+        pytest.importorskip("click", reason="the bench needs the extra `bench`")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("command", [command for command in INLINE if command.startswith("make ")])
+def test_targets_that_a_sentence_names_are_there(command):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    words = [word for word in command.split()[1:] if "=" not in word]
+    assert words and set(words) <= {*targets}, command
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in (*COMMANDS, *INLINE) if command.startswith("python -m bench ")]
+)
+def test_the_benches_take_the_words_of_their_commands(command):
+    """Parsed, not run. A file that is named is there."""
+    pytest.importorskip("click", reason="the bench needs the extra `bench`")
+    from bench.__main__ import cli
+
+    name, *words = shlex.split(command)[3:]
+    cli.get_command(None, name).make_context(name, words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_files(page):
+    pytest.importorskip("tabulate", reason="the tables need the extra `bench`")
+    from bench.pages import filled
+
+    assert filled(PAGES[page]) == PAGES[page], "python -m bench pages writes the tables anew"
+
+
+def test_tables_are_found():
+    """The comparison above compares something."""
+    from bench.pages import MARKED
+
+    assert len(MARKED.findall(PAGES["README.md"])) == 1 and len(MARKED.findall(PAGES["docs/results.md"])) == 6
+    marks = sum(len(re.findall(r"<!-- (?:table|file|headline)\b", text)) for text in PAGES.values())
+    assert marks == sum(len(MARKED.findall(text)) for text in PAGES.values())
+
+
+def anchors(text):
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found.read_text()), target
+
+
+def test_every_page_is_found_from_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in PAGES["README.md"], page

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Context parallelism: bias_attention for a sequence that several processes hold in slices. Checks the arguments."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -19,21 +18,21 @@ if TYPE_CHECKING:  # some builds of torch lack it
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: Literal[False] = False, backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: Literal[True], backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: Sequence[int] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: bool, backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -44,7 +43,7 @@ def context_parallel_attention(
     table: Tensor,
     mesh: "DeviceMesh",
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: list[int] | tuple[int, ...] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     signed: bool = False,
@@ -145,7 +144,7 @@ def _check_local(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be this rank's own Tensor, got a DTensor (pass {name}.to_local())")
 
 
-def _check_lengths(lengths: Sequence[int] | None, mesh: "DeviceMesh", group: Any, query: Tensor) -> list[int]:
+def _check_lengths(lengths: list[int] | tuple[int, ...] | None, mesh: "DeviceMesh", group: Any, query: Tensor) -> list[int]:
     """The number of positions of every rank, ints."""
     size, own = mesh.size(), query.shape[2]
     if lengths is None:

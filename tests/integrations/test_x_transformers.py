@@ -44,7 +44,7 @@ def test_the_class(depth, norm, log_distance):
 )
 @pytest.mark.parametrize("kind", [Decoder, Encoder])
 def test_models(kind, options):
-    """Compares logits and all gradients, with padding, after the swap that the README shows."""
+    """Compares logits and all gradients, with padding, after the swap that docs/integrations.md shows."""
     torch.manual_seed(0)
     layers = kind(dim=32, depth=2, heads=4, dynamic_pos_bias=True, **options)
     theirs = TransformerWrapper(num_tokens=64, max_seq_len=128, attn_layers=layers)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Build dpb_triton._C from csrc/ where that is possible; where it is not, say why in one line and install without it.
+"""Build dpb_triton._C from csrc/ if possible; if not, say why in one line and install without it.
 
 DPB_TRITON_CSRC=0 leaves it out, 1 makes a failure an error. TORCH_CUDA_ARCH_LIST and CUDA_HOME are torch's own. The
-reason is kept beside the package as _C.txt, because pip hides what a build prints: `python -m dpb_triton` shows it.
-Metadata is in pyproject.toml. The bench and the tests read the constants of this file; only as __main__ does it build.
+reason is also written beside the package, to _C.txt, because pip hides what a build prints; `python -m dpb_triton`
+shows it. Metadata is in pyproject.toml. The bench and the tests read the constants of this file; it builds only as
+__main__.
 """
 
 import os
@@ -22,25 +23,25 @@ CUDA_SOURCES = ["csrc/band_cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # torch's stable ABI as of 2.10: the binary works with this version and every later one
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-# torch's headers declare its CUDA stream and its check of a launch under this, and no build of torch defines it for us
+# torch's headers declare its CUDA stream and its launch check only under this macro, which torch does not define for us
 CUDA_MACROS = [*MACROS, ("USE_CUDA", None)]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++17"]
-ARCHS = ["8.0", "9.0", "10.0"]  # those of them that nvcc knows, unless TORCH_CUDA_ARCH_LIST says otherwise
+ARCHS = ["8.0", "9.0", "10.0"]  # unless TORCH_CUDA_ARCH_LIST is set; only those that nvcc knows
 COMMANDS_THAT_BUILD = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 WANTED = os.environ.get("DPB_TRITON_CSRC", "")
 
 
 def find_installed_torch():
-    """Import torch, the installed one too where a build's isolation hides it, so that none is downloaded.
+    """Import torch, even if build isolation hides the installed one, so that none is downloaded.
 
-    pip's isolation hides it from the interpreter that has it; `python -m build` makes another one, for which the
-    environment that is activated is looked at.
+    pip's isolation hides torch from the interpreter that has it. `python -m build` makes another interpreter, for which
+    this also looks in the activated environment.
     """
     activated = os.environ.get("VIRTUAL_ENV")
     bases = [{}] + ([{"base": activated, "platbase": activated}] if activated else [])
     folders = [{name: sysconfig.get_path(name, vars=base) for name in ("purelib", "scripts")} for base in bases]
-    # ninja's, of an environment that is not activated too
+    # for ninja, also in an environment that is not activated
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *(folder["scripts"] for folder in folders)])
     try:
         import torch
@@ -51,7 +52,7 @@ def find_installed_torch():
 
 
 def why_not():
-    """None if the compiled half can be built here, else the reason."""
+    """None if the extension can be built here, else the reason."""
     if WANTED == "0":
         return "DPB_TRITON_CSRC=0"
     try:
@@ -59,7 +60,7 @@ def why_not():
     except ImportError:
         return "torch is not importable in this build: install torch first, then use --no-build-isolation"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        return f"torch {torch.__version__} has no stable ABI, 2.10 is needed"
+        return f"torch {torch.__version__} has no stable ABI: 2.10 or later is needed"
     if shutil.which("ninja") is None:
         return "ninja is not installed (pip install ninja)"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -69,7 +70,7 @@ def why_not():
 
 
 def cuda_home():
-    """The CUDA toolkit's folder. An nvcc on PATH may be a script that lies outside of it."""
+    """The CUDA toolkit's folder. An nvcc on PATH may be a script outside it."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), shutil.which("nvcc"), "/usr/local/cuda"]
     for place in filter(None, places):
         home = Path(place).resolve().parents[1] if Path(place).name == "nvcc" else Path(place)
@@ -81,7 +82,7 @@ def cuda_home():
 def toolkit():
     """(CUDA toolkit's folder, None) if the installed torch can load CUDA kernels, else (None, reason or None).
 
-    A CPU build of torch is no reason to tell anyone about. The environment is made ready for torch's own build.
+    A CPU build of torch is not worth a message. Also sets the environment variables that torch's own build reads.
     """
     import torch
 
@@ -90,16 +91,16 @@ def toolkit():
     home = cuda_home()
     if home is None:
         return None, "there is no CUDA toolkit (bin/nvcc and include/cuda_runtime.h): set CUDA_HOME"
-    os.environ["CUDA_HOME"] = str(home)  # before torch looks for it, and finds the script
+    os.environ["CUDA_HOME"] = str(home)  # before torch looks for it: torch would find the script
     known = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     archs = [arch for arch in ARCHS if "compute_" + arch.replace(".", "") in known]
-    if archs:  # else torch asks a GPU, and there may be none
+    if archs:  # without a list torch asks a GPU, and there may be none
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(archs) + "+PTX")
     return home, None
 
 
 def extension(has_cuda):
-    """The extension, with the CUDA kernels or without."""
+    """The extension, with or without the CUDA kernels."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     return (CUDAExtension if has_cuda else CppExtension)(
@@ -113,7 +114,7 @@ def extension(has_cuda):
 
 
 def note(folder, what, reason):
-    """Keep beside the package in `folder` why `what` is not built, or remove an old reason."""
+    """Write beside the package in `folder` why `what` is not built, or remove an old reason."""
     path = Path(folder, "dpb_triton", "_C.txt")
     path.unlink(missing_ok=True)
     if reason:
@@ -123,19 +124,19 @@ def note(folder, what, reason):
 
 
 def note_nothing_built(folder, reason):
-    """Keep the reason, and remove the extension of an earlier build."""
+    """Write the reason, and remove the extension of an earlier build."""
     note(folder, "the compiled extension is", reason)
     for stale in Path(folder, "dpb_triton").glob("_C*.so"):
         stale.unlink()
 
 
 def optional_build(why_no_cuda):
-    """The build_ext of torch, for which a failure is one line, and one of the CUDA half leaves the CPU half."""
+    """Torch's build_ext, but a failure is one line, and if the CUDA half fails the CPU half is still built."""
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuild(BuildExtension):
         def run(self):
-            inplace, compiler = self.inplace, self.compiler  # a run that fails leaves them changed
+            inplace, compiler = self.inplace, self.compiler  # a failed run changes them
             folder, left_out = "" if inplace else self.build_lib, why_no_cuda
             error = self.attempt()
             if error and CUDA_SOURCES[0] in self.extensions[0].sources:
@@ -149,7 +150,7 @@ def optional_build(why_no_cuda):
                 note(folder, "the CUDA kernels are", left_out)
 
         def attempt(self):
-            """None, or why the build failed."""
+            """Build; returns None, or why it failed."""
             try:
                 super().run()
             except Exception as error:
@@ -162,7 +163,7 @@ def optional_build(why_no_cuda):
 
 
 def without_extension(command, reason):
-    """The command `build_py` or `build_ext` that leaves the reason."""
+    """The command `build_py` or `build_ext`, which then writes the reason."""
 
     class WithoutExtension(command):
         def run(self):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Whether `make cuda-build-test` can run here without downloading gigabytes; if not, exit with 1 and say why in a line.
+"""Check that `make cuda-build-test` can run here without downloading gigabytes; if not, say why and exit with 1.
 
-It needs nvcc, and a CUDA build of torch among the wheels on this disk that pip is configured with. Asks no registry.
+It needs nvcc, and a CUDA build of torch among the wheels on this disk that pip's configuration names. Asks no registry.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
-HEAVY = ("nvidia-cublas", "nvidia-cudnn-cu13")  # of what that torch asks for, the largest
+HEAVY = ("nvidia-cublas", "nvidia-cudnn-cu13")  # the largest packages that torch requires
 
 
 def places_on_disk(setting):
@@ -29,7 +29,7 @@ def is_on_disk(*requirements):
     sources += [word for page in pages[1:] for word in ("--extra-index-url", page)]
     sources += [word for folder in folders for word in ("--find-links", folder)]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", *sources]
-    # without its configuration pip knows the places named here and no registry
+    # without its configuration pip knows only the places named here, and no registry
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     done = subprocess.run(
         [*command, *requirements], env=environment | {"PIP_CONFIG_FILE": os.devnull}, capture_output=True
@@ -44,9 +44,7 @@ def why_not():
     version = re.search(r"^TORCH_CUDA *\?= *(\S+)", MAKEFILE.read_text(), re.M)[1]
     if not is_on_disk(f"torch=={version}", *HEAVY):
         python = ".".join(map(str, sys.version_info[:2]))
-        return (
-            f"no wheel of torch {version} for CUDA and Python {python} lies on this disk, and CI downloads no gigabytes"
-        )
+        return f"this disk has no wheel of torch {version} for CUDA and Python {python}, and CI downloads no gigabytes"
     return None
 
 

@@ -3,9 +3,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.context_parallel --length 1024
 
-Every provider gets the same slices; a row is a rank. The error is the largest over that rank's slice, against float64
-by one process. Time and peak memory are those of the forward pass, of ours also of forward and backward (FlexAttention
-has no backward on a CPU); where processes outnumber cores, the times say little. Who does not run says why.
+Every provider gets the same slices; a row is a rank. The error is the largest over that rank's slice, against one
+process in float64. Time and peak memory are of the forward pass, for ours also of forward and backward (FlexAttention
+has no backward on a CPU). If processes outnumber cores, the times say little. A provider that does not run says why.
 """
 
 import time
@@ -26,7 +26,7 @@ HEADS, HEAD_DIM = 4, 32
 
 
 def inputs(length):
-    """query, key, value and table of the whole, the same on every rank."""
+    """The whole query, key, value and table, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, HEADS, length, HEAD_DIM, generator=generator)
     return query, key, value, 3 * torch.randn(HEADS, length, generator=generator)
@@ -50,10 +50,10 @@ def ours_trained(part, table, mesh, length):
 
 
 def flex(part, table, mesh, length, is_shifted=False):
-    """FlexAttention under torch's context parallelism, a distance table as its score_mod.
+    """FlexAttention under torch's context parallelism, with a distance table in its score_mod.
 
-    Its style gathers all keys and rewrites the mask_mod of the block mask to global positions, but not a score_mod.
-    `is_shifted` has the caller's score_mod do that by itself.
+    Torch's parallel style gathers all keys and rewrites the block mask's mask_mod to global positions, but not a
+    score_mod. With `is_shifted` the caller's score_mod does that itself.
     """
     from torch.distributed.tensor.experimental._attention import _context_parallel_shard, _ContextParallel
     from torch.distributed.tensor.parallel import parallelize_module
@@ -102,7 +102,7 @@ def measure(build, part, table, mesh, length, expected):
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--length", default=1024, help="Positions of the whole; FlexAttention wants ranks * 128 to divide it.")
+@click.option("--length", default=1024, help="Positions in total; FlexAttention needs a multiple of ranks * 128.")
 def main(length):
     """Measure on every rank; rank 0 prints."""
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def main(length):
     for name, build in PROVIDERS.items():
         try:
             found = measure(build, part, table, mesh, length, expected)
-        except Exception as error:  # whatever it says
+        except Exception as error:  # its message goes into the table
             found = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", None, None
         everyone = [None] * mesh.size()
         dist.all_gather_object(everyone, found)

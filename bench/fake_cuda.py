@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A CUDA driver that is not there: Triton compiles, loads and launches as on an H100, and the launch does nothing.
+"""A fake CUDA driver: Triton compiles, loads and launches as on an H100, and the launch does nothing.
 
-Everything of Triton is real, its C launcher too: only `libcuda.so.1` below it is this file's. So it shows without a GPU
-what a launch costs the host, and what the driver would be given: `install().take()` returns the launches since the
-last call, each with the grid and the bytes of every parameter of the kernel, as its PTX declares them. A tensor map
-holds what it was encoded from. As a real driver it refuses grids, blocks and tensor maps beyond the limits. Tensors lie
-in the CPU's memory. Needs a C compiler, as Triton does.
+All of Triton is real, its C launcher too; only `libcuda.so.1` below it comes from this file. So it shows without a GPU
+what a launch costs the host and what the driver would be given. `install().take()` returns the launches since the last
+call, each with the grid and the bytes of every parameter of the kernel, as its PTX declares them. A tensor map holds
+the arguments it was encoded from. Like a real driver it refuses grids, blocks and tensor maps beyond the limits.
+Tensors lie in the CPU's memory. Needs a C compiler, as Triton does.
 
-One a process, before Triton's first use; it cannot be taken back.
+Install it before a process first uses Triton; it cannot be removed again.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_BYTES = 227 * 1024  # of a block, at most
-WORDS = 256  # 8 bytes each, of all parameters of a launch
-MAP = "b1024"  # PTX has an array of 128 bytes for a tensor map
+SHARED_BYTES = 227 * 1024  # at most, per block
+WORDS = 256  # of 8 bytes each, for all parameters of a launch
+MAP = "b1024"  # PTX declares a tensor map as an array of 128 bytes
 
-# Attribute numbers, types and errors are cuda.h's.
+# Attribute numbers, types and errors come from cuda.h.
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
@@ -46,7 +46,7 @@ static CUresult launch(const CUlaunchConfig *config, CUfunction f, void **parame
     return CUDA_ERROR_INVALID_VALUE;
   if (!fake_is_recording) return CUDA_SUCCESS;
   if (fake_count == LAUNCHES) return CUDA_ERROR_OUT_OF_MEMORY;
-  Launch *it = &fake_launches[__atomic_fetch_add(&fake_count, 1, __ATOMIC_RELAXED)];  // threads launch side by side
+  Launch *it = &fake_launches[__atomic_fetch_add(&fake_count, 1, __ATOMIC_RELAXED)];  // threads launch concurrently
   memset(it, 0, sizeof *it);
   it->function = (uintptr_t)f;
   memcpy(it->grid, grid, sizeof grid);
@@ -63,7 +63,7 @@ static CUresult launch(const CUlaunchConfig *config, CUfunction f, void **parame
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **parameters, void **extra) {
   return launch(config, f, parameters);
 }
-// All it is given, in the order of TensorMap below; the limits are those of cuda.h's documentation.
+// Keeps its arguments in the order of TensorMap below; the limits come from cuda.h's documentation.
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
@@ -121,7 +121,7 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCES
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
 """
-# what Triton's C names and nothing here calls
+# functions that Triton's C code names and that nothing here calls
 UNUSED = (
     "cuCtxGetDevice", "cuCtxGetLimit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
     "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuTensorMapEncodeIm2col",
@@ -130,7 +130,7 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What cuTensorMapEncodeTiled was given; the innermost dimension comes first, strides are bytes."""
+    """The arguments of cuTensorMapEncodeTiled; the innermost dimension comes first, strides are in bytes."""
 
     address: int
     kind: tuple[int, ...]  # type, rank, interleave, swizzle, promotion, fill
@@ -141,10 +141,10 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Launch:
-    """What the driver was given."""
+    """A launch as the driver was given it."""
 
     kernel: str
-    function: int  # which loaded binary
+    function: int  # the handle of the loaded binary
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
@@ -170,7 +170,7 @@ class FakeCuda:
         self.functions = {}  # handle: (kernel, types)
 
     def declare(self, module, function, name, files, digest):
-        """Triton's hook after it has loaded a binary: tells the library how long its parameters are."""
+        """Triton's hook after loading a binary: tells the library how long the kernel's parameters are."""
         (ptx,) = (Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
         head = ptx[ptx.index(".entry") :]
         found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^,\[]*(?:\[(\d+)\])?", head[: head.index(")")])
@@ -181,7 +181,7 @@ class FakeCuda:
         self.library.fake_declare(ctypes.c_size_t(function), len(sizes), sizes)
 
     def record(self, is_recording):
-        """Whether launches are recorded from now on; there is room for 4096 of them."""
+        """Set whether launches are recorded from now on; there is room for 4096 of them."""
         ctypes.c_int.in_dll(self.library, "fake_is_recording").value = is_recording
 
     def take(self):
@@ -221,13 +221,13 @@ def _value(kind, words):
 
 @functools.cache
 def install():
-    """Make it Triton's driver in this process, whose tensors lie on the CPU; returns the FakeCuda."""
+    """Make this Triton's driver in this process, with tensors on the CPU; returns the FakeCuda."""
     import triton
     from triton.backends.nvidia import driver as nvidia
 
     folder = tempfile.mkdtemp(prefix="dpb_triton_fake_cuda_")
     library = _build(folder, Path(nvidia.__file__).parent / "include")
-    fake = FakeCuda(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))  # found from now on by its name
+    fake = FakeCuda(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))  # the loader now finds it by its name
     triton.knobs.nvidia.libcuda_path = folder
 
     driver = nvidia.CudaDriver()
@@ -240,7 +240,7 @@ def install():
 
 
 def let_cpu_tensors_through():
-    """`install`, and the backend "triton" serves CPU tensors in this process; returns the FakeCuda."""
+    """`install`, and let backend "triton" serve CPU tensors in this process; returns the FakeCuda."""
     from dpb_triton import dispatch
 
     fake = install()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench host`: microseconds of the host a call, beside torch's scaled_dot_product_attention in the same run.
+"""`python -m bench host`: the host's microseconds per call, beside torch's scaled_dot_product_attention in one run.
 
-On a GPU: the time until a call returns, with fewer calls in a row than its queue holds. Without one the driver below
-Triton is `fake_cuda.py`'s, whose launches do nothing; all of Triton above it is real, and times are a thread's own CPU
-time. SDPA then runs on the CPU, with one element a head, so that its call is what costs; there are no launches in it.
-The least of many short rounds: other work on the machine only adds.
+On a GPU: the time until a call returns, with fewer calls in a row than its queue holds. Without a GPU: the driver below
+Triton is `fake_cuda.py`, whose launches do nothing; all of Triton above it is real, and times are a thread's own CPU
+time. SDPA then runs on the CPU with one element per head, so that the call itself dominates; it launches nothing.
+The result is the least of many short rounds: other work on the machine only adds time.
 """
 
 import itertools
@@ -26,9 +26,9 @@ CALLS_IN_A_ROW = 20  # a GPU's queue holds 1,024 launches
 
 
 def _round(call, device):
-    """Microseconds of one call, of CALLS_IN_A_ROW."""
+    """Microseconds per call, over CALLS_IN_A_ROW calls."""
     clock = time.thread_time_ns
-    if device == "cuda":  # where another thread runs backward
+    if device == "cuda":  # there another thread runs backward
         clock = time.perf_counter_ns
         torch.cuda.synchronize()
     start = clock()
@@ -38,7 +38,7 @@ def _round(call, device):
 
 
 def measure(calls, device, rounds):
-    """{name: microseconds} of `calls` {name: function}, in turn, round by round."""
+    """{name: microseconds} of `calls` {name: function}; every round calls each in turn."""
     for call in calls.values():  # compiles, fills caches
         call()
         call()
@@ -63,10 +63,10 @@ def set_tiles(is_described):
 
 
 def the_calls(device, dtype, *, heads, seq, head_dim):
-    """{name: function}: ours through Triton, and SDPA, which has no bias and makes no table's gradient.
+    """{name: function}: ours through Triton, and SDPA, which has no bias and no gradient of a table.
 
-    Ours take two sets of tensors in turn: a training step's lie elsewhere than the last one's, and the tensor maps of a
-    place are encoded once.
+    Ours take two sets of tensors in turn, because the tensors of a training step lie at other addresses than those of
+    the last one, and a tensor map is encoded once per address.
     """
     from dpb_triton import bias_attention, expand_bias
 
@@ -103,7 +103,7 @@ def the_calls(device, dtype, *, heads, seq, head_dim):
 
 
 def count_launches(calls, fake):
-    """{name: launches of Triton kernels a call}."""
+    """{name: launches of Triton kernels per call}."""
     found = {}
     for name, call in calls.items():
         call()
@@ -123,7 +123,7 @@ def count_launches(calls, fake):
 @click.option("--rounds", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
 def host(device, dtype, heads, seq, head_dim, tiles, rounds, path):
-    """Microseconds of the host a call, beside SDPA; without a GPU by launches that do nothing."""
+    """Measure the host's microseconds per call, beside SDPA; without a GPU launches do nothing."""
     device = chosen_device(device)
     if "TRITON_INTERPRET" in os.environ:
         raise click.UsageError("unset TRITON_INTERPRET: the interpreter launches nothing")

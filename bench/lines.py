@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A run's records in a file as they come, one JSON object a line, so that a kill loses nothing that was known.
+"""Write a run's records to a file as they come, one JSON object per line, so that a kill loses none of them.
 
     {"event": "start", "bench": …, "environment": …, "setting": …}
     {"event": "checked", …the record of a cell, which is about to be timed}
-    {"event": "timed", …the same record with its times; again, when its CUDA graph has been timed too}
+    {"event": "timed", …the same record with its times; written again when its CUDA graph has been timed too}
     {"event": "memory" or "errors", …a record of --memory or --errors}
     {"event": "absent", "name": …, "reason": …}
     {"event": "end", "seconds": …}
@@ -17,26 +17,26 @@ CELL = ("dtype", "batch", "heads", "n", "head_dim", "mask", "queries", "window",
 
 
 class Lines:
-    """Appends to a file, if there is one."""
+    """Appends to a file; does nothing if `path` is None."""
 
     def __init__(self, path):
         self.path = path
 
     def start(self, result):
-        """What is known before anything is measured."""
+        """Write what is known before anything is measured."""
         self.write("start", **{name: value for name, value in result.items() if name not in ("absent", "records")})
         for name, reason in result["absent"].items():
             self.write("absent", name=name, reason=reason)
 
     def write(self, event, **facts):
-        """One line, on the disk when this returns."""
+        """Write one line; it is in the file when this returns."""
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
 def read_lines(path):
-    """The results of the runs in a file, as far as they came: what `--json` would have written of each.
+    """The results of the runs in a file, as far as they got: what `--json` would have written for each.
 
     A last line that was cut off in the middle is left out.
     """
@@ -54,6 +54,6 @@ def read_lines(path):
             results.append(facts | {"absent": {}, "records": {}})
         elif event == "absent":
             results[-1]["absent"][facts["name"]] = facts["reason"]
-        elif event != "end":  # of one cell the last line counts
+        elif event != "end":  # the last line of a cell counts
             results[-1]["records"][tuple(facts.get(name) for name in CELL)] = facts
     return [result | {"records": list(result["records"].values())} for result in results]

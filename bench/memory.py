@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of a call beyond what was there before it."""
+"""Peak memory of a call, beyond what was in use before it."""
 
 import ctypes
 import ctypes.util
@@ -13,17 +13,17 @@ MIB = 2**20
 
 
 def peak_mib(call, device):
-    """MiB that the call needed at its peak, its result included; None where the system does not tell.
+    """MiB that the call needed at its peak, its result included; None if the system does not tell.
 
-    CUDA: torch's own count. CPU: the kernel's count of resident pages, whose maximum Linux lets a process reset; it
-    misses nothing that was touched, whoever allocated it, but knows whole pages only.
+    CUDA: torch's own count. CPU: the kernel's count of resident pages, whose maximum a process on Linux can reset. It
+    counts everything that was touched, whoever allocated it, but only in whole pages.
     """
-    call()  # what the first call keeps (caches, workspaces) is not the call's need
+    call()  # the first call also fills caches and workspaces, which do not count
     return allocated_peak(call) if device == "cuda" else _resident_peak(call)
 
 
 def allocated_peak(call):
-    """MiB that torch allocated on the GPU during the call, at the peak, beyond what it held before."""
+    """Peak MiB that torch allocated on the GPU during the call, beyond what it held before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -34,21 +34,21 @@ def allocated_peak(call):
 
 
 def free(device):
-    """Give back what nobody uses any more: after an error, and between shapes."""
+    """Give back memory that nobody uses any more, after an error and between shapes."""
     gc.collect()
     if device == "cuda":
-        with suppress(RuntimeError):  # of a device that an earlier error took away; the next call will say so
+        with suppress(RuntimeError):  # an earlier error may have lost the device; the next call will say so
             torch.cuda.empty_cache()
 
 
 def resident_mib(name, pid="self"):
-    """VmRSS, VmHWM (its peak) or VmData of a process; OSError where there is no such file (proc(5))."""
+    """MiB of VmRSS, VmHWM (its peak) or VmData of a process; OSError if the system has no such file (proc(5))."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 def reset_peak():
-    """Let VmHWM of this process begin anew."""
+    """Reset VmHWM of this process."""
     gc.collect()
     ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)  # freed memory must not hide an allocation
     Path("/proc/self/clear_refs").write_text("5")

@@ -8,17 +8,17 @@ import torch
 
 NO_MEMORY = "out of memory"
 NO_TIME = "not measured: time limit"
-NO_KERNEL = "No available kernel"  # scaled_dot_product_attention, of a shape that its chosen kernel does not take
+NO_KERNEL = "No available kernel"  # scaled_dot_product_attention says so if the chosen kernel does not take the shape
 
 
 def first_line(error):
-    """What an exception says, in one line."""
+    """The message of an exception, in one line."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def reason_of(error):
-    """What kept a call from being timed."""
+    """Why a call was not timed."""
     if isinstance(error, torch.OutOfMemoryError):
         return NO_MEMORY
     if isinstance(error, TimeoutError):
@@ -28,7 +28,7 @@ def reason_of(error):
 
 @contextmanager
 def refusals():
-    """Turns SDPA's refusal, which names no reason, into a NotImplementedError with those that it warned of."""
+    """Turn SDPA's refusal, which names no reason, into a NotImplementedError with the reasons from its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of `python -m bench attention --errors`, made from its JSON and nothing else."""
+"""The table of `python -m bench attention --errors`, made from its JSON alone."""
 
 from .report_parts import mask_of, render
 
@@ -9,7 +9,7 @@ EPS = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 def errors_table(result, style="simple"):
     """The tables of a run of `python -m bench attention --errors`: one for each dtype and mask."""
     parts = [
-        f"{result['setting']}: max|result - float64|, in brackets the same in units of the dtype's eps max|float64|"
+        f"{result['setting']}: max|result - float64|; in brackets the same in units of the dtype's eps * max|float64|"
     ]
     groups = {}
     for record in result["records"]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Tables and pictures of `python -m bench attention --memory`, made from its JSON and nothing else."""
+"""Tables and pictures of `python -m bench attention --memory`, made from its JSON alone."""
 
 from .report_parts import render, write_origin
 
-NO_ROOM = "too much"  # a length that failed for want of memory
+NO_ROOM = "too much"  # a length that did not fit into memory
 
 
 def _memory_groups(result):
@@ -16,10 +16,10 @@ def _memory_groups(result):
 
 
 def _longest(records, budget):
-    """The longest length that fits, as a string; with >= if what stopped the search was not the memory."""
+    """The longest length that fits, as a string, with >= if something other than memory stopped the search."""
     longest = max((n for n, r in records.items() if not r["stopped"] and r["peak_mib"] <= budget), default=0)
     if not longest and any(r["stopped"] in (None, NO_ROOM) for r in records.values()):
-        return f"< {min(records)}"  # a GPU begins high, and goes on downwards for the largest budget only
+        return f"< {min(records)}"  # on a GPU the search begins high and goes down only for the largest budget
     is_too_long = any(n > longest and r["stopped"] in (None, NO_ROOM) for n, r in records.items())
     return ("" if is_too_long else ">= ") + str(longest)
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What the reports of the benches of calls share."""
+"""Functions that the reports of several benches share."""
 
 from tabulate import tabulate
 
 
 def render(rows, headers, style="simple"):
-    """A table of the columns that say something; style "github" is Markdown."""
+    """A table without its empty columns; style "github" is Markdown."""
     columns = [name for name in headers if any(row[name] != "" for row in rows)]
     return tabulate([[row[name] for name in columns] for row in rows], [headers[name] for name in columns],
                     tablefmt=style, disable_numparse=True, colalign=["right"] * len(columns))  # fmt: skip
 
 
 def write_origin(figure, result):
-    """Setting, device and date above a picture."""
+    """Write the setting, the device and the date above a picture."""
     words = [result.get("setting"), result["environment"]["device"], result["environment"]["date"]]
     figure.suptitle(", ".join(word for word in words if word), fontsize="small")
 

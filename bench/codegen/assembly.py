@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read SASS and amdgcn: the instructions, the innermost loops, and how wide their memory accesses are.
 
-Both dialects become one list of instructions with the numbers of their successors; loops come from that graph and not
-from the order of the text, because both compilers move cold blocks of a loop behind it and unroll.
+Both dialects become one list of instructions, each with the numbers of its successors. Loops come from that graph, not
+from the order of the text: both compilers unroll loops and move a loop's cold blocks behind it.
 Nothing here needs a GPU, Triton, or torch.
 """
 
@@ -17,19 +17,19 @@ class Instruction:
 
     opcode: str  # STG.E.128, buffer_store_dwordx4
     operands: str
-    is_predicated: bool = False  # it may be switched off for a lane; of amdgcn see `_amdgcn_predicated`
+    is_predicated: bool = False  # a lane may skip it; for amdgcn see `_amdgcn_predicated`
     successors: list[int] = field(default_factory=list)
     kind: str | None = None  # "store.128", "barrier", …; None for arithmetic and the rest
 
 
 @dataclass
 class Loop:
-    """An innermost loop. counts: "load.128" and the like (global memory, bits a lane), "shared_load", "tensor", …"""
+    """An innermost loop. counts: "load.128" and the like (global memory, bits per lane), "shared_load", "tensor", …"""
 
-    begin: int  # the number of its first instruction in the kernel
+    begin: int  # number of its first instruction in the kernel
     instructions: int
     counts: dict[str, int]
-    predicated: int  # accesses of global memory that may be switched off for a lane
+    predicated: int  # accesses of global memory that a lane may skip
     products: dict[str, int] = field(default_factory=dict)  # tensor-core opcodes: "HGMMA.64x64x16.F32.BF16": 16
 
 
@@ -63,10 +63,10 @@ def _sass_kind(opcode):
 
 
 def parse_sass(text):
-    """The instructions of the only kernel in `text`, as `cuobjdump -sass` prints it, without the padding behind it."""
+    """The instructions of the only kernel in `text`, as `cuobjdump -sass` prints it, without the padding after it."""
     found = [m for m in _SASS_LINE.finditer(text) if m[2] != "!PT" and m[3].split(".")[0] != "NOP"]
     at = {int(m[1], 16): number for number, m in enumerate(found)}
-    reconverge = {}  # convergence barrier -> the address at which its lanes meet again
+    reconverge = {}  # convergence barrier -> the instruction where its lanes meet again
     instructions = []
     for number, (guard, opcode, operands) in enumerate(m.groups()[1:] for m in found):
         name = opcode.split(".")[0]
@@ -80,7 +80,7 @@ def parse_sass(text):
         elif name == "BSYNC":
             successors = [reconverge.get(operands.strip()), following if is_predicated else None]
         elif name == "BRA":
-            # `BRA P1, 0x40` and `BRA.U UP0, 0x40` have their condition among the operands, `@P0 BRA 0x40` before
+            # `BRA P1, 0x40` and `BRA.U UP0, 0x40` have the condition as an operand, `@P0 BRA 0x40` has it in front
             is_conditional = is_predicated or bool(re.match(r"!?~?U?[PR]\w*\s*,", operands))
             successors = [target, following if is_conditional else None]
         elif name == "CALL":
@@ -99,14 +99,14 @@ def sass_resources(text):
 
 
 def ptxas_notes(log):
-    """The numbered remarks in what ptxas printed, say "(C7515) Potential Performance Loss: wgmma…"."""
+    """The numbered remarks in ptxas' output, such as "(C7515) Potential Performance Loss: wgmma…"."""
     return re.findall(r"\(C\d+\).*", log)
 
 
 def serialising_note(notes):
-    """The remark that says that a wgmma waits for the one before it; None if there is none.
+    """The remark that a wgmma waits for the one before it; None if there is none.
 
-    (C7519) alone, an arrive that ptxas adds, costs nothing.
+    (C7519) alone costs nothing: ptxas only adds an arrive.
     """
     found = [note for word in ("serialized", "warpgroup.wait is injected") for note in notes if word in note]
     return found[0] if found else None
@@ -135,7 +135,7 @@ def _amdgcn_kind(opcode, operands):
 def parse_amdgcn(text):
     """The instructions of the only kernel in `text`, as Triton's AMD backend writes it."""
     labels, lines = {}, []
-    body = re.search(r"@function\n(.*?)^\.Lfunc_end", text, re.M | re.S)[1]  # behind it: metadata, debug information
+    body = re.search(r"@function\n(.*?)^\.Lfunc_end", text, re.M | re.S)[1]  # metadata and debug information follow
     for line in body.splitlines():
         line = line.split(";")[0].strip()
         if line.endswith(":"):
@@ -158,10 +158,10 @@ def parse_amdgcn(text):
 
 
 def amdgcn_resources(text):
-    """{"registers", "stack" [bytes], "spilled", "spilled_scalar" [registers]} from the metadata behind the code."""
+    """{"registers", "stack" [bytes], "spilled", "spilled_scalar" [registers]} from the metadata after the code."""
     found = {name: int(value) for name, value in re.findall(r"^\s*(?:- )?\.(\w+):\s+(\d+)$", text, re.M)}
     return {
-        "registers": found["vgpr_count"],  # on CDNA the accumulation registers are among them
+        "registers": found["vgpr_count"],  # on CDNA this includes the accumulation registers
         "stack": found["private_segment_fixed_size"],
         "spilled": found["vgpr_spill_count"],
         "spilled_scalar": found["sgpr_spill_count"],
@@ -177,10 +177,10 @@ def _registers(operand):
 
 
 def _amdgcn_predicated(body):
-    """How many of the accesses in a loop may be switched off for a lane.
+    """How many accesses in a loop a lane may skip.
 
-    All of them where the loop writes the lane mask `exec`. Buffer instructions have a second way: a v_cndmask gives the
-    switched-off lanes an address outside the buffer.
+    All of them if the loop writes the lane mask `exec`. Buffer instructions have a second way: v_cndmask gives a lane
+    that skips the access an address outside the buffer.
     """
     accesses = [instruction for instruction in body if is_access(instruction.kind)]
     if any("saveexec" in i.opcode or "cmpx" in i.opcode or re.match(r"exec(_lo|_hi)?\s*,", i.operands) for i in body):
@@ -190,7 +190,7 @@ def _amdgcn_predicated(body):
         if instruction.opcode.startswith("v_cndmask"):
             selected |= _registers(instruction.operands.split(",")[0])
     buffer = [i for i in accesses if i.opcode.startswith("buffer_")]
-    # their address comes after the data; what goes to shared memory has no data register
+    # the address operand follows the data; copies to shared memory have no data register
     address = [i.operands.split(",")[0 if i.kind.startswith("copy") else 1] for i in buffer]
     return sum(bool(_registers(operand) & selected) for operand in address)
 
@@ -215,9 +215,9 @@ def _back_edges(instructions):
 
 
 def innermost_loops(instructions):
-    """The loops without a loop inside, as `Loop`s in the order of the code; bodies are natural loops of the graph.
+    """The loops without an inner loop, as `Loop`s in the order of the code; bodies are natural loops of the graph.
 
-    Loops that only wait, as Blackwell's for its tensor cores, do not count as loops.
+    Loops that only wait, such as Blackwell's for its tensor cores, do not count.
     """
     predecessors = {}
     for number, instruction in enumerate(instructions):
@@ -232,7 +232,7 @@ def innermost_loops(instructions):
                 body.add(number)
                 todo += predecessors.get(number, [])
         is_waiting = len(body) < 8 and {instructions[number].kind for number in body} <= {"barrier", None}
-        if len(body) > 1 and not is_waiting:  # a branch to itself is the trap behind the last instruction
+        if len(body) > 1 and not is_waiting:  # a branch to itself is the trap after the last instruction
             bodies[header] = sorted(body)
     loops = []
     for header, body in sorted(bodies.items()):
@@ -242,7 +242,7 @@ def innermost_loops(instructions):
 
 
 def _loop(body, begin):
-    if any(instruction.opcode.startswith("s_") for instruction in body):  # amdgcn: no loop without a scalar branch
+    if any(instruction.opcode.startswith("s_") for instruction in body):  # amdgcn: every loop has a scalar branch
         predicated = _amdgcn_predicated(body)
     else:
         predicated = sum(instruction.is_predicated for instruction in body if is_access(instruction.kind))

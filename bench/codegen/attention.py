@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The attention kernels' launches on tensors without memory: head_dims, option sets, strides, tiles."""
+"""Launches of the attention kernels on tensors without memory: head_dims, option sets, strides, tiles."""
 
 KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")
 
-# What people train with, each alone: the promises hold for these.
+# Options that people train with, one at a time: the promises hold for these.
 TRAINED = {
     "causal": {},
     "full": {"is_causal": False},
@@ -16,7 +16,7 @@ TRAINED = {
     "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
 }
 OPTIONS = TRAINED | {
-    "3 heads": {"heads": 3},  # rows of 40 or 72 elements are then a multiple of 8 and not of 16 apart
+    "3 heads": {"heads": 3},  # rows of 40 or 72 elements then have a stride that is a multiple of 8, not of 16
     "ragged": {"i": 4095, "j": 4095},
     "all": {"is_packed": True, "dropout_p": 0.1, "softcap": 30.0, "window": 1000, "group": 4},
 }
@@ -31,7 +31,7 @@ def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
 
 
 def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
-    """Launch the backward pass with all its gradients but that of a mask, which is bool where people train with one."""
+    """Launch the backward pass with every gradient except a mask's: the masks that people train with are bool."""
     import torch
 
     from dpb_triton.attention.kernels import backward as attention_backward
@@ -46,7 +46,7 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
 
 
 def _rows(dtype, batch, heads, length, head_dim):
-    import torch  # here, so that the command's own process stays free of torch and Triton
+    import torch  # here, to keep torch and Triton out of the command's own process
 
     return torch.empty((batch, length, heads, head_dim), dtype=dtype, device="meta").transpose(1, 2)
 
@@ -71,7 +71,7 @@ def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, 
 
 
 def main_loop(loops):
-    """The loop over whole tiles: of those with tensor-core instructions the shortest, the others have masks."""
+    """The loop over whole tiles: the shortest one with tensor-core instructions; the others have masks."""
     return min(
         (loop for loop in loops if loop["counts"].get("tensor")), key=lambda loop: loop["instructions"], default=None
     )

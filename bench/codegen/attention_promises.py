@@ -2,16 +2,16 @@
 """What the compiled attention kernels promise, above all in their loop over whole tiles.
 
 - no spill and no local memory
-- tensor-core instructions, none of them serialised: ptxas says C75.. where each wgmma waits for the one before
-- every product and every exp2 once: `products.py`
-- rows of query, key, value, dout and of the results in vectors of 16 bytes (8 where AMD stores); only the bias and a
-  query's numbers are single elements
-- on NVIDIA at most one load of the bias a score. It is about half of one where a thread holds two rows of an
-  accumulator, 8 apart, and columns 8 apart, whose elements share diagonals (sm_80, sm_90); on sm_100 it holds one row.
-  The table's gradient loads its bias tile outside of its loop
-- no longer a loop, and no more waits, than `floors.py` says
+- tensor-core instructions, none of them serialised: ptxas remarks C75.. if each wgmma waits for the one before
+- each product and each exp2 only once: `products.py`
+- rows of query, key, value, dout and of the results move in vectors of 16 bytes (AMD's stores: 8); only the bias and
+  the numbers per query move as single elements
+- on NVIDIA at most one load of the bias per score. On sm_80 and sm_90 it is about half a load: a thread holds two rows
+  of an accumulator, 8 apart, and columns 8 apart, so its elements share diagonals. On sm_100 a thread holds one row.
+  The table's gradient loads its bias tile outside its loop
+- the loop is no longer, and waits no more often, than `floors.py` says
 
-What cannot be had is listed in `exceptions.txt`, and only that.
+`exceptions.txt` lists the promises that cannot be kept, and only those.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .products import keys_of, loop_flops, most_exp2, scores_a_thread, tile_flop
 
 @dataclass(frozen=True)
 class Finding:
-    """A promise that is not kept: `what` and `amount` are what the list of exceptions is asked for."""
+    """A broken promise. The list of exceptions may allow this `amount` of `what`."""
 
     what: str
     amount: float
@@ -30,7 +30,7 @@ class Finding:
 
 
 def broken(record):
-    """What an attention kernel breaks of what it promises, as sentences; what is listed and kept after all, too."""
+    """The promises that an attention kernel breaks and the exceptions that it no longer needs, as sentences."""
     allowed = exceptions.of(record)
     found = findings(record)
     sentences = []
@@ -44,7 +44,7 @@ def broken(record):
 
 
 def allowed_lines(record):
-    """The lines of the list that a record needs."""
+    """The lines of the list of exceptions that a record needs."""
     allowed = exceptions.of(record)
     return [exceptions.line(record, f.what, allowed[f.what]) for f in findings(record) if f.what in allowed]
 
@@ -89,7 +89,7 @@ def _work(record, counts):
         found.append(Finding("exp2", exp2, sentence))
     flops = loop_flops(record)
     times = flops / tile_flops(record) if flops else 1
-    if not (0.85 if record["dtype"] == "fp32" else 0.95) <= times <= 1.05:  # of tf32x3 the compiler drops some
+    if not (0.85 if record["dtype"] == "fp32" else 0.95) <= times <= 1.05:  # the compiler drops some of tf32x3
         sentence = f"main loop: {times:.2f} times the products that its tile needs"
         found.append(Finding("products", round(times, 2), sentence))
     return found
@@ -105,8 +105,8 @@ def _memory(record, counts):
     needed = _row_vectors(record)
     if not counts.get("bulk") and wide < needed:
         found.append(Finding("rows", needed, f"main loop: {wide:g} of the {needed:g} vectors of 16 bytes of its rows"))
-    # Backward's numbers a query are single loads too; in dkdv's transposed tiles a thread may hold as many queries as
-    # scores.
+    # Backward also loads its numbers per query one by one; in dkdv's transposed tiles a thread may hold as many queries
+    # as scores.
     singles, scores = counts.get("load.32", 0), scores_a_thread(record)
     key_biases = scores / 2 if record["constants"].get("HAS_KEY_BIAS") else 0
     most = {"_dtable_kernel": 12 + key_biases, "_dkdv_kernel": 4 * scores + 12}.get(record["kernel"], scores + 12)
@@ -117,7 +117,7 @@ def _memory(record, counts):
 
 
 def _row_vectors(record):
-    """Vectors of 16 bytes that a thread loads of the rows that stream: one side of the tile, or dtable's both."""
+    """16-byte vectors that a thread loads from the streamed rows: one side of the tile; for dtable both sides."""
     c = record["constants"]
     rows = {"_forward_kernel": c["BLOCK_N"], "_dq_kernel": c["BLOCK_N"], "_dkdv_kernel": c["BLOCK_M"]}
     count = rows.get(record["kernel"], c["BLOCK_M"] + keys_of(record))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the compilers make of the kernels, for GPUs that are not there: `python -m bench codegen`.
+"""`python -m bench codegen`: what the compilers make of the kernels, for GPUs that are not here.
 
-Compiles every launch of the matrix in `matrix.py` in child processes, or with --csrc the CUDA kernels of
-csrc/, prints a table, and exits with 1 if a kernel breaks a promise. Needs no GPU.
+It compiles every launch of the matrix in `matrix.py` in child processes, or with --csrc the CUDA kernels of csrc/,
+prints a table, and exits with 1 if a kernel breaks a promise. It needs no GPU.
 """
 
 import json
@@ -30,7 +30,7 @@ KERNEL_NAMES = tuple(name.removeprefix("_").removesuffix("_kernel") for name in 
 
 
 def _accesses(loop):
-    """Global accesses in a loop: (of 16 bytes, others)."""
+    """Global accesses in a loop: (those of 16 bytes, others)."""
     found = {name: count for name, count in loop["counts"].items() if "." in name}
     wide = sum(count for name, count in found.items() if is_wide_access(name))
     return wide, sum(found.values()) - wide
@@ -79,7 +79,7 @@ def _tiles(context, parameter, words):
 
 
 def _more(constants):
-    """What follows the stages: descriptors, bands of a program."""
+    """The constants after the stages: descriptors, bands per program."""
     is_described, bands = int(constants.get("IS_DESCRIBED", False)), constants.get("BANDS", 1)
     return f",{is_described},{bands}" if bands > 1 else ",1" if is_described else ""
 
@@ -88,28 +88,28 @@ def _more(constants):
 @click.option("--arch", "archs", multiple=True, default=ARCHS, show_default=True, callback=_check_archs,
               help="Any sm_NN or gfxNNN that Triton compiles for.")  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)),
-              help="Unless given: bf16, fp16, fp32, of attention what the matrix says.")  # fmt: skip
+              help="Default: bf16, fp16, fp32; for attention those of the matrix.")  # fmt: skip
 @click.option("--kernel", "ops", multiple=True, type=click.Choice(list(OPS)), default=list(OPS), show_default=True)
 @click.option("--layout", "layouts", multiple=True,
-              help="By name, as the table shows it: aligned, ragged, …, 'd64 causal'. All unless given.")  # fmt: skip
-@click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Of attention.")
+              help="By its name in the table: aligned, ragged, …, 'd64 causal'. Default: all.")  # fmt: skip
+@click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Head widths of attention.")
 @click.option("--options", multiple=True, type=click.Choice(list(attention.OPTIONS)),
               help="Option sets of attention.")  # fmt: skip
 @click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES[,1[,BANDS]]",
-              help="Other launch constants for forward, dkdv, dq, dtable; 1: by descriptors, 0: not.")  # fmt: skip
+              help="Other launch constants for forward, dkdv, dq, dtable; 1: use descriptors, 0: do not.")  # fmt: skip
 @click.option("--only", multiple=True, type=click.Choice(KERNEL_NAMES), help="Compile only these attention kernels.")
 @click.option("--full", "is_full", is_flag=True, help="Attention: every option set at every head_dim.")
 @click.option("--shape", "shapes", multiple=True, type=(click.IntRange(1), click.IntRange(1)), metavar="I J",
               help="Compile for this many queries and keys instead of the layouts.")  # fmt: skip
-@click.option("--block", type=(int, int), default=None, metavar="M N", help="Another window than the launchers' own.")
-@click.option("--csrc", "is_csrc", is_flag=True, help="csrc/'s CUDA kernels instead of the Triton ones; needs nvcc.")
+@click.option("--block", type=(int, int), default=None, metavar="M N", help="Use this window, not the launchers' own.")
+@click.option("--csrc", "is_csrc", is_flag=True, help="Compile csrc/'s CUDA kernels instead of Triton's; needs nvcc.")
 @click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it there.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all records there.")
 @click.option("--list-broken", "is_listing", is_flag=True, help="Print the lines that exceptions.txt would need.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
 def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_full, shapes, block, is_csrc, jobs, path,
             is_listing, check):  # fmt: skip
-    """Compile the kernels offline for each GPU: registers, spills, and the accesses of the interior loop."""
+    """Compile the kernels offline for each GPU; show registers, spills, and the accesses of the interior loop."""
     if is_csrc and nvcc() is None:
         raise click.UsageError("--csrc needs nvcc: set CUDA_HOME or put it on PATH")
     if is_csrc:

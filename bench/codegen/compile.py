@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Compile what a launcher would launch, for a GPU that is not there, and report what the compiler made of it.
+"""Compile what a launcher would launch, for a GPU that is not here, and report what the compiler made of it.
 
 The launcher itself runs, on tensors of the meta device: they have sizes, strides and an alignment but no memory, so
-real shapes cost nothing. A launch is caught where Triton would start it, after Triton's own decisions about the
-arguments (16-byte alignment, ints that are 1, ints beyond 32 bits, AMD's buffers below 2 GB); nothing is described
-twice. Needs only the assemblers and disassemblers in Triton's wheel.
+real shapes cost nothing. A launch is caught where Triton would start it. By then Triton itself has decided about the
+arguments (16-byte alignment, ints that are 1, ints beyond 32 bits, AMD's buffers below 2 GB), so nothing here repeats
+these decisions. Needs only the assemblers and disassemblers in Triton's wheel.
 """
 
 import contextlib
@@ -25,26 +25,26 @@ from . import assembly
 
 @dataclass
 class Report:
-    """What the compiler made of one kernel. Registers and instructions are those of a thread (of a wave on AMD)."""
+    """What the compiler made of one kernel. Registers and instructions are per thread (per wave on AMD)."""
 
     kernel: str
     threads: int
     registers: int
-    spills: int  # instructions on local memory; on AMD spilled vector registers
-    scalar_spills: int  # AMD: scalar registers put into lanes of vector registers, which costs no memory access
-    stack: int  # bytes of local memory a thread
+    spills: int  # instructions that access local memory; on AMD spilled vector registers
+    scalar_spills: int  # AMD: scalar registers kept in lanes of vector registers, without a memory access
+    stack: int  # bytes of local memory per thread
     shared: int  # bytes
     instructions: int
     counts: dict[str, int]
     loops: list[assembly.Loop] = field(default_factory=list)
-    signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made one
-    constants: dict[str, int] = field(default_factory=dict)  # the launch's
+    signature: dict[str, str] = field(default_factory=dict)  # "constexpr" also for ints that Triton made constant
+    constants: dict[str, int] = field(default_factory=dict)  # of the launch
     stages: int = 0  # of the software pipeline
     notes: list[str] = field(default_factory=list)  # ptxas' numbered remarks
 
 
 def target_of(arch):
-    """Triton's name of an architecture, say sm_90 or gfx942."""
+    """Triton's target for an architecture such as sm_90 or gfx942."""
     if found := re.fullmatch(r"sm_(\d+)a?", arch):
         return GPUTarget("cuda", int(found[1]), 32)
     if re.fullmatch(r"gfx\w+", arch):
@@ -53,7 +53,7 @@ def target_of(arch):
 
 
 class _OfflineDriver:
-    """As much of a Triton driver as a launch asks before it compiles."""
+    """The part of a Triton driver that a launch uses before it compiles."""
 
     def __init__(self, target):
         self.target = target
@@ -62,21 +62,21 @@ class _OfflineDriver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # one kernel cache each
+        return self.target.arch  # each architecture has its own kernel cache
 
     def get_current_stream(self, device):
         return 0
 
 
-_logs = {}  # hash of a kernel -> what ptxas said; a kernel that Triton has in memory is not compiled again
+_logs = {}  # kernel hash -> ptxas' output; Triton compiles no kernel again that it has in memory
 
 
 @contextlib.contextmanager
 def caught_launches(arch, only=(), repairs=False):
-    """Within it every kernel that is launched is compiled for `arch` and not started; yields the growing list.
+    """Inside this context a launch compiles its kernel for `arch` and does not start it; yields the growing list.
 
-    only: names of kernels; others are not compiled. repairs: instead of all others compile the second launches of the
-    attention kernels, which do nothing unless there is a NaN, and promise nothing.
+    only: names of kernels; others are not compiled. repairs: compile only the second launches of the attention kernels.
+    They do nothing unless there is a NaN, and promise nothing.
     """
     kernels = []
     run = JITFunction.run
@@ -97,7 +97,7 @@ def caught_launches(arch, only=(), repairs=False):
     try:
         with knobs.nvidia.scope(), knobs.compilation.scope():
             knobs.nvidia.dump_ptxas_log = True
-            knobs.compilation.always_compile = True  # a kernel from the cache on the disk would come without its log
+            knobs.compilation.always_compile = True  # a kernel from the disk cache has no log
             yield kernels
     finally:
         JITFunction.run = run
@@ -121,7 +121,7 @@ def report(kernel):
         resources = assembly.amdgcn_resources(kernel.asm["amdgcn"])
     else:
         if "Compiling entry function" not in log:
-            raise RuntimeError(f"{kernel.metadata.name}: nothing is known of what ptxas said")
+            raise RuntimeError(f"{kernel.metadata.name}: the output of ptxas is missing")
         text = _sass(kernel.asm["cubin"])
         instructions, resources = assembly.parse_sass(text), assembly.sass_resources(text)
     counts = assembly.counts(instructions)
@@ -144,7 +144,7 @@ def report(kernel):
 
 
 def leaves(arguments):
-    """The (name, value) of all arguments {name: value}: those of a NamedTuple as name.field."""
+    """The (name, value) of each of the arguments {name: value}; a NamedTuple's fields are called name.field."""
     for name, value in arguments.items():
         if hasattr(value, "_asdict"):
             yield from leaves({f"{name}.{field}": part for field, part in value._asdict().items()})
@@ -153,7 +153,7 @@ def leaves(arguments):
 
 
 def _constants(kernel):
-    """The (name, value) of what the launch fixed; of the NamedTuple `config` the names of its fields."""
+    """The (name, value) of what the launch fixed; for the NamedTuple `config` each of its fields."""
     names = dict(enumerate(kernel.src.signature))
     for path, value in kernel.src.constants.items():
         if hasattr(value, "_asdict"):
@@ -163,7 +163,7 @@ def _constants(kernel):
 
 
 def compile_launches(launch, arch, only=(), repairs=False):
-    """The Reports of all kernels that the function `launch` launches, in order; the options of `caught_launches`."""
+    """The Reports of all kernels that the function `launch` launches, in order; options as in `caught_launches`."""
     with caught_launches(arch, only, repairs) as kernels:
         launch()
     if not kernels and not only:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Compile csrc/band_cuda.cu with nvcc, for GPUs that are not there, and report it like Triton's kernels.
+"""Compile csrc/band_cuda.cu with nvcc, for GPUs that are not here, and report it like Triton's kernels.
 
 Needs a CUDA toolkit and torch's headers, which every build of torch has; the disassembler is the one in Triton's wheel.
-Macros and flags are read from setup.py and from torch, so that what compiles here compiles there.
+Macros and flags come from setup.py and torch, so the real build compiles what compiles here.
 """
 
 import os
@@ -27,13 +27,13 @@ STREAMS = {"expand_kernel": "store", "reduce_kernel": "load"}
 
 
 def nvcc():
-    """The compiler: the toolkit's of CUDA_HOME, else the one on PATH. None if there is none."""
+    """The nvcc in CUDA_HOME, else the one on PATH; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
 
 
 def build_flags():
-    """What setup.py, whose constants can be read without building, and torch give to nvcc."""
+    """The flags that setup.py and torch give to nvcc; reading setup.py's constants builds nothing."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
     constants = runpy.run_path(str(ROOT / "setup.py"))
@@ -42,7 +42,7 @@ def build_flags():
 
 
 def compile_command(output, *options):
-    """The arguments that setup.py's build gives to nvcc, and every warning an error."""
+    """The arguments that setup.py's build gives to nvcc, with every warning an error."""
     from torch.utils.cpp_extension import include_paths
 
     return [

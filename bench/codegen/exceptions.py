@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The exceptions from the attention kernels' promises: `exceptions.txt`, one a line.
+"""The exceptions from the attention kernels' promises: `exceptions.txt`, one per line.
 
-A line names the Triton versions, the GPU, the dtype, the layout ("d64 full"), the kernel, what it breaks and how much
-of that is allowed, with two spaces or more between them. A promise is broken by more than its line allows, by what has
-no line, and by a line that is no longer needed.
+A line holds the Triton versions, the GPU, the dtype, the layout ("d64 full"), the kernel, what it breaks and how much
+of that is allowed, separated by two or more spaces. The check fails if a kernel breaks more than its line allows, if it
+breaks something without a line, or if it no longer needs a line.
 """
 
 import functools
@@ -15,7 +15,7 @@ COLUMNS = ("triton", "arch", "dtype", "layout", "kernel", "what", "at most")
 
 
 def parse(text):
-    """{(triton, arch, dtype, layout, kernel): {what: at most}} of the lines that are no comment."""
+    """{(triton, arch, dtype, layout, kernel): {what: at most}} of the lines that are not comments."""
     found = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -35,14 +35,14 @@ def _listed():
 
 
 def of(record):
-    """{what: at most} for a record; nothing for tiles of one's own, which the list does not know."""
+    """{what: at most} for a record; empty for a trial's tiles, which the list does not cover."""
     if record.get("is_trial"):
         return {}
     return _listed().get(tuple(record[name] for name in ("triton", "arch", "dtype", "layout", "kernel")), {})
 
 
 def line(record, what, amount):
-    """The line that would allow it."""
+    """The line that would allow this amount."""
     kernel = record["kernel"].removeprefix("_").removesuffix("_kernel")
     row = record["triton"], record["arch"], record["dtype"], record["layout"], kernel, what, f"{amount:g}"
     return "  ".join(f"{word:<{width}}" for word, width in zip(row, (17, 6, 5, 12, 7, 18, 0), strict=True)).rstrip()

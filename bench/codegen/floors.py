@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """How long the attention kernels' main loops may be: sm_90, bf16, causal, for each Triton version.
 
-Instructions of one thread for each score that it holds, so that tiles of all sizes compare. A loop that gets longer
-than this is noticed; a shorter one is a reason to lower its number.
+The unit is instructions of a thread per score that it holds, so that tiles of all sizes compare. A loop that gets
+longer breaks a promise. If a loop gets shorter, lower its number.
 """
 
 from .products import scores_a_thread
 
-# (head_dim, kernel): instructions / scores a thread
+# (head_dim, kernel): instructions / scores per thread
 _SHORTEST = {
     "3.6.0": {
         (64, "_forward_kernel"): 362 / 32, (64, "_dq_kernel"): 324 / 32, (64, "_dtable_kernel"): 353 / 32,
@@ -26,13 +26,13 @@ _SHORTEST = {
     },
 }  # fmt: skip
 _ROOM = 1.05
-# What prototypes reached for dkdv, with two waits a tile, under Triton 3.6.0.
+# Prototypes of dkdv reached this under Triton 3.6.0, with two waits per tile.
 _DKDV = {"3.6.0": {64: 430 / 32, 128: 321 / 16}}
 _DKDV_WAITS = 2
 
 
 def limit(record):
-    """(instructions a score, waits) that a record's main loop may have; None for either: no limit is known."""
+    """(instructions per score, waits) that a record's main loop may have; None where no limit is known."""
     if (record["arch"], record["dtype"]) != ("sm_90", "bf16") or not record["layout"].endswith(" causal"):
         return None, None
     version, width = record["triton"], record["constants"]["HEAD_DIM"]
@@ -44,7 +44,7 @@ def limit(record):
 
 
 def findings(record, finding):
-    """What a record's loop exceeds, each as `finding(what, amount, sentence)`."""
+    """The limits that a record's loop exceeds, each as `finding(what, amount, sentence)`."""
     most, waits = limit(record)
     loop, scores = record["interior"], scores_a_thread(record)
     found = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Which launches are compiled: kernels, layouts, dtypes, GPUs.
+"""The launches to compile: kernels, layouts, dtypes, GPUs.
 
-To add a kernel: a function that launches it on meta tensors, and an entry in OPS.
+To add a kernel, write a function that launches it on meta tensors and add an entry to OPS.
 """
 
 import itertools
@@ -18,7 +18,7 @@ HEADS = 8
 
 def launch_expand(dtype, *, i, j, signed=False, block=None):
     """Launch the expansion of a table to (i, j)."""
-    import torch  # here, so that the command's own process stays free of torch and Triton
+    import torch  # here, to keep torch and Triton out of the command's own process
 
     from dpb_triton.expand import triton_kernels as expand
 
@@ -28,7 +28,7 @@ def launch_expand(dtype, *, i, j, signed=False, block=None):
 
 
 def launch_reduce(dtype, *, i, j, signed=False, first_column=0, is_broadcast=False, block=None):
-    """Launch the reduction of a gradient: a slice of a wider one, or one number, as `bias.sum()` gives it."""
+    """Launch the reduction of a gradient: a slice of a wider one, or one expanded number, as from `bias.sum()`."""
     import torch
 
     from dpb_triton.expand import triton_kernels as expand
@@ -45,11 +45,11 @@ def _block(block):
 
 @dataclass(frozen=True)
 class Layout:
-    """A shape, or strides, that leads to code of its own."""
+    """A shape, or strides, for which Triton generates separate code."""
 
     options: dict  # of the launch function
     is_wide: bool = True  # its interior loop must have only 16-byte accesses
-    is_common: bool = False  # compiled for every dtype; the others for the first one unless asked for by name
+    is_common: bool = False  # compiled for every dtype; others only for the first dtype, unless --layout names them
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Case:
 
 
 def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=None, **attention_options):
-    """The matrix, or what is left of it. `shapes`: pairs (i, j) to compile instead of the layouts."""
+    """The matrix, limited by the arguments. `shapes`: pairs (i, j) to compile instead of the layouts."""
     found = []
     for op in ops:
         if op in ATTENTION:
@@ -126,10 +126,10 @@ def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=N
 
 
 def _attention_matrix(is_full):
-    """(head_dim, option set, dtype, whether for every arch) of each launch: sm_90 in depth, the others the plain sets.
+    """(head_dim, option set, dtype, whether for every arch) of each launch: sm_90 in depth, others the plain sets.
 
-    The short matrix has every option set at two head_dims and every head_dim with one option set. Another arch alone
-    is compiled in depth, too.
+    The short matrix has every option set at two head_dims, and every head_dim with one option set. Without sm_90, the
+    other archs are compiled in depth too.
     """
     for head_dim in HEAD_DIMS:
         for name in attention.TRAINED:

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
 """How much arithmetic a main loop does, read from its tensor-core opcodes, and how much its algorithm needs.
 
-Warps that hold the same part of a tile all compute it: the work is then done twice, and nothing else shows it.
+Warps that hold the same part of a tile all compute it. The work is then done twice, and nothing else shows this.
 """
 
 import math
 import re
 
-# Matrix products of a tile: over the head's width, and over the values' width.
+# Matrix products per tile: (over the head's width, over the values' width).
 PRODUCTS = {"_forward_kernel": (1, 1), "_dkdv_kernel": (2, 2), "_dq_kernel": (2, 1), "_dtable_kernel": (1, 1)}
 
 _SHAPES = [
-    (r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", 4),  # by four warps together
+    (r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", 4),  # four warps execute it together
     (r"HMMA\.(16)(8)(\d+)", 1),
     (r"v_s?mfma\w*?_f32_(\d+)x(\d+)x(\d+)(?:_(\d+)b)?", 1),
 ]
 
 
 def opcode_flops(opcode):
-    """Floating-point operations that one instruction adds to each warp that takes part; None: the opcode says not.
+    """Floating-point operations of one instruction per warp that takes part; None if the opcode does not say.
 
-    sm_100's UTCHMMA has its shape in a register.
+    sm_100's UTCHMMA keeps its shape in a register.
     """
     for pattern, warps in _SHAPES:
         if found := re.match(pattern, opcode):
@@ -39,7 +39,7 @@ def loop_flops(record):
 
 
 def tile_flops(record):
-    """What one trip of the main loop needs, at the padded widths; float32 on NVIDIA is three products of tf32 each."""
+    """Operations that one trip of the main loop needs at the padded widths; NVIDIA's float32 is three tf32 products."""
     c = record["constants"]
     of_head, of_value = PRODUCTS[record["kernel"]]
     thrice = 3 if record["dtype"] == "fp32" and record["arch"].startswith("sm_") else 1
@@ -47,19 +47,19 @@ def tile_flops(record):
 
 
 def keys_of(record):
-    """Keys of one trip of the main loop: dtable may take the windows of several bands."""
+    """Keys in one trip of the main loop; dtable may take the windows of several bands."""
     return record["constants"]["BLOCK_N"] * record["constants"].get("BANDS", 1)
 
 
 def scores_a_thread(record):
-    """Scores of one trip of the main loop that each thread holds."""
+    """Scores that each thread holds in one trip of the main loop."""
     return record["constants"]["BLOCK_M"] * keys_of(record) / record["threads"]
 
 
 def most_exp2(record):
-    """As many exp2 as one trip of the main loop may have in a thread: one a score, a second one for softcap's tanh.
+    """The most exp2 that a thread may have in one trip of the main loop: one per score, a second for softcap's tanh.
 
-    Forward rescales its rows: at most every warp does so for all rows, four lanes to a row's elements.
+    Forward also rescales its rows: at worst every warp does so for all rows, with four lanes per row.
     """
     c = record["constants"]
     rows = c["BLOCK_M"] / 8 if record["kernel"] == "_forward_kernel" else 0
@@ -67,7 +67,7 @@ def most_exp2(record):
 
 
 def blocks_a_multiprocessor(record):
-    """Blocks that an NVIDIA multiprocessor holds at once, by registers and shared memory; None of other makers."""
+    """Blocks that an NVIDIA multiprocessor holds at once, by registers and shared memory; None for other makers."""
     if not record["arch"].startswith("sm_"):
         return None
     warps = record["threads"] // 32
@@ -76,14 +76,14 @@ def blocks_a_multiprocessor(record):
     return min(registers, memory // (record["shared"] + 1024), 64 // warps, 32)
 
 
-# Floating-point operations of a multiprocessor in a clock: 2-byte types, and float32 as this library multiplies it.
+# Floating-point operations per multiprocessor and clock: (2-byte types, float32 as this library multiplies it).
 TENSOR_RATES = {"sm_80": (2048, 1024), "sm_90": (4096, 2048), "sm_100": (8192, 4096), "gfx942": (2048, 256)}
-_EXP2_A_CLOCK = 16  # of a multiprocessor
-_ISSUE_A_CLOCK = 4  # warps
+_EXP2_A_CLOCK = 16  # per multiprocessor
+_ISSUE_A_CLOCK = 4  # instructions of warps
 
 
 def clocks_a_tile(record):
-    """{"tensor", "issue", "exp2"}: clocks of a multiprocessor for a trip of the main loop, if nothing else took any."""
+    """{"tensor", "issue", "exp2"}: a multiprocessor's clocks for a trip of the main loop, each as the only cost."""
     width = 64 if record["arch"].startswith("gfx9") else 32
     rate = TENSOR_RATES[record["arch"]][record["dtype"] == "fp32"]
     loop = record["interior"]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What the compiled kernels promise.
 
-Every kernel: no spill, no local memory, room for a block in a multiprocessor. The kernels that stream, in every layout
+Every kernel: no spill, no local memory, room for a block on a multiprocessor. The kernels that stream, in every layout
 that allows it: an interior loop whose only global accesses are vectors of 16 bytes that no lane skips. The attention
-kernels: what `attention_promises.py` says, where a few spills are listed; of their fifty arguments some may
-live in lanes of vector registers on AMD.
+kernels: the promises of `attention_promises.py`, with a few listed spills. On AMD some of their fifty arguments may
+live in lanes of vector registers.
 """
 
 from . import attention_promises as attention
@@ -13,14 +13,14 @@ from .matrix import ATTENTION, OPS
 
 
 def is_wide_access(name):
-    """Whether a kind of instruction, say "store.128", moves at least 16 bytes."""
+    """Whether a kind of instruction, such as "store.128", moves at least 16 bytes."""
     return name.endswith((".128", ".256"))
 
 
 def interior_loop(loops, kind):
-    """The loop with the most 16-byte accesses of a kind that no lane skips; None if there is none with such an access.
+    """The loop with the most 16-byte accesses of a kind that no lane skips; None if no loop has such an access.
 
-    Compilers unroll: the loop over the remaining steps has the same accesses, but fewer.
+    Compilers unroll: the loop over the remaining steps has the same kinds of accesses, but fewer.
     """
 
     def wide(loop):
@@ -31,15 +31,15 @@ def interior_loop(loops, kind):
 
 
 def shared_limit(arch):
-    """Bytes of shared memory a block may have; of an architecture not listed, what every one of its kind has."""
+    """Bytes of shared memory that a block may have; for an unlisted architecture what all of its maker's have."""
     known = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "gfx950": 160}
     return known.get(arch, 64 if arch.startswith("gfx") else 99) * 1024
 
 
 def resident_warps(record):
-    """Warps of the kernel for which a multiprocessor (compute unit) has registers; 0: it cannot be launched."""
-    registers = -(-record["registers"] // 8) * 8  # handed out in eights
-    if record["arch"].startswith("gfx9"):  # CDNA: four units with 512 registers a lane
+    """Warps of the kernel for which a multiprocessor (compute unit) has registers; 0: the kernel cannot launch."""
+    registers = -(-record["registers"] // 8) * 8  # allocated eight at a time
+    if record["arch"].startswith("gfx9"):  # CDNA: four units with 512 registers per lane
         warps, width = 4 * min(512 // registers, 8), 64
     elif record["arch"].startswith("gfx"):  # RDNA: two units with at least 1024
         warps, width = 2 * min(1024 // registers, 16), 32
@@ -50,7 +50,7 @@ def resident_warps(record):
 
 
 def broken(record):
-    """What a record breaks of what its kernel promises, as sentences."""
+    """The promises that a record breaks, as sentences."""
     if "error" in record:
         return ["does not compile: " + record["error"].strip().splitlines()[-1]]
     if record["kernel"] in KERNELS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compile a matrix of launches in child processes, each for a family of cases that share kernels."""
+"""Compile a matrix of launches in child processes, one per family of cases that share kernels."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from .promises import interior_loop
 
 @contextlib.contextmanager
 def environment():
-    """Children compile (kernels decorated under TRITON_INTERPRET cannot be), and read no stale binaries."""
+    """Let child processes compile, which TRITON_INTERPRET would prevent, and read no stale binaries."""
     before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
     with tempfile.TemporaryDirectory(prefix="dpb_triton_codegen_") as cache:
         os.environ.pop("TRITON_INTERPRET", None)
@@ -33,12 +33,12 @@ def environment():
 
 
 def _compile(group):
-    """{case: its records, one a kernel} of a group of cases; runs in a child."""
+    """{case: its records, one per kernel} for a group of cases; runs in a child process."""
     return {case: compile_case(case) for case in group}
 
 
 def compile_case(case):
-    """The records of a case, one a kernel; runs in a child."""
+    """The records of a case, one per kernel; runs in a child process."""
     import torch
     import triton
 
@@ -50,7 +50,7 @@ def compile_case(case):
     record = asdict(case) | {"triton": triton.__version__, "is_trial": "blocks" in case.options}
     try:
         reports = [asdict(report) for report in compile_launches(launch, case.arch, case.only)]
-    except Exception as error:  # whatever a compiler throws is a finding
+    except Exception as error:  # every error of a compiler is a finding
         return [record | {"kernel": case.op, "error": f"{type(error).__name__}: {error}"}]
     for report in reports:
         kind = OPS[case.op].streams.get(report["kernel"])
@@ -64,7 +64,7 @@ def compile_case(case):
 def compile_all(matrix, jobs):
     """The records of all cases, in the order of the matrix."""
     groups, found = {}, {}
-    for case in matrix:  # layouts often share a kernel, which one process compiles and reads once
+    for case in matrix:  # layouts often share a kernel: one process compiles and reads it once
         groups.setdefault(case.family, []).append(case)
     longest_first = sorted(groups.values(), key=len, reverse=True)
     with environment(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

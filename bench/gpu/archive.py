@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tar of a compiled cache and what is known of it. Only the standard library and Triton."""
+"""The tar of a compiled cache, and facts about it. Imports only the standard library and Triton."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ SOURCES = ("dpb_triton/launching/*.py", "dpb_triton/attention/kernels/*.py", "dp
 
 
 def own_key():
-    """SHA-256 of the `triton_key` of this interpreter's Triton; None without one."""
+    """SHA-256 of the `triton_key` of this interpreter's Triton; None without Triton."""
     try:
         from triton.runtime.cache import triton_key
     except ImportError:
@@ -22,26 +22,26 @@ def own_key():
 
 
 def sources():
-    """A hash of the files of kernels."""
+    """A hash of the kernels' source files."""
     paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def read_about(path):
-    """What `write` was told of the tar."""
+    """The facts that `write` stored in the tar."""
     with tarfile.open(path) as tar:
         return json.load(tar.extractfile(ABOUT))
 
 
 def unpack(path, folder):
-    """All entries into `folder`."""
+    """Extract all entries into `folder`."""
     with tarfile.open(path) as tar:
         tar.extractall(folder, filter="data")
     (Path(folder) / ABOUT).unlink()
 
 
 def write(path, folder, names, about):
-    """The tar `path` of the entries `names` of the cache `folder`."""
+    """Write the tar `path` with the entries `names` of the cache `folder`, and the facts `about` it."""
     with tarfile.open(path, "w:xz", preset=3) as tar:
         data = json.dumps(about).encode()
         member = tarfile.TarInfo(ABOUT)

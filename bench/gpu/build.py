@@ -13,7 +13,7 @@ SECONDS = 240
 
 
 def why_not(device):
-    """None if it can be built here, else what is missing."""
+    """None if csrc can be built here, else the reason."""
     if device != "cuda":
         return "a rehearsal builds nothing"
     missing = [program for program in ("nvcc", "ninja", "c++") if shutil.which(program) is None]
@@ -21,7 +21,7 @@ def why_not(device):
 
 
 class Build:
-    """`with Build(…) as build:` starts it; leaving ends it, and puts what it printed at the log's end."""
+    """`with Build(…) as build:` starts a build; leaving the block ends it and appends its output to the log."""
 
     def __init__(self, output, environment, device, capability, command=None):
         self.output, self.reason = output, why_not(device) if command is None else None
@@ -44,17 +44,17 @@ class Build:
                 self.path.unlink()
 
     def wait(self, seconds):
-        """Wait for its end, at most that long."""
+        """Wait at most `seconds` for the build to end."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(seconds, 0))
 
     def state(self):
-        """In words: is backend "cuda" there?"""
+        """Whether backend "cuda" is available, in words."""
         if self.reason:
             return f"csrc not built: {self.reason}"
         if self.process.poll() is None:
-            return "csrc still builds: backend 'cuda' is left out"
+            return "csrc is still being built: backend 'cuda' is left out"
         if self.seconds is None:
             self.seconds = time.monotonic() - self.begin
         if self.process.returncode:
@@ -62,7 +62,7 @@ class Build:
         return "csrc built"
 
     def news(self):
-        """The state where it was not said before."""
+        """The state, or None if it is the same as last time."""
         state = self.state()
         if state == self.is_told:
             return None

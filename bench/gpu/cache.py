@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Kernels that were compiled elsewhere: what `--fill-cache` writes here and `--cache` reads on the lent machine.
+"""Kernels compiled elsewhere: `--fill-cache` writes them here, `--cache` reads them on the lent machine.
 
-Triton finds a kernel there if the source of all its functions and their first lines, the launch's types, constants and
-divisibilities, the options, the GPU's architecture and Triton itself are the same. `triton_key` is the last of these:
-a hash of Triton's Python files and of its compiled half, which differs between Python versions. What is stored names
-its files by their absolute paths, so FOLDER is the same on both machines.
+Triton finds a kernel in the cache if all of these are the same: the source and the first line number of each of its
+functions, the launch's types, constants and divisibilities, the options, the GPU's architecture, and Triton itself.
+`triton_key` stands for Triton itself: a hash of its Python files and of its compiled half, which differs between Python
+versions. Cache entries name their files by absolute paths, so FOLDER must be the same on both machines.
 """
 
 import os
@@ -27,13 +27,13 @@ def kernels_in(folder):
 
 
 class Cache:
-    """The cache of a run: a tar that was given, or an empty one; `folder` is TRITON_CACHE_DIR."""
+    """The cache of a run, from a tar or empty; `folder` is TRITON_CACHE_DIR."""
 
     def __init__(self, tar=None, folder=FOLDER):
         self.tar, self.folder, self.given = tar, Path(folder), 0
 
     def open(self):
-        """Unpack the tar if it is for this Triton; says in one line what became of it."""
+        """Unpack the tar if it is for this Triton; returns one line that says what happened."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.given = kernels_in(self.folder)
         if self.tar is None:
@@ -41,8 +41,8 @@ class Cache:
         key, about = archive.own_key(), archive.read_about(self.tar)
         if about["triton_key"] != key:
             return (
-                f"compiled cache: miss, all is compiled here: it was filled by Triton {about['triton']} of Python "
-                f"{about['python']}, triton_key {about['triton_key'][:12]}, here it is {str(key)[:12]}"
+                f"compiled cache: miss, all kernels are compiled here: Triton {about['triton']} and Python "
+                f"{about['python']} filled it, with triton_key {about['triton_key'][:12]}; here it is {str(key)[:12]}"
             )
         if about["folder"] != str(self.folder):
             return f"compiled cache: miss: it was filled for {about['folder']}, not for {self.folder}"
@@ -52,7 +52,7 @@ class Cache:
         return line if about["sources"] == archive.sources() else f"{line}; sources have changed since it was filled"
 
     def news(self):
-        """How many kernels were compiled since it was opened."""
+        """How many kernels were compiled since `open`."""
         return f"kernels compiled anew: {kernels_in(self.folder) - self.given}"
 
 
@@ -66,10 +66,10 @@ def _has_torch(python):
 
 
 def fill(phases, path, python, folder=FOLDER):
-    """Compile what the commands of `phases` launch, by the interpreter `python`, into the tar `path`.
+    """Compile what the commands of `phases` launch, with the interpreter `python`, into the tar `path`.
 
-    Their launches are recorded first, by the same interpreter if it has torch, else by this one, whose Triton must
-    then be of the same version.
+    The same interpreter first records the launches if it has torch. If not, this interpreter does, and its Triton must
+    have the same version.
     """
     recorder = python if _has_torch(python) else sys.executable
     with tempfile.TemporaryDirectory(prefix="bench-gpu-fill-") as scratch:
@@ -87,6 +87,6 @@ def fill(phases, path, python, folder=FOLDER):
                 if status:
                     click.echo(f"{name}: not all of its launches were recorded", err=True)
         files = [str(file) for file in files if file.exists()]
-        alone = {"PYTHONPATH": str(archive.ROOT)}  # another Python has no use for this one's packages
+        alone = {"PYTHONPATH": str(archive.ROOT)}  # another Python cannot use this one's packages
         alone |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
         sys.exit(_call([python, "-m", "bench.gpu.fill", str(path.resolve()), *files], alone))

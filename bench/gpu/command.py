@@ -27,7 +27,7 @@ RESERVE = 6  # seconds for the tables at the end
 
 
 def _list(found, seconds):
-    """The page of this package, and each phase with its part of the time and its commands."""
+    """Print the page of this package, and each phase with its share of the time and its commands."""
     total = sum(phase.weight for phase in found)
     click.echo(page.__doc__.strip() + "\n")
     for phase in found:
@@ -38,12 +38,12 @@ def _list(found, seconds):
 
 def _on_signal(number, frame):
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)  # once is enough: what follows is the end
+        signal.signal(each, signal.SIG_IGN)  # one signal is enough: the run ends now
     raise Stopped(signal.Signals(number).name)
 
 
 def _log_machine(output):
-    """What nvidia-smi says of clocks, power and who else is there, into the log."""
+    """Log what nvidia-smi says about clocks, power and other processes."""
     if shutil.which("nvidia-smi"):
         with output.open_log("nvidia-smi") as log, contextlib.suppress(subprocess.SubprocessError):
             subprocess.run(["nvidia-smi"], stdout=log, stderr=subprocess.STDOUT, timeout=20, check=False)
@@ -61,18 +61,18 @@ NAMES = [phase.name for phase in phases("cuda")]
 
 
 @click.command()
-@click.option("--phase", "names", multiple=True, type=click.Choice(NAMES), help="Only this one; may be repeated.")
-@click.option("--seconds", type=click.FloatRange(10), default=SECONDS, show_default=True, help="For all phases.")
+@click.option("--phase", "names", multiple=True, type=click.Choice(NAMES), help="Run only this one; may be repeated.")
+@click.option("--seconds", type=click.FloatRange(10), default=SECONDS, show_default=True, help="Time for all phases.")
 @click.option("--out", type=FOLDER, help="Default: bench/results/DEVICE-DATE/")
 @click.option("--cache", "tar", type=FILE_THAT_IS, help="Kernels that --fill-cache compiled.")
 @click.option("--fill-cache", "fill", type=FILE, help="Compile the phases' kernels into this file; needs no GPU.")
-@click.option("--python", type=FILE_THAT_IS, help="With --fill-cache: the GPU machine's Python and Triton.")
-@click.option("--keep-going", is_flag=True, help="Go on where the smoke phase failed.")
-@click.option("--sha", help="The commit; git's unless given.")
+@click.option("--python", type=FILE_THAT_IS, help="With --fill-cache: a copy of the GPU machine's Python and Triton.")
+@click.option("--keep-going", is_flag=True, help="Go on if the smoke phase fails.")
+@click.option("--sha", help="The commit. Default: the one git reports.")
 @click.option("--list", "is_list", is_flag=True, help="Print the phases and what to type on a lent machine.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", hidden=True, help="cpu: a rehearsal.")
 def gpu(names, seconds, out, tar, fill, python, keep_going, sha, is_list, device):
-    """All that needs a GPU, in phases, each cut off at its part of the time; --list prints what to type.
+    """Run everything that needs a GPU, in phases, each cut off at its share of the time; --list prints what to type.
 
     Exits with 1 if something failed or was cut off, with 2 if there is no GPU.
     """

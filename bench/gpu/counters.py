@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench.gpu.counters FOLDER REGEX DEVICE`: what Nsight Compute counts in each kernel at 8k, d64, bf16.
+"""`python -m bench.gpu.counters FOLDER REGEX DEVICE LINES`: Nsight Compute's counters of each kernel at 8k, d64, bf16.
 
-Runs itself under ncu (`--step`): one training step of attention and one of expand and reduce, after the clocks are
-warm. FOLDER gets profile.ncu-rep, for ncu's own windows, and profile.csv; a line a kernel goes to the file LINES.
+It runs itself under ncu (`--step`): one training step of attention and one of expand and reduce, when the clocks are
+warm. FOLDER gets profile.ncu-rep, for ncu's own windows, and profile.csv. The file LINES gets a line per kernel.
 """
 
 import csv
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 MOST_KERNELS = 16
-# what a line holds: our name, ncu's name of the metric in its details page
+# the contents of a line: our name, and the metric's name in ncu's details page
 METRICS = {
     "duration": "Duration",
     "registers": "Registers Per Thread",
@@ -33,7 +33,7 @@ METRICS = {
 
 
 def step(device, n=8192):
-    """Each kernel once. On a GPU the clocks are warm by then."""
+    """Run each kernel once; on a GPU the clocks are warmed up first."""
     import torch
 
     from dpb_triton import bias_attention, expand_bias
@@ -57,9 +57,9 @@ def step(device, n=8192):
 
 
 def lines_of(text):
-    """[record] of ncu's details page as CSV: one a launch, with the values of METRICS and their units.
+    """[record] of ncu's details page as CSV: one per launch, with the values of METRICS and their units.
 
-    The second launch of a kernel, attention's repair, which returns at once, gets a name of its own.
+    The second launch of a kernel is attention's repair, which returns at once. It gets its own name.
     """
     start = next((place for place, line in enumerate(text.splitlines()) if line.startswith('"ID"')), None)
     if start is None:

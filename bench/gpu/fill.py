@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench.gpu.fill TAR LAUNCHES.pickle…`: compile recorded launches into the cache, then into a tar.
 
-Runs under the lent machine's Python with its Triton and needs no torch: kernels only import it. What was compiled
-before and has not changed is found in the cache, and the tar holds this fill's kernels only. The launchers, C code that
-Triton compiles for each list of types, come along, linked against a libcuda.so.1 with nothing in it.
+It runs under the lent machine's versions of Python and Triton, and needs no torch: kernels only import it. Kernels that
+have not changed come from the cache; the tar holds only this fill's kernels. It also holds the launchers, C code that
+Triton compiles for each list of types; they are linked against an empty libcuda.so.1.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from . import archive, offline
 
 
 def _without_torch():
-    """Let the modules of the kernels be imported: without the package above them, and without torch."""
+    """Make the kernels' modules importable without the package above them, and without torch."""
     for folder in {folder for source in archive.SOURCES for folder in Path(source).parents} - {Path(".")}:
         module = types.ModuleType(".".join(folder.parts))
         module.__path__ = [str(archive.ROOT / folder)]
@@ -34,7 +34,7 @@ def _without_torch():
 
 
 def _keep_names(used):
-    """Note the names of all cache entries that are looked at."""
+    """Add the names of all cache entries that Triton looks at to `used`."""
     from triton.runtime import cache
 
     init = cache.FileCacheManager.__init__
@@ -64,7 +64,7 @@ def compile_one(launch):
 
 
 def _utilities():
-    """The C module of Triton's driver: (its cache entries)."""
+    """Compile the C module of Triton's driver; returns its cache entries."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 
@@ -77,7 +77,7 @@ def _utilities():
 
 
 def _empty_libcuda(folder):
-    """What Triton's C code is linked against, and loads: its functions are looked up when they are called, never."""
+    """Build an empty libcuda for Triton's C code to link and load; with lazy binding nobody looks up its functions."""
     library = Path(folder) / "libcuda.so.1"
     command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), "-x", "c", os.devnull]
     subprocess.run(command, check=True)
@@ -95,8 +95,8 @@ def read(files):
         recorded = pickle.loads(Path(file).read_bytes())
         if recorded["triton"] != triton.__version__:
             sys.exit(
-                f"recorded under Triton {recorded['triton']}, compiled under {triton.__version__}: let the interpreter "
-                "that records import the same version"
+                f"recorded under Triton {recorded['triton']}, compiled under {triton.__version__}: the interpreter "
+                "that records must import the same version"
             )
         for launch in recorded["launches"]:
             found.setdefault(repr(launch), launch)
@@ -104,7 +104,7 @@ def read(files):
 
 
 def main(tar, *files):
-    """Compile, write the tar, say what was done; 1 if a kernel did not compile."""
+    """Compile, write the tar, print a summary; returns 1 if a kernel did not compile."""
     import triton
 
     begin = time.monotonic()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Run a command, and leave nothing of it behind: `python guard.py --parent PID --seconds S --grace G -- COMMAND …`
+"""Run a command and leave no process behind: `python guard.py --parent PID --seconds S --grace G -- COMMAND …`
 
-The command and all that it started end when it ends, when its time is up, when the guard is told to end, and when the
-process PID is gone, however it went. Ending means SIGINT to the command's process group, SIGTERM after half of the
-grace, SIGKILL after all of it, to every descendant, those in sessions of their own too: the guard is their subreaper,
-so an orphan becomes its child and not that of process 1.
+The guard ends the command and all processes that it started. It does so when the command ends, when its time is up,
+when the guard gets a signal to end, and when the process PID is gone for any reason. The command's process group gets
+SIGINT, and SIGTERM after half of the grace; after all of it every descendant gets SIGKILL, also in other sessions. The
+guard is a subreaper: an orphan becomes its child, not a child of process 1.
 
-Exits as the command did (128 + the signal that ended it), or with 124 if its time was up. Only the standard library.
+It exits as the command did (128 + the signal that ended it), or with 124 if the time was up. Imports only the standard
+library.
 """
 
 import argparse
@@ -20,17 +21,17 @@ import time
 
 PR_SET_CHILD_SUBREAPER = 36
 TIME_IS_UP = 124
-TICK = 0.05  # seconds between two looks
+TICK = 0.05  # seconds between two checks
 
 
 def descendants(pid):
-    """The processes below `pid` that still run, from /proc: [pid], those that ended and wait to be reaped left out."""
+    """[pid] of the processes below `pid` that still run, from /proc; zombies are left out."""
     children = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
                 state, parent = file.read().rpartition(")")[2].split()[:2]
-        except OSError:  # it ended in between
+        except OSError:  # it has ended meanwhile
             continue
         children.setdefault(int(parent), []).append((int(name), state))
     found, todo = [], [pid]
@@ -43,7 +44,7 @@ def descendants(pid):
 
 
 def _reap():
-    """Collect the orphans that ended."""
+    """Reap the orphans that have ended."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -78,8 +79,8 @@ def end(child, grace):
 
 
 def run(command, parent, seconds, grace):
-    """The exit status of `command`, as this module's docstring says."""
-    with contextlib.suppress(AttributeError, OSError):  # other systems than Linux: its children only
+    """Run `command` as this module's docstring says; returns the exit status."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux: only its own children
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     told = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

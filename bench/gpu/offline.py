@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GPU that is compiled for where there is none. Only Triton."""
+"""The GPU to compile for on a machine without one. Imports only Triton."""
 
 import functools
 
@@ -10,7 +10,7 @@ TARGET = GPUTarget("cuda", 90, 32)  # H100, H200
 
 
 class _Driver:
-    """As much of a Triton driver as a launch asks before it compiles, and as launchers ask when they are compiled."""
+    """The part of a Triton driver that a launch uses before it compiles, and that compiling a launcher uses."""
 
     @functools.cached_property
     def utils(self):

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What a run of `python -m bench gpu` leaves under --out, written as it comes; whoever is killed leaves what he had.
+"""What a run of `python -m bench gpu` writes under --out, as it comes, so that a killed run leaves what it had.
 
-    results.jsonl   one JSON line a cell, with its phase
-    log.txt         all that the phases printed, one after the other, then the build of csrc
-    summary.json    the environment; each phase's outcome, seconds, commands: replaced as a whole after every step
-    tables.txt      what is printed at the end, in full
+    results.jsonl   one JSON line per cell, with its phase
+    log.txt         everything the phases printed, in their order, then the build of csrc
+    summary.json    the environment; each phase's outcome, seconds, commands; replaced as a whole after every step
+    tables.txt      the tables printed at the end, in full
     profile.*       ncu's counters, two files
 
-Few files and small ones: the machine that is lent sends back 8 of 16 MiB.
+Few and small files: the lent machine sends back at most 8 files of 16 MiB each.
 """
 
 import json
 import os
 from pathlib import Path
 
-MOST_LOG = 2**20  # bytes of log that a command may leave: its first and its last half of that
+MOST_LOG = 2**20  # bytes of log that a command may leave, half of them from its start, half from its end
 
 
 class Output:
@@ -34,19 +34,19 @@ class Output:
         part.replace(self.folder / "summary.json")
 
     def open_log(self, title):
-        """A binary file at the log's end, after a heading: a process may write to it itself, it is unbuffered."""
+        """An unbuffered binary file at the log's end, after a heading; a process may write to it directly."""
         file = self.log.open("ab", buffering=0)
         file.write(f"\n===== {title} =====\n".encode())
         return file
 
     def log_since(self, start):
-        """What was logged since the byte `start`, as text."""
+        """The log from the byte `start` on, as text."""
         with self.log.open("rb") as file:
             file.seek(start)
             return file.read().decode(errors="replace")
 
     def shorten_log(self, start):
-        """Keep the first and the last part of what was logged since the byte `start`, if it is too much."""
+        """If the log from the byte `start` on is too long, keep only its first and last part."""
         size = self.log.stat().st_size
         cut = size - start - MOST_LOG
         if cut <= 0:
@@ -60,14 +60,14 @@ class Output:
 
 
 class Lines:
-    """Follows a file of JSON lines that another process writes; appends them, with their phase, to the results."""
+    """Follows a file of JSON lines that another process writes; appends them with their phase to the results."""
 
     def __init__(self, path, results, phase):
         self.path, self.results, self.phase = Path(path), results, phase
         self.read, self.records = 0, []
 
     def follow(self):
-        """Take the lines that are complete by now; what is no JSON object is left to the log."""
+        """Take the lines that are complete by now; skip those that are no JSON object."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.read)

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""The phases of `python -m bench gpu`: what each runs, and which part of the time it may take.
+"""The phases of `python -m bench gpu`: what each runs, and its share of the time.
 
-A phase is one or more commands, each a process of its own. In a command line `{lines}` stands for the file that takes a
-JSON line a cell, `{json}` for one that takes `records` at the end, `{limit}` for the seconds after which it should end
-by itself, `{out}` for the folder of --out.
+A phase has one or more commands, each its own process. In a command line `{lines}` stands for a file for one JSON line
+per cell, `{json}` for a file for `records` at the end, `{limit}` for the seconds after which the command should stop by
+itself, `{out}` for the folder of --out.
 """
 
 from dataclasses import dataclass, replace
 
 from . import suite
 
-NCU_KERNELS = r"regex:^_\w+_kernel$"  # this library's: those of torch have no underscore before their names
+NCU_KERNELS = r"regex:^_\w+_kernel$"  # this library's: names of torch's kernels have no underscore in front
 
 
 @dataclass(frozen=True)
 class Command:
-    """What follows the interpreter; its weight among the commands of its phase."""
+    """The arguments of the interpreter, and the weight among the commands of its phase."""
 
     arguments: tuple
     weight: float = 1.0
-    wants_csrc: bool = False  # waits for the compiled half, which is built in the background
+    wants_csrc: bool = False  # waits for csrc, which is built in the background
 
     def line(self, **words):
         """The arguments with {lines}, {limit}, … filled in."""
@@ -33,7 +33,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Phase:
-    """A name for --phase; a weight, about the seconds it takes, ten of them for each command to start; the commands."""
+    """Name for --phase, weight, commands. The weight is about the seconds it takes; each command needs ten to start."""
 
     name: str
     weight: float
@@ -42,7 +42,7 @@ class Phase:
 
 
 def shares(weights, seconds):
-    """Cut `seconds` in the proportion of `weights`."""
+    """Divide `seconds` in proportion to `weights`."""
     total = sum(weights)
     return [seconds * weight / total for weight in weights]
 
@@ -56,10 +56,10 @@ def _smoke(device, *options):
 
 
 def phases(device, tiny=False):
-    """All phases, in their order; `tiny` has the lengths of a rehearsal on a CPU."""
+    """All phases, in order; `tiny`: with the lengths of a rehearsal on a CPU."""
 
     def bench(name, weight, *options, lengths=(), peers=(), heads=True, wants_csrc=False):
-        """One command of `python -m bench`: it stops by itself, and writes its records as they come."""
+        """A command of `python -m bench`, which stops by itself and writes its records as they come."""
         small = ("--smoke", "--backend", "torch", *(("--heads", "2") if heads else ())) if tiny else ()
         lengths = (33,) if tiny and lengths else lengths
         words = ("-m", "bench", name, "--device", device, *_words("--seq", lengths), *_words("--peer", peers), *options)
@@ -69,14 +69,14 @@ def phases(device, tiny=False):
     materialised = ("eager", "sdpa with bias")
     flex = ("flex fixed table", "flex trained table")
     return [
-        Phase("smoke", 40, "is it right at all: every kernel once, against float64", (
+        Phase("smoke", 40, "every kernel once, checked against float64", (
             _smoke(device, *(("--tiny",) if tiny else ())),
             replace(_smoke(device, "--only", "csrc"), weight=0.3, wants_csrc=True),
         )),
         Phase("tests", 130, "the suite's tests that need a GPU", (
             Command(suite.arguments(device, tiny), wants_csrc=True),
         )),
-        Phase("sweep", 60, "launch constants by their times", (
+        Phase("sweep", 60, "launch constants, timed", (
             Command(("-m", "bench", "sweep", "--device", device, "--limit", "{limit}", "--lines", "{lines}")),
         )),
         Phase("attention", 150, "bf16, causal, 2k to 16k, against peers and limits; head_dim 128 too", (
@@ -91,7 +91,7 @@ def phases(device, tiny=False):
         Phase("profile", 60, "ncu's counters of each kernel at 8k", (
             Command(("-m", "bench.gpu.counters", "{out}", NCU_KERNELS, device, "{lines}")),
         )),
-        Phase("flex", 50, "FlexAttention, which compiles for long, at 8k", (
+        Phase("flex", 50, "FlexAttention at 8k, which takes long to compile", (
             bench("attention", 1, *bf16, lengths=(8192,), peers=flex),
         )),
         Phase("window", 75, "a window with a published time, decoding, padding, all pairs", (
@@ -99,14 +99,14 @@ def phases(device, tiny=False):
             bench("attention", 2, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=("none",)),
             bench("attention", 1.5, *bf16, "--cell", "decode", peers=materialised),
         )),
-        Phase("float32", 50, "float32's errors as numbers, and its times", (
+        Phase("float32", 50, "float32's errors and times", (
             bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),
             bench("attention", 1, *fp32, "--errors", lengths=(512, 2048, 4096), peers=materialised),
         )),
         Phase("memory", 20, "the longest sequence that trains at 16 heads", (
             bench("attention", 1, *bf16, "--memory", "256" if tiny else "76000", peers=("none",)),
         )),
-        Phase("host", 15, "the host's time for a call", (
+        Phase("host", 15, "the host's time per call", (
             Command(("-m", "bench", "host", "--device", device, "--json", "{json}")),
         )),
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench.gpu.record FILE -m MODULE ARGUMENTS…`: which kernels that command would compile on an H100.
+"""`python -m bench.gpu.record FILE -m MODULE ARGUMENTS…`: record which kernels that command would compile on an H100.
 
-The command runs in this process, on tensors of the CPU. Every launch goes Triton's real way as far as the compiler,
-which is where it is written down and dropped: so what is computed means nothing, and what is compared is not. Benches
-are asked for this library's Triton backend alone and call each function once; of tests the oracles are left out.
+The command runs in this process, on CPU tensors. Every launch takes Triton's real path up to the compiler, where it is
+recorded and dropped. So the results mean nothing, and nothing compares them. Benches run only this library's Triton
+backend and call each function once; tests run without their oracles.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from . import offline
 
 
 class Recorder:
-    """The launches of this process, each kernel and specialisation once, in the order of the first."""
+    """The launches of this process, each kernel and specialisation once, in the order of their first launch."""
 
     def __init__(self):
         self.launches = {}
 
     def install(self):
-        """From now on, in this process."""
+        """Record every launch of this process from now on."""
         os.environ.pop("TRITON_INTERPRET", None)
         offline.install()
 
         def record(kernel, key, signature, device, constexprs, options, attrs, warmup):
             if "fp64" in str(signature.get("query_ptr")):
-                return  # there attention of float64 is torch's
+                return  # on a GPU float64 attention is torch's
             options = {name: value for name, value in vars(options).items() if name != "extern_libs"}
             found = (kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, attrs, options)
             self.launches.setdefault(repr(found), found)
@@ -41,7 +41,7 @@ class Recorder:
         JITFunction._do_compile = record
 
     def write(self, path):
-        """A pickle: Triton's version and the launches."""
+        """Pickle Triton's version and the launches."""
         with open(path, "wb") as file:
             pickle.dump({"triton": triton.__version__, "launches": list(self.launches.values())}, file)
 
@@ -51,16 +51,16 @@ def _modules(prefix):
 
 
 def replace(name, value):
-    """Put `value` where modules of the bench know something by that name; at least one has to."""
+    """Set `name` to `value` in every module of the bench that has it; at least one must have it."""
     found = [module for module in _modules("bench.") if name in vars(module)]
     if not found:
-        raise RuntimeError(f"the bench has no {name} any more: bench/gpu/record.py has to follow it")
+        raise RuntimeError(f"the bench has no {name} any more: update bench/gpu/record.py")
     for module in found:
         setattr(module, name, value)
 
 
 def let_cpu_tensors_through():
-    """Backend "triton" serves tensors of the CPU, and is what no backend means."""
+    """Let backend "triton" serve CPU tensors, and make it the default backend."""
     from dpb_triton import dispatch
 
     dispatch.is_interpreting = lambda: True
@@ -81,21 +81,21 @@ def _prefer_triton(check):
 
 
 def _make_nothing_expensive():
-    """Random tensors are memory that nobody touches."""
+    """Make random tensors uninitialised memory, which nobody touches."""
     torch.randn = lambda *size, generator=None, **options: torch.empty(*size, **options)
     torch.Tensor.normal_ = lambda self, *rest, **options: self
 
 
-DROPPED = ("--peer", "--lines", "--limit")  # with the word that follows
+DROPPED = ("--peer", "--lines", "--limit")  # each with the word that follows it
 
 
 def _bench(arguments):
-    """A command of `python -m bench`, on the CPU, ours alone, each call once."""
+    """Run a command of `python -m bench` on the CPU, without peers, each call once."""
     from bench.__main__ import MODULES, cli
     from bench.timing import Time
 
     if arguments[0] == "attention" and "--memory" in arguments:
-        return  # processes of its own; its kernels are those of the other lengths
+        return  # it starts other processes; its kernels are those of the other lengths
     if arguments[0] == "sweep":
         return _sweep(arguments)
     if arguments[0] == "host":
@@ -111,7 +111,7 @@ def _bench(arguments):
 
     words, drop = [], False
     for word in arguments:
-        if not drop and word not in (*DROPPED, "--errors"):  # errors come of the same launches
+        if not drop and word not in (*DROPPED, "--errors"):  # --errors makes the same launches
             words.append("cpu" if word == "cuda" else word)
         drop = word in DROPPED
     peers = ("--peer", "none") if arguments[0] in ("attention", "expand") else ()
@@ -123,7 +123,7 @@ def _bench(arguments):
 
 
 def _sweep(arguments):
-    """The candidates that it would time on a GPU, those of the list that was compiled before."""
+    """Launch the candidates that the sweep would time on a GPU: those of the saved list."""
     from bench.sweep import command as sweep
     from bench.sweep import gpu as sweep_gpu
 
@@ -137,7 +137,7 @@ def _sweep(arguments):
 
 
 def _host(arguments):
-    """Its calls, each once, without the driver of its own that it has on a CPU."""
+    """Make each call of `python -m bench host` once, without the fake driver that it uses on a CPU."""
     from bench import host
 
     host.let_cpu_tensors_through = lambda: None
@@ -146,7 +146,7 @@ def _host(arguments):
 
 
 def _pytest(arguments, recorder):
-    """The tests that the device would run; a failure means nothing."""
+    """Run the tests that the device would run; a failure means nothing."""
     import pytest
 
     class Plugin:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Run the phases one after the other, each within its share of the time, and record what became of them."""
+"""Run the phases one after the other, each within its share of the time, and record their outcomes."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ from .output import Lines
 from .phases import shares
 
 GUARD = Path(__file__).with_name("guard.py")
-GRACE = 4.0  # seconds between a phase's end and its killing
-ENDS_ITSELF = 8.0  # seconds before its end at which a bench stops by itself and prints its tables
-HANGS = 25.0  # seconds of one case of the smoke
+GRACE = 4.0  # seconds between the end of a phase's time and its SIGKILL
+ENDS_ITSELF = 8.0  # seconds before its time is up, when a bench stops by itself and prints its tables
+HANGS = 25.0  # seconds after which a case of the smoke phase counts as hanging
 TIME_IS_UP = 124
 WORDS = {0: "ok", TIME_IS_UP: "cut off at its share"}
 
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 def guarded(command, seconds, log, environment, grace=GRACE):
-    """Start `command` under a guard (guard.py), its output to the open file `log`."""
+    """Start `command` under a guard (guard.py), with its output in the open file `log`."""
     guard = [sys.executable, "-S", "-E", str(GUARD), "--parent", str(os.getpid()), "--seconds", f"{seconds:.2f}"]
     return subprocess.Popen([*guard, "--grace", str(grace), "--", *command], cwd=ROOT, env=environment,
                             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -37,7 +37,7 @@ def guarded(command, seconds, log, environment, grace=GRACE):
 
 
 def finish(process, seconds=GRACE + 12):
-    """Have a guard end what it guards."""
+    """Let a guard end its command."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -55,7 +55,7 @@ def environment_of(cache):
 class Runner:
     """The phases of one run.
 
-    `say` prints a line; `build` (build.Build) builds csrc meanwhile; `cache` (cache.Cache) counts kernels.
+    `say` prints a line; `build` (build.Build) builds csrc in the background; `cache` (cache.Cache) counts kernels.
     """
 
     def __init__(self, output, summary, environment, build, cache, say):
@@ -63,7 +63,7 @@ class Runner:
         self.build, self.cache = build, cache
 
     def run(self, phases, seconds, keep_going=False):
-        """Run `phases` within `seconds`; whether all went well. What one leaves of its time goes to those after it."""
+        """Run `phases` within `seconds`; returns whether all went well. Later phases get the time that one leaves."""
         end = time.monotonic() + seconds
         self.summary["phases"] = []
         is_well = True
@@ -76,12 +76,12 @@ class Runner:
             lines = self._run_phase(phase, share, record)
             is_well &= record["outcome"] == "ok"
             if phase.name == "smoke" and not self._is_sound(record, lines, end) and not keep_going:
-                self.say("smoke failed: the other phases are left out (--keep-going runs them all the same)")
+                self.say("smoke failed: the other phases are left out (--keep-going runs them anyway)")
                 break
         return is_well
 
     def _is_sound(self, record, lines, end):
-        """Whether the smoke leaves hope for the phases after it: it found nothing wrong, as far as it came."""
+        """Whether the later phases are worth running: the smoke phase found nothing wrong, as far as it got."""
         self.summary["compiled"] = self.cache.news()
         self.output.write_summary(self.summary)
         self.say(f"smoke: {self.summary['compiled']}")
@@ -92,7 +92,7 @@ class Runner:
         return failed is None and first in (0, TIME_IS_UP)
 
     def _check_memory(self, case, seconds):
-        """The smoke's case again, alone, under compute-sanitizer."""
+        """Run the smoke phase's case again, alone, under compute-sanitizer."""
         if shutil.which("compute-sanitizer") is None:
             self.say("compute-sanitizer is not installed")
             return
@@ -109,7 +109,7 @@ class Runner:
         self.output.shorten_log(start)
 
     def _run_phase(self, phase, share, record):
-        """The lines that its commands wrote; the outcome goes into `record`."""
+        """Run a phase and put its outcome into `record`; returns the lines that its commands wrote."""
         begin, lines = time.monotonic(), []
         try:
             for index, command in enumerate(phase.commands):
@@ -132,7 +132,7 @@ class Runner:
         return lines
 
     def _wait_for_build(self, seconds):
-        """Wait for csrc, half of the command's time at most; the seconds it took."""
+        """Wait for csrc, at most half of the command's time; returns the seconds it took."""
         begin = time.monotonic()
         self.build.wait(seconds / 2)
         if (line := self.build.news()) is not None:
@@ -140,7 +140,7 @@ class Runner:
         return time.monotonic() - begin
 
     def _run_command(self, phase, command, seconds):
-        """(record, lines) of one command: its line, its exit, how many cells it measured; the lines it wrote."""
+        """Run a command; returns (record, lines): its line, exit status and number of cells; the lines it wrote."""
         begin, start = time.monotonic(), self.output.log.stat().st_size
         with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder, contextlib.ExitStack() as stack:
             lines = Lines(Path(folder) / "lines.jsonl", self.output.results, phase)
@@ -169,10 +169,10 @@ class Runner:
 
 
 def failed_case(lines, is_cut_off):
-    """The smoke's first case that is wrong, or that began and did not end; None if there is none.
+    """The first case of the smoke phase that is wrong, or that began and did not end; None if there is none.
 
-    A case in which the smoke was cut off may only have been slow, it compiles; after HANGS seconds it hangs. csrc's
-    cases are not asked: nothing else depends on them.
+    If the phase was cut off in a case, that case may only be slow to compile; after HANGS seconds it counts as hanging.
+    csrc's cases do not count: nothing else depends on them.
     """
     last = {line["case"]: line for line in lines if "case" in line and not line["case"].startswith("csrc")}
     for name, line in last.items():
@@ -183,7 +183,7 @@ def failed_case(lines, is_cut_off):
 
 
 def outcome_of(code):
-    """In words."""
+    """An exit status in words."""
     if code in WORDS:
         return WORDS[code]
     if code > 128:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tables of a run, made from its folder and nothing else."""
+"""The tables of a run, made from its folder alone."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from .counters import METRICS
 
-MOST = 10_500  # characters: the lent machine sends back the last 12,000 that were printed
+MOST = 10_500  # characters: the lent machine sends back the last 12,000 of the output
 # what a row may show, in this order; the rest of a cell is in results.jsonl
 COLUMNS = (
     "dtype", "kernel", "width", "batch", "n", "head_dim", "mask", "queries", "direction", "candidate", "provider",
@@ -20,7 +20,7 @@ IDENTITY = COLUMNS[: COLUMNS.index("ms")]
 
 
 def read(folder):
-    """(summary, records) of a run, also of one that was killed: a last line that is not whole is left out."""
+    """(summary, records) of a run, also of one that was killed: an incomplete last line is left out."""
     folder = Path(folder)
     records = []
     for line in (folder / "results.jsonl").read_text(errors="replace").splitlines():
@@ -50,12 +50,12 @@ def _smoke(records):
 
 
 def table_of(phase, records):
-    """What a phase measured, a row a cell."""
+    """What a phase measured, a row per cell."""
     if phase == "smoke":
         return _smoke(records)
     last = {}
     for record in records:
-        if record.get("event", "timed") in RESULTS:  # of a cell that was timed twice the last line counts
+        if record.get("event", "timed") in RESULTS:  # if a cell was timed twice, the last line counts
             last[tuple(str(record.get(name)) for name in IDENTITY)] = record
     rows = [{name: _word(record[name]) for name in COLUMNS if name in record} for record in last.values()]
     names = [name for name in COLUMNS if any(row.get(name) for row in rows)]
@@ -68,7 +68,7 @@ def table_of(phase, records):
 
 
 def tables(folder):
-    """All that a run measured, and what became of its phases: two texts."""
+    """Two texts: everything that a run measured, and the outcomes of its phases."""
     summary, records = read(folder)
     parts = []
     for phase in dict.fromkeys(record["phase"] for record in records):
@@ -85,8 +85,8 @@ def tables(folder):
 
 
 def shortened(text, last, most=MOST):
-    """Both, in at most `most` characters, of the first the end."""
+    """Both texts in at most `most` characters; the first one keeps only its end."""
     over = len(text) + len(last) - most
     if over > 0:
-        text = f"… the first {over} characters are in tables.txt only …\n{text[over:]}"
+        text = f"… the first {over} characters are only in tables.txt …\n{text[over:]}"
     return f"{text}\n\n{last}"

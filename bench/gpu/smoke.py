@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench.gpu.smoke`: is it right at all? Every kernel once, against float64, in one process.
+"""`python -m bench.gpu.smoke`: check every kernel once against float64, in one process.
 
-A case's name is printed before it starts, so a hang has a name; its numbers follow. Exits with 1 if one is wrong,
-with 3 if the device takes no more calls. The budget is four times eager's own error: this finds what is wrong, the
-suite what is inexact.
+A case's name is printed before it starts, so a hang has a name; its numbers follow. Exits with 1 if a case is wrong,
+with 3 if the device takes no more calls. The budget is four times eager's own error: this finds wrong results, the test
+suite finds inexact ones.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from dpb_triton.dispatch import why_not
 
 from .smoke_cases import CASES
 
-# of the largest value: float32 products may be three of tf32, whose accumulators round in their own way
+# relative to the largest value; a float32 product may be three of tf32, whose accumulators round differently
 EPS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 WRONG, LOST = 1, 3
 
 
 def errors_of(results):
-    """{name: [error, budget]} of a case's results; an error that is not a number is infinite."""
+    """{name: [error, budget]} of a case's results; a NaN becomes infinity."""
     found = {}
     eps = max(EPS[actual.dtype] for actual, _, _ in results.values())  # dtable is float32, its terms are not
     for name, (actual, exact, eager) in results.items():
@@ -57,7 +57,7 @@ def run_case(name, device, n):
 
 
 def is_lost(device):
-    """Whether the device takes no more calls, as after an access to memory that is not there."""
+    """Whether the device takes no more calls, as after an illegal memory access."""
     try:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def is_lost(device):
 
 
 def run(names, device, n, lines=None):
-    """0, or WRONG or LOST; prints every case, and writes a JSON line at its start and at its end."""
+    """Run the cases, print each, write a JSON line at its start and at its end; returns 0, WRONG or LOST."""
 
     def write(record):
         if lines:
@@ -96,25 +96,25 @@ def run(names, device, n, lines=None):
 
 
 def main(arguments=None, interprets=True):
-    """Parse, run; on a CPU in Triton's interpreter."""
+    """Parse and run; on a CPU in Triton's interpreter."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--only", default="", help="the cases whose names begin so")
-    parser.add_argument("--case", choices=list(CASES), help="this one alone")
-    parser.add_argument("--tiny", action="store_true", help="the length of a rehearsal")
+    parser.add_argument("--only", default="", help="only the cases whose names begin with this")
+    parser.add_argument("--case", choices=list(CASES), help="only this case")
+    parser.add_argument("--tiny", action="store_true", help="use the length of a rehearsal")
     parser.add_argument("--lines", help="write JSON lines there")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and interprets:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, by their first use
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the first use imports the kernels
     names = [options.case] if options.case else [name for name in CASES if name.startswith(options.only)]
     if not options.case and not options.only:
-        names = [name for name in names if not name.startswith("csrc")]  # they wait for their build
+        names = [name for name in names if not name.startswith("csrc")]  # csrc is still being built
     with open(options.lines or "/dev/null", "a", encoding="utf-8") as lines:
         return run(names, options.device, 24 if options.tiny else 512, lines)
 
 
 def record(arguments):
-    """For bench.gpu.record: every case, nothing compared."""
+    """For bench.gpu.record: run every case, compare nothing."""
     global errors_of
     errors_of = lambda results: {}  # noqa: E731
     return main(arguments, interprets=False)

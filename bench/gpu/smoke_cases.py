@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The smoke's cases, the simplest first: each computes by a kernel, in float64, and in eager torch at its precision.
+"""The cases of the smoke phase, simplest first.
 
-A case is a function of (device, n) that returns {name: (actual, exact, eager)}; a tensor that must be equal to another
-bit for bit has no eager.
+Each computes with a kernel, in float64, and with eager torch in the kernel's dtype. A case is a function of (device, n)
+that returns {name: (actual, exact, eager)}; eager is None where actual and exact must be equal bit for bit.
 """
 
 from functools import partial
@@ -16,12 +16,12 @@ GRADIENTS = ("dq", "dk", "dv", "dtable")
 
 
 def _randn(*shape, device, dtype=FP32):
-    """Fresh numbers in every run: nothing is right for one draw alone."""
+    """Fresh numbers in every run, so that no case is right only for one draw."""
     return torch.randn(shape, device=device).to(dtype)
 
 
 def expand(device, n, *, dtype, j, backend):
-    """The bias of n queries and j keys, exact, and its gradient."""
+    """The bias of n queries and j keys, which must be exact, and its gradient."""
     table = _randn(3, max(n, j), device=device, dtype=dtype).requires_grad_()
     bias = expand_bias(table, n, j, backend=backend)
     dbias = _randn(3, n, j, device=device, dtype=dtype)
@@ -57,7 +57,7 @@ def _compared(ours, theirs, inputs, dtype, exact=None):
 
 
 def attention(device, n, *, dtype=BF16, head_dim=64, kv_heads=None, **options):
-    """Attention and all its gradients, by the Triton kernels."""
+    """Attention and all its gradients, with the Triton kernels."""
     inputs = _attention_inputs(device, n, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads)
     options |= {"enable_gqa": kv_heads is not None}
     ours = partial(bias_attention, backend="triton", **options)
@@ -65,7 +65,7 @@ def attention(device, n, *, dtype=BF16, head_dim=64, kv_heads=None, **options):
 
 
 def repeated(device, n, **options):
-    """A call that is repeated from what was written down, of other tensors than those."""
+    """A call that is repeated from a recording (launching/replay.py), with other tensors than the recorded ones."""
     for _ in range(3):
         *leaves, dout = _attention_inputs(device, n, dtype=BF16, head_dim=options.get("head_dim", 64))
         leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -75,7 +75,7 @@ def repeated(device, n, **options):
 
 
 def dropout(device, n, *, dropout_p=0.3):
-    """The mask is a function of the seed that torch's generator gives, the same for backend "torch"."""
+    """The mask depends only on the seed from torch's generator, so backend "torch" has the same mask."""
     inputs = _attention_inputs(device, n, dtype=BF16, head_dim=64)
 
     def seeded(backend, *tensors):
@@ -86,7 +86,7 @@ def dropout(device, n, *, dropout_p=0.3):
 
 
 def varlen(device, n):
-    """Packed sequences against each alone."""
+    """Packed sequences against each sequence alone."""
     lengths = (n // 2 + 3, 1, n // 4, n - n // 2 - n // 4 - 4)
     query, key, value, _, dout = (x[0] for x in _attention_inputs(device, n, dtype=BF16, head_dim=64, batch=1))
     inputs = *(x.transpose(0, 1) for x in (query, key, value)), _randn(4, n, device=device), dout.transpose(0, 1)
@@ -106,21 +106,21 @@ def varlen(device, n):
 
 
 def _captured(call):
-    """What `call` returns, computed by the second replay of a CUDA graph; on a CPU by a second call."""
+    """What `call` returns from the second replay of a CUDA graph; on a CPU from a second call."""
     if not torch.cuda.is_available():
         call()
         return call()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and autograd's buffers exist
+        for _ in range(2):  # compiles, and creates autograd's buffers
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
     for tensor in results:
-        tensor.fill_(float("nan"))  # the replay has to write all of it
+        tensor.fill_(float("nan"))  # the replay must overwrite all of it
     graph.replay()
     graph.replay()
     torch.cuda.synchronize()
@@ -128,7 +128,7 @@ def _captured(call):
 
 
 def graph(device, n, *, is_training):
-    """A replayed graph's bits are those of a plain call."""
+    """A replayed graph gives the same bits as a plain call."""
     *leaves, dout = _attention_inputs(device, n, dtype=BF16, head_dim=64)
     leaves = [leaf.requires_grad_(is_training) for leaf in leaves]
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The tests that are worth a GPU's time: which files, which of their tests; a pytest plugin (`-p bench.gpu.suite`).
 
-Its choice of tests is the same where they run and where their launches are recorded for the compiled cache. Those that
-are marked slow, for the interpreter that is, are among them.
+It chooses the same tests on the GPU and where their launches are recorded for the compiled cache. Tests marked slow are
+included: they are slow only in the interpreter.
 """
 
 import importlib.util
 import os
 
-# In this order: the plain ones first, those that wait for torch.compile last.
+# In this order: plain tests first, those that wait for torch.compile last.
 CHOSEN = (
     "expand/test_expand.py",
     "expand/test_reduce.py",
@@ -67,12 +67,12 @@ LEFT_OUT = {  # by pattern
     "integrations/test_transformers*.py": CPU_ONLY,
     "integrations/test_x_transformers.py": CPU_ONLY,
 }
-TINY = ("expand/test_expand.py", "attention/test_kernels.py")  # a rehearsal's
+TINY = ("expand/test_expand.py", "attention/test_kernels.py")  # of a rehearsal
 
 
 def arguments(device, tiny=False):
-    """What follows the interpreter. Without xdist the tests run in one process."""
-    workers = 1 if tiny else max(1, min(14, (os.cpu_count() or 1) - 2))  # two cores are left to what else runs
+    """The arguments of the interpreter. Without xdist the tests run in one process."""
+    workers = 1 if tiny else max(1, min(14, (os.cpu_count() or 1) - 2))  # leave two cores to other processes
     parallel = ("-n", str(workers), "--dist", "worksteal") if workers > 1 and importlib.util.find_spec("xdist") else ()
     plugins = ("-p", "bench.gpu.suite", "-p", "no:cacheprovider", "-m", "not hypothesis")
     files = [f"tests/{name}" for name in (TINY if tiny else CHOSEN)]
@@ -80,20 +80,20 @@ def arguments(device, tiny=False):
 
 
 def is_wanted(item):
-    """Not those that ask for a backend of plain torch or of the CPU: they need no GPU."""
+    """Whether a test needs a GPU: not if it asks for a backend of plain torch or of the CPU."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     return not {"torch", "cpp"} & {parameters.get("backend"), parameters.get("attention_backend")}
 
 
 def pytest_runtest_logreport(report):
-    """Say at once what failed: the time may be up before pytest's own summary."""
+    """Print a failure at once: the time may be up before pytest's own summary."""
     if report.failed:
         last = str(report.longrepr).strip().splitlines()[-1]
         print(f"\nFAILED {report.nodeid}: {last[:300]}", flush=True)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Random examples are left out by `-m "not hypothesis"`: each compiles a kernel of its own."""
+    """Keep the wanted tests. `-m "not hypothesis"` leaves out random examples: each would compile its own kernel."""
     unwanted = [item for item in items if not is_wanted(item)]
     items[:] = [item for item in items if is_wanted(item)]
     config.hook.pytest_deselected(items=unwanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench.gpu.summary FOLDER`: the tables of the documentation, made from the results of a run on a GPU."""
+"""`python -m bench.gpu.summary FOLDER`: the documentation's tables, made from the results of a run on a GPU."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from .show import read
 
-# the columns: our name of a provider, the documentation's
+# the columns: our name of a provider, its name in the documentation
 ATTENTION = {
     "dpb triton": "dpb_triton", "dpb triton frozen": "frozen table", "limit: no bias flash": "FA2, no bias",
     "limit: no bias cudnn": "cuDNN, no bias", "limit: no bias efficient": "efficient, no bias",
@@ -20,7 +20,7 @@ CELL = ("dtype", "mask", "head_dim", "batch", "queries", "n", "direction")
 
 
 def _cells(records, key, wanted):
-    """{cell: {column: ms}} of the lines that were timed, "column, graph" of replays; the last line of a cell counts."""
+    """{cell: {column: ms}} of the timed lines; "column, graph" are replays. The last line of a cell counts."""
     found = {}
     for record in records:
         if record.get("event") == "timed" and record.get("ms") and record["provider"] in wanted:
@@ -32,7 +32,7 @@ def _cells(records, key, wanted):
 
 
 def _table(cells, key, columns, ratio):
-    """A row a cell; `ratio`: (its head, a function of a cell's times)."""
+    """A row per cell; `ratio`: (its heading, a function of a cell's times)."""
     places = [place for place in range(len(key)) if any(cell[place] is not None for cell in cells)]
     key = [key[place] for place in places]
     columns = [name for name in dict.fromkeys(columns) if any(name in times for times in cells.values())]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench sweep`: the attention kernels' launch constants, by evidence."""
+"""`python -m bench sweep`: find the attention kernels' launch constants by compiling and timing them."""

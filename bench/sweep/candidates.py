@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The launch constants that are worth a compilation, best first by what paper says of registers and shared memory."""
+"""The launch constants that are worth compiling, best first by estimated registers and shared memory."""
 
 import itertools
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from ..codegen.promises import shared_limit
 
 KERNELS = ("forward", "dkdv", "dq", "dtable")
-WIDTHS = (64, 128, 256)  # of heads; `blocks.py` has a row for each
+WIDTHS = (64, 128, 256)  # of heads; `blocks.py` has an entry for each
 _SIZES = (16, 32, 64, 128)
-PADDING = 256  # of the padded table: room for queries and keys of one tile
-_WARPS = (4, 8, 2)  # two only where no product needs four
-STAGES = (2, 3, 1)  # the likely ones first
-# What may follow the stages in a launcher's constants, from sm_90 on: each is one more way to launch every tile.
-# True: keys and values come by descriptors (TMA), which dkdv has no loop for; 2: so many bands a program; the True at
-# the end: the next step's bias and state are fetched ahead.
-DEFAULTS = False, 1, 0, False  # of all that
+PADDING = 256  # of the table: room for the queries and keys of one tile
+_WARPS = (4, 8, 2)  # two only if no product needs four
+STAGES = (2, 3, 1)  # likely ones first
+# Constants that may follow the stages, from sm_90 on; each tuple is one more way to launch every tile. First: keys and
+# values come by descriptors (TMA), for which dkdv has no loop. Second: bands per program. Third: maximum registers per
+# thread, 0 for no limit. Fourth: prefetch the next step's bias and state.
+DEFAULTS = False, 1, 0, False
 VARIANTS = {
     "forward": ((), (True,), (True, 1, 0, True)),
     "dkdv": ((), (False, 1, 0, True)),
@@ -33,11 +33,11 @@ class Candidate:
     block_n: int
     warps: int
     stages: int
-    more: tuple = ()  # what `blocks.py` has behind the stages
+    more: tuple = ()  # the constants after the stages in `blocks.py`
 
     @classmethod
     def of(cls, kernel, blocks):
-        """From the constants as the launchers take them; one of the same has the same name."""
+        """From the constants as the launchers take them; equal constants give equal names."""
         more = tuple(blocks[4:])
         while more and more[-1] == DEFAULTS[len(more) - 1]:
             more = more[:-1]
@@ -45,25 +45,25 @@ class Candidate:
 
     @property
     def blocks(self):
-        """As the launchers take them."""
+        """The constants as the launchers take them."""
         return self.block_m, self.block_n, self.warps, self.stages, *self.more
 
     @property
     def bands(self):
-        """Of a program of dtable."""
+        """Bands per program of dtable."""
         return self.more[1] if len(self.more) > 1 else 1
 
     @property
     def name(self):
-        """Say dkdv 64,64,4,2."""
+        """For example dkdv 64,64,4,2."""
         return f"{self.kernel} {','.join(map(str, self.blocks))}"
 
 
 def elements(candidate, width):
-    """(registers, bytes of a stage, bytes that stay) in elements: accumulators and score tiles; rows in shared memory.
+    """Numbers of elements: (in registers, in a stage of shared memory, in shared memory all the time).
 
-    A kernel holds its own rows once, in shared memory from sm_90 on, and streams the others, a stage of them at a time;
-    dtable streams both sides.
+    Registers hold accumulators and score tiles, shared memory holds rows. A kernel keeps its own rows, from sm_90 on in
+    shared memory, and streams the others one stage at a time; dtable streams both sides.
     """
     m, n = candidate.block_m, candidate.block_n
     bands = candidate.bands
@@ -79,7 +79,7 @@ def elements(candidate, width):
 def candidates(kernel, width, dtype, arch):
     """The sensible `Candidate`s of a kernel, best first.
 
-    Dropped: what cannot fit the registers of its threads or the shared memory, and less than one score a thread.
+    Leaves out those that cannot fit into registers or shared memory, and those with less than one score per thread.
     """
     size = 4 if dtype == "fp32" else 2
     is_amd, has_wgmma = arch.startswith("gfx"), arch not in ("sm_80", "gfx942")
@@ -102,9 +102,9 @@ def candidates(kernel, width, dtype, arch):
 
 
 def _full(kernel, arch, width):
-    """The part of a thread's registers that these elements fill in tiles that have been found not to spill, about.
+    """Roughly the part of a thread's registers that these elements fill in tiles that do not spill.
 
-    wgmma and sm_100 read operands from shared memory; elsewhere they take registers, too, and dtable's bias does.
+    wgmma and sm_100 read operands from shared memory; elsewhere operands take registers too, and so does dtable's bias.
     """
     if kernel == "dtable":
         return 0.25
@@ -112,6 +112,6 @@ def _full(kernel, arch, width):
 
 
 def _rank(candidate, fullness, full):
-    """Less is better: registers that are used but not crowded, then the likely stages and warps."""
+    """Less is better: registers that are used but not crowded come first, then the likely stages and warps."""
     off = (fullness - full) * 2 if fullness > full else full - fullness
     return off + 0.15 * STAGES.index(candidate.stages) + 0.1 * _WARPS.index(candidate.warps)

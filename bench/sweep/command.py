@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench sweep`: the launch constants of `blocks.py`, by evidence.
+"""`python -m bench sweep`: find the launch constants of `blocks.py` by compiling and timing them.
 
-Without a GPU it compiles the candidates and lists those that neither spill nor compute twice nor wait for each wgmma,
-by what their instructions would cost. With --device cuda it times the best of that list, and prints the rows that the
-file should hold. Nothing is tuned when a kernel is launched.
+Without a GPU it compiles the candidates and lists those that do not spill, compute nothing twice and do not wait for
+each wgmma, sorted by the estimated cost of their instructions. With --device cuda it times the best of that list and
+prints the rows that `blocks.py` should hold. Nothing is tuned when a kernel is launched.
 """
 
 import os
@@ -30,7 +30,7 @@ def constants_of(group):
 
     kernel, width, dtype, arch = group
     rows, column = (FLOAT32 if dtype == "fp32" else BLOCKS)[GENERATIONS[arch]], WIDTHS.index(width)
-    for kind in ("causal", "described"):  # as a dense causal batch is served
+    for kind in ("causal", "described"):  # the rows that serve a dense causal batch
         row = rows.get(f"{kernel} {kind}", ())
         if column < len(row):
             return Candidate.of(kernel, Tile(*row[column])._replace(is_described=kind == "described"))
@@ -49,7 +49,7 @@ def _rows(results, wanted, count):
 
 
 def _offline(wanted, results, path, jobs, limit, lines):
-    """Add to `results`, to the file and to the lines; returns how many candidates are left."""
+    """Compile into `results`, the file and the lines; returns how many candidates are left."""
     saved = time.monotonic()
 
     def on_result(key, result):
@@ -66,7 +66,7 @@ def _offline(wanted, results, path, jobs, limit, lines):
 
 
 def _online(wanted, results, count, shape, rounds, jobs, deadline, lines):
-    """{group: times} of the groups on the GPU, the constants of today first among each one's candidates."""
+    """{group: times} of the groups on the GPU; each group's first candidate has today's constants."""
     from . import gpu as sweep_gpu
 
     seq, batch, heads = shape
@@ -100,7 +100,7 @@ def _online(wanted, results, count, shape, rounds, jobs, deadline, lines):
 
 
 def advice(times):
-    """The rows that `blocks.py` should hold, as text; what was not timed stays."""
+    """The rows that `blocks.py` should hold, as text; entries that were not timed stay."""
     from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32
 
     from .gpu import faster
@@ -134,18 +134,18 @@ def advice(times):
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cuda: time the best; cpu: compile only.")  # fmt: skip
-@click.option("--arch", "archs", multiple=True, type=click.Choice(ARCHS), help="sm_90 unless given; on a GPU its own.")
+@click.option("--arch", "archs", multiple=True, type=click.Choice(ARCHS), help="Default: sm_90, or the GPU's own.")
 @click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS), default=KERNELS)
 @click.option("--head-dim", "widths", multiple=True, type=click.Choice([str(width) for width in WIDTHS]),
               default=("64", "128"), show_default=True)  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "fp16", "fp32"]), default=("bf16",),
               show_default=True)  # fmt: skip
-@click.option("--limit", type=click.FloatRange(0), default=600, show_default=True, help="Seconds for all of it.")
+@click.option("--limit", type=click.FloatRange(0), default=600, show_default=True, help="Seconds in total.")
 @click.option("--list", "path", type=click.Path(dir_okay=False, path_type=Path),
-              help="What was compiled, to go on with; on a GPU bench/results/sweep-offline-ARCH.json.")  # fmt: skip
-@click.option("--lines", type=click.Path(dir_okay=False, path_type=Path), help="One JSON line for each result there.")
+              help="Results to go on from; default on a GPU: bench/results/sweep-offline-ARCH.json.")  # fmt: skip
+@click.option("--lines", type=click.Path(dir_okay=False, path_type=Path), help="Write a JSON line per result there.")
 @click.option(
-    "--best", "count", type=click.IntRange(1), default=8, show_default=True, help="Of a group: to show, to time."
+    "--best", "count", type=click.IntRange(1), default=8, show_default=True, help="How many of a group to show or time."
 )
 @click.option("--seq", type=click.IntRange(1), default=8192, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True)
@@ -153,7 +153,7 @@ def advice(times):
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 14), show_default=True)
 def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq, batch, heads, rounds, jobs):
-    """Find launch constants: compile candidates for a GPU that is not there, or time the best on the one that is."""
+    """Find launch constants: compile candidates for a GPU that is not here, or time the best on this one."""
     deadline = time.monotonic() + limit
     if device == "cuda":
         archs = [_arch_here(archs)]
@@ -164,7 +164,7 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
     lines.start({"bench": "sweep", "environment": _here(), "setting": setting, "absent": {}})
     results = load(path, is_old_welcome=device == "cuda")
     if device == "cpu" or not all(best(results, group) for group in wanted):
-        # on a GPU a third of the time at most is for what no list says
+        # on a GPU at most a third of the time goes to groups that the list lacks
         share = limit if device == "cpu" else limit / 3
         left = _offline(wanted, results, path if device == "cpu" else None, jobs, share, lines)
         click.echo(f"{len(results)} candidates compiled, {left} not yet")
@@ -175,12 +175,12 @@ def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq
         click.echo(text)
         return
     click.echo(tabulate(_rows(results, wanted, count), headers=HEADERS))
-    click.echo("tensor, issue, exp2: clocks of a multiprocessor for 1024 scores, the largest one is the estimate")
+    click.echo("tensor, issue, exp2: clocks of a multiprocessor for 1024 scores; the largest one is the estimate")
     lines.write("end", compiled=len(results))
 
 
 def _here():
-    """The environment of a run; without a GPU, too, where the GPU's part is rehearsed."""
+    """The environment of a run; a rehearsal of the GPU's part has no GPU."""
     import torch
 
     return describe("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +193,7 @@ def _arch_here(archs):
     if not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch sees no GPU here")
     properties = torch.cuda.get_device_properties(0)
-    # not asked on NVIDIA's, where torch 2.11 puts the card's name there
+    # not on NVIDIA: there torch 2.11 has the card's name in gcnArchName
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     if arch not in GENERATIONS or (archs and archs != (arch,)):
         raise click.UsageError(f"--device cuda: this GPU is {arch}, expected {' or '.join(archs or GENERATIONS)}")

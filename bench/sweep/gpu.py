@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Time launch constants on the GPU that is here: replays of CUDA graphs in turn, each result checked first."""
+"""Time launch constants on this machine's GPU: check every result, then replay CUDA graphs in turn."""
 
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -10,17 +10,17 @@ import torch
 
 from ..codegen.matrix import DTYPES
 
-TOLERANCES = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}  # of the norm: other tiles round and add up in another order
+TOLERANCES = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}  # of the norm: other tiles round and add in another order
 
 
 def calls_of(width, dtype, seq, batch, heads, device):
-    """{kernel: function of a Candidate that launches it and returns its results}, causal; "meta" has no memory."""
+    """{kernel: function of a Candidate that launches it and returns its results}, causal; "meta" uses no memory."""
     from dpb_triton.attention.kernels import backward as attention_backward
     from dpb_triton.attention.kernels import forward as attention_forward
     from dpb_triton.attention.kernels import launch as attention_launch
 
     def once(launch):
-        """`launch` without the second kernel for NaN, which would have to be compiled for each candidate."""
+        """`launch` without the second kernel, for NaN, which would be compiled again for every candidate."""
 
         def launch_once(candidate):
             before, attention_launch.passes = attention_launch.passes, lambda needs_repair: (False,)
@@ -63,7 +63,7 @@ def calls_of(width, dtype, seq, batch, heads, device):
 
 
 def _prefill(job):
-    """Compile one candidate into Triton's cache; runs in a child, which never sees the GPU."""
+    """Compile one candidate into Triton's cache; runs in a child process, which never uses the GPU."""
     from ..codegen.compile import caught_launches
 
     candidate, arch, *problem = job
@@ -72,14 +72,14 @@ def _prefill(job):
 
 
 def prefill(jobs, processes):
-    """Compile (candidate, arch, width, dtype, seq, batch, heads) in parallel; what fails will fail again, by name."""
+    """Compile (candidate, arch, width, dtype, seq, batch, heads) in parallel; a failure comes up later, by name."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(_prefill, job) for job in jobs]:
             future.exception()
 
 
 class Graphs:
-    """Calls as CUDA graphs, and the clock for them."""
+    """Captures calls as CUDA graphs and times their replays."""
 
     def capture(self, call):
         """A function that replays what `call` launches."""
@@ -94,7 +94,7 @@ class Graphs:
         return graph.replay
 
     def milliseconds(self, replay, count):
-        """Of one of `count` replays."""
+        """Milliseconds of one replay, a mean over `count`."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(count):
@@ -116,10 +116,10 @@ def difference(found, reference):
 
 
 def time_group(launch, offers, tolerance, clock, write, deadline, rounds, seconds=0.02):
-    """{Candidate: [ms, one a round]} of a group's candidates; the first one is what the others are held against.
+    """{Candidate: [ms, one per round]} of a group's candidates; the first one's result is the reference.
 
     launch: a function of a candidate. A candidate that raises or whose results differ is written and left out. Every
-    round times all of them; what a round found is written at once.
+    round times all the others and writes each time at once.
     """
     replays, reference = {}, None
     for candidate in offers:
@@ -153,7 +153,7 @@ def time_group(launch, offers, tolerance, clock, write, deadline, rounds, second
 
 
 def faster(times, default):
-    """(candidate, how many times faster than `default`, a median over the rounds): the best; at least 1% to count."""
+    """The best (candidate, its speed relative to `default`: a median over the rounds); less than 1% does not count."""
     found, best = default, 1.01
     for candidate, rounds in times.items():
         ratio = median(theirs / ours for ours, theirs in zip(rounds, times[default], strict=False))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The launch constants that the compiler takes without a spill, work done twice, or wgmma in series.
+"""Find the launch constants that compile without a spill, work done twice, or serialised wgmma.
 
-Each is compiled causal and not causal. What a compilation said is kept in a JSON file, so a sweep that was cut off goes
-on where it was, as long as kernels and compiler are the same.
+Each is compiled causal and not causal. A JSON file keeps the results, so a sweep that was cut off goes on where it
+stopped, as long as the kernels and the compiler are the same.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from .candidates import Candidate, candidates
 SOURCES = Path(__file__).resolve().parents[2] / "dpb_triton" / "attention" / "kernels"
 GENERATIONS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 OPTIONS = ("causal", "full")
-_HARMLESS = ("instructions", "waits", "bias loads")  # floors and the like say nothing against a tile
+_HARMLESS = ("instructions", "waits", "bias loads")  # exceeding a floor or the like does not rule a tile out
 
 
 def key_of(candidate, width, dtype, arch):
@@ -41,7 +41,8 @@ def fingerprint():
 def load(path, is_old_welcome=False):
     """{key: result} of a file; {} if there is none.
 
-    {} also where it is of other kernels or by another Triton, unless that is welcome: to know what is worth timing.
+    Also {} if the file is of other kernels or another Triton, unless `is_old_welcome`: old results still tell what is
+    worth timing.
     """
     if path is None or not path.exists():
         return {}
@@ -50,14 +51,14 @@ def load(path, is_old_welcome=False):
 
 
 def save(path, results):
-    """Replace the file at once: who reads it meanwhile finds the old one."""
+    """Replace the file in one step: a concurrent reader finds the old one."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"of": fingerprint(), "results": results}, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
 
 
 def problems(record):
-    """Why nobody would launch a kernel like that, as sentences."""
+    """The reasons not to launch a kernel, as sentences."""
     if "error" in record:
         return ["does not compile: " + record["error"].strip().splitlines()[-1]]
     found = [finding.sentence for finding in findings(record) if finding.what not in _HARMLESS]
@@ -69,7 +70,7 @@ def problems(record):
 
 
 def compile_candidate(candidate, width, dtype, arch):
-    """The result of a candidate, for the file; runs in a child. Not causal only where causal has no problem."""
+    """A candidate's result for the file; runs in a child process. Compiles not causal only if causal has no problem."""
     found = {
         "kernel": candidate.kernel,
         "blocks": candidate.blocks,
@@ -104,22 +105,19 @@ def candidate_of(result):
 
 
 def groups(kernels, widths, dtypes, archs):
-    """[(kernel, width, dtype, arch)], one for each number of `blocks.py`."""
+    """[(kernel, width, dtype, arch)], one for each entry of `blocks.py`."""
     return [(k, w, d, a) for a in archs for d in dtypes for w in widths for k in kernels]
 
 
 def in_turn(wanted, known):
-    """The jobs (candidate, width, dtype, arch) that are not known: the best one of every group, then the next."""
+    """The jobs (candidate, width, dtype, arch) that are not known: first the best of every group, then the next."""
     lists = [[(candidate, *rest) for candidate in candidates(kernel, *rest)] for kernel, *rest in wanted]
     ranks = itertools.zip_longest(*lists)
     return [job for rank in ranks for job in rank if job and key_of(*job) not in known]
 
 
 def compile_candidates(wanted, results, jobs, limit, on_result=lambda key, result: None):
-    """Compile what `results` lacks of the groups for at most `limit` seconds, into `results`.
-
-    Returns how many are left.
-    """
+    """Compile the candidates that `results` lacks into it, for at most `limit` seconds; returns how many are left."""
     end = time.monotonic() + limit
     todo = in_turn(wanted, results)
     todo.reverse()
@@ -139,9 +137,9 @@ def compile_candidates(wanted, results, jobs, limit, on_result=lambda key, resul
 
 
 def is_hopeless(job, results):
-    """Whether what was found of other tiles says that this one is not worth a compilation.
+    """Whether the results of other tiles say that this one is not worth compiling.
 
-    The same tile with other stages computes something twice, or one that is no larger spills a lot.
+    It is not if the same tile with other stages computes something twice, or if a tile that is no larger spills a lot.
     """
     candidate, *rest = job
     for result in results.values():
@@ -161,7 +159,7 @@ def is_hopeless(job, results):
 
 
 def best(results, group, count=None):
-    """The results of a group without a problem, by the paper's estimate, ties by the instructions to issue."""
+    """The results of a group without a problem, sorted by the estimate, ties by the instructions to issue."""
     kernel, width, dtype, arch = group
     found = [
         result

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench train`: a language model trained with the bias, ours and eager's, and what it costs."""
+"""`python -m bench train`: train a language model with our bias and with eager's, and compare the costs."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A training state on disk that a kill at any moment leaves whole: the old one or the new one, never half of one."""
+"""A training state on disk that survives a kill at any moment: it is the old or the new one, never half of one."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ import torch
 
 
 def save(path, state):
-    """Write `state` (tensors and plain Python) beside `path`, to the disk, then rename it over `path`."""
+    """Write `state` (tensors and plain Python) to the disk beside `path`, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -25,8 +25,8 @@ def save(path, state):
 
 
 def load(path):
-    """What `save` wrote, on the CPU; runs no code that a file may hold. None where there is no file."""
+    """What `save` wrote, on the CPU; runs no code from the file. None if there is no file."""
     path = Path(path)
-    for leftover in path.parent.glob(f"{path.name}*.tmp"):  # of a save that was killed
+    for leftover in path.parent.glob(f"{path.name}*.tmp"):  # of a killed save
         leftover.unlink()
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench train`: a byte-level language model with the eager bias, the fused one, and others, side by side.
+"""`python -m bench train`: train a byte-level language model with the eager bias, the fused one, and others.
 
-    for every step: the same batch to every variant, one after the other
+    for every step: give the same batch to every variant in turn
         eager         zeta's bias, (heads, n, n), added by scaled_dot_product_attention
         fused         the same bias inside the tile: the same losses
         fused log     with log_distance
-        no position   no bias; only the causal mask tells where a byte stands
-    then: longer texts than any of them was trained on; one long sequence instead of many short ones
+        no position   no bias; only the causal mask tells where a byte is
+    then: evaluate on longer texts than in training; time one long sequence instead of many short ones
 
-Variants take turns at every step, so that a drift of the machine meets all alike. Killed at any moment, the same
+Variants take turns at every step, so that a drift of the machine affects all alike. After a kill at any moment the same
 command goes on from the last checkpoint and ends with the same numbers.
 """
 
@@ -43,7 +43,7 @@ WARM_UP = 0.1  # of the steps
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides the numbers of a run; a checkpoint of another run is refused."""
+    """Everything that decides the numbers of a run; a checkpoint of another run is refused."""
 
     variants: list
     steps: int
@@ -60,7 +60,7 @@ class Run:
 
 
 class Variant:
-    """One model with its optimizer, and what it has shown so far."""
+    """One model with its optimizer and its results so far."""
 
     def __init__(self, name, run):
         self.run, self.losses, self.seconds = run, [], []
@@ -70,12 +70,12 @@ class Variant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.rate, betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss(self, inputs, targets):
-        """A scalar, under autocast where the run says so."""
+        """The loss, a scalar; under autocast if the run asks for it."""
         with torch.autocast(self.run.device, DTYPES[self.run.dtype], enabled=self.run.dtype != "fp32"):
             return loss_of(self.model, inputs, targets)
 
     def gradients(self, inputs, targets):
-        """Forward and backward: what has to fit into memory."""
+        """Forward and backward: the part that must fit into memory."""
         self.optimizer.zero_grad()
         loss = self.loss(inputs, targets)
         loss.backward()
@@ -113,21 +113,21 @@ class Variant:
         return time.perf_counter()
 
     def state(self):
-        """For a checkpoint."""
+        """The state to keep in a checkpoint."""
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "losses": self.losses, "seconds": self.seconds,
         }  # fmt: skip
 
     def restore(self, state):
-        """From a checkpoint."""
+        """Load the state of a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.seconds = state["losses"], state["seconds"]
 
 
 def resume(path, run, variants):
-    """The step to go on from; the variants then are where the checkpoint left them."""
+    """Restore the variants from the checkpoint, if there is one; returns the step to go on from."""
     state = None if path is None else checkpoint.load(path)
     if state is None:
         return 0
@@ -144,7 +144,7 @@ def resume(path, run, variants):
 
 
 def train_all(run, variants, text, path, every):
-    """The steps that are left, every variant in its turn."""
+    """Train the steps that are left, every variant in turn."""
     first = resume(path, run, variants)
     if first:
         click.echo(f"going on from step {first} of {path}")
@@ -158,7 +158,7 @@ def train_all(run, variants, text, path, every):
 
 
 def extrapolate(variants, text, total, lengths):
-    """A record for each; eager is the fused model's function, and is asked at the shortest length only."""
+    """A record per variant and length; eager computes what fused does, so it runs at the shortest length only."""
     todo = [
         (name, length)
         for name in variants
@@ -173,7 +173,7 @@ def extrapolate(variants, text, total, lengths):
 
 
 def compare(variants, text, run, rounds):
-    """Seconds and peak MiB of forward and backward: the batch as it was, and as one sequence as long as all of it."""
+    """Seconds and peak MiB of forward and backward: of the batch, and of one sequence of the same number of bytes."""
     found = []
     for batch, seq in ((run.batch, run.seq), (1, run.batch * run.seq)):
         tensors = [x.to(run.device) for x in batch_of(text, 0, batch=batch, seq=seq, seed=run.seed)]
@@ -202,7 +202,7 @@ def compare(variants, text, run, rounds):
     type=click.FloatRange(0, min_open=True),
     default=2e-3,
     show_default=True,
-    help="Of learning, at its largest.",
+    help="The largest learning rate.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast.")
@@ -218,10 +218,10 @@ def compare(variants, text, run, rounds):
     "--checkpoint",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Save there and, if it exists, go on from there.",
+    help="Save there; if the file exists, go on from it.",
 )
 @click.option("--every", type=click.IntRange(1), default=20, show_default=True, help="Steps between checkpoints.")
-@click.option("--smoke", is_flag=True, help="A tiny model and a few steps: does it run?")
+@click.option("--smoke", is_flag=True, help="Only check that it runs: a tiny model, a few steps.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
 @click.option("--plot", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Write a PNG there.")
 def train(names, steps, seq, batch, dim, layers, heads, rate, seed, dtype, device, lengths, path, every, smoke,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A small byte-level causal language model whose position bias is a choice: what `bench train` trains.
+"""The model of `bench train`: a small byte-level causal language model with a choice of position bias.
 
     bytes -> embedding -> [norm, attention with the bias, norm, MLP] x layers -> norm -> logits of the next byte
 
-One position bias serves all layers, as in x-transformers: its table (or, eager, the whole bias) is made once a step.
+One position bias serves all layers, as in x-transformers: its table (eager: the whole bias) is computed once per step.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ POSITIONS = ("fused", "eager", "none")
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model, and where it gets positions from."""
+    """Sizes of the model, and its source of positions."""
 
     position: str = "fused"
     log_distance: bool = False
@@ -32,7 +32,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream."""
+    """Attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
         self.head.weight = self.embedding.weight
-        # last, so that one seed gives all kinds the same weights elsewhere; with its own, default initialisation
+        # last, so that one seed gives all kinds the same other weights; it keeps its own, default initialisation
         if config.position == "fused":
             self.pos_bias = DynamicPositionBias(config.dim // 4, config.heads, log_distance=config.log_distance)
         elif config.position == "eager":
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def _bias(self, n):
-        """What a block wants: the table, the whole bias with the causal mask, or nothing."""
+        """The bias for a block: the table, the whole bias with the causal mask, or None."""
         if self.config.position == "fused":
             return self.pos_bias.table(n)
         if self.config.position == "eager":

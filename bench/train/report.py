@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables and pictures of `python -m bench train`, made from its JSON and nothing else."""
+"""Tables and pictures of `python -m bench train`, made from its JSON alone."""
 
 import math
 from statistics import fmean, median
@@ -10,7 +10,7 @@ from ..timing import Time
 
 
 def _bits(loss):
-    """Nats as bits, of which there are eight in a byte."""
+    """Nats per byte as bits per byte."""
     return loss / math.log(2)
 
 
@@ -88,7 +88,7 @@ def plot_training(result):
     figure = Figure(figsize=(10, 4), layout="constrained")
     curves, lengths = figure.subplots(1, 2)
     for name in run["variants"]:
-        style = {"linestyle": "--"} if name == "fused" else {}  # it lies on eager's
+        style = {"linestyle": "--"} if name == "fused" else {}  # its curve lies on eager's
         points = [_bits(loss) for loss in result["losses"][name]]
         width = max(1, len(points) // 50)
         smooth = [fmean(points[max(0, place - width + 1) : place + 1]) for place in range(len(points))]

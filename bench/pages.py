@@ -2,6 +2,7 @@
 """`python -m bench pages`: write the tables of README.md and docs/ anew, each from the file that it names.
 
     <!-- table: bench/results/NAME.json -->     what `python -m bench table` prints of that file
+    <!-- gpu: bench/results/FOLDER -->          what `python -m bench.gpu.summary` prints of that folder
     <!-- file: bench/results/NAME.txt -->       that text
     <!-- headline -->                           `headline.py`'s table
 
@@ -14,17 +15,20 @@ from pathlib import Path
 
 import click
 
+from .gpu.summary import summary
 from .headline import markdown
 from .report import tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- (table|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
+MARKED = re.compile(r"(<!-- (table|gpu|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def _content(kind, path):
     if kind == "headline":
         return markdown()
+    if kind == "gpu":
+        return summary(ROOT / path)
     text = (ROOT / path).read_text()
     return text if kind == "file" else tables(json.loads(text), style="github")
 

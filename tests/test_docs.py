@@ -123,7 +123,7 @@ def test_tables_are_found():
     from bench.pages import MARKED
 
     assert len(MARKED.findall(PAGES["README.md"])) == 1 and len(MARKED.findall(PAGES["docs/results.md"])) == 6
-    marks = sum(len(re.findall(r"<!-- (?:table|file|headline)\b", text)) for text in PAGES.values())
+    marks = sum(len(re.findall(r"<!-- (?:table|gpu|file|headline)\b", text)) for text in PAGES.values())
     assert marks == sum(len(MARKED.findall(text)) for text in PAGES.values())
 
 

@@ -37,9 +37,9 @@ def broken(record):
     for finding in found:
         most = allowed.get(finding.what, 0)
         if finding.amount > most:
-            sentences.append(finding.sentence + (f", more than the {most:g} that are listed" if most else ""))
+            sentences.append(finding.sentence + (f", more than the {most:g} in the list" if most else ""))
     for what in sorted(set(allowed) - {finding.what for finding in found}):
-        sentences.append(f"{exceptions.PATH.name} allows {allowed[what]:g} {what}, there are none: take the line out")
+        sentences.append(f"{exceptions.PATH.name} allows {allowed[what]:g} {what}, but there are none: remove the line")
     return sentences
 
 

@@ -120,7 +120,7 @@ def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_ful
             only=[f"_{name}_kernel" for name in only], is_full=is_full,
         )  # fmt: skip
         if not matrix:
-            raise click.UsageError(f"--layout: no kernel that is asked for has {', '.join(layouts)}")
+            raise click.UsageError(f"--layout: none of the chosen kernels has {', '.join(layouts)}")
         records = compile_all(matrix, jobs)
     for record in records:
         record["broken"] = broken(record)

@@ -60,7 +60,7 @@ def summary(folder):
     ratio = "FA2 / dpb_triton", _of("FA2, no bias", "dpb_triton")
     parts = [
         f"{here['device']}, {first}",
-        "Attention, milliseconds; training is forward and backward with a trained table.",
+        "Milliseconds of the attention. Training is forward and backward with a trained table.",
         _table(full, CELL, ATTENTION.values(), ratio),
     ]
     bias = [record for record in records if record["phase"] == "expand"]
@@ -68,7 +68,7 @@ def summary(folder):
     cells = {cell: times for cell, times in cells.items() if "Triton" in times}
     columns = ["Triton", "Triton, graph", *list(EXPAND.values())[1:3], "limit, graph", "eager"]
     parts += [
-        "The bias alone, milliseconds; the limit is fill forward, sum backward; graph: replays, without the host.",
+        "Milliseconds of the bias alone. The limit is a fill forward and a sum backward. Graph: replays, without the host.",
         _table(cells, ("dtype", "n", "direction"), columns, ("limit / Triton", _of("limit", "Triton"))),
     ]
     memory = {}
@@ -77,10 +77,10 @@ def summary(folder):
             memory[record["provider"]] = [record["provider"], record["n"], record["peak_mib"], record["seconds"]]
     if memory:
         head = ["", "n", "peak MiB", "seconds"]
-        parts += ["The longest sequence that was trained.", tabulate(memory.values(), head, "github", floatfmt=".4g")]
+        parts += ["Training of the longest sequence.", tabulate(memory.values(), head, "github", floatfmt=".4g")]
     host = [[record["call"], f"{record['us']:.0f}"] for record in records if record["phase"] == "host"]
     if host:
-        parts += ["The host's time for a call, microseconds.", tabulate(host, ["call", "us"], "github")]
+        parts += ["Microseconds of the host for a call.", tabulate(host, ["call", "us"], "github")]
     return "\n\n".join(parts)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Context parallelism: bias_attention for a sequence that several processes hold in slices. Checks the arguments."""
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,25 +14,27 @@ from ..reference import Window
 if TYPE_CHECKING:  # some builds of torch lack it
     from torch.distributed.device_mesh import DeviceMesh
 
+Lengths: TypeAlias = list[int] | tuple[int, ...]
+
 
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: Lengths | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: Literal[False] = False, backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: Lengths | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: Literal[True], backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def context_parallel_attention(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, mesh: "DeviceMesh", *,
-    lengths: list[int] | tuple[int, ...] | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
+    lengths: Lengths | None = None, is_causal: bool = False, scale: float | None = None, signed: bool = False,
     window: Window | None = None, softcap: float | None = None, enable_gqa: bool = False,
     return_lse: bool, backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -43,7 +45,7 @@ def context_parallel_attention(
     table: Tensor,
     mesh: "DeviceMesh",
     *,
-    lengths: list[int] | tuple[int, ...] | None = None,
+    lengths: Lengths | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     signed: bool = False,
@@ -144,7 +146,9 @@ def _check_local(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be this rank's own Tensor, got a DTensor (pass {name}.to_local())")
 
 
-def _check_lengths(lengths: list[int] | tuple[int, ...] | None, mesh: "DeviceMesh", group: Any, query: Tensor) -> list[int]:
+def _check_lengths(
+    lengths: Lengths | None, mesh: "DeviceMesh", group: Any, query: Tensor
+) -> list[int]:
     """The number of positions of every rank, ints."""
     size, own = mesh.size(), query.shape[2]
     if lengths is None:

@@ -126,11 +126,11 @@ def test_exceptions_bound_what_they_allow_and_must_be_needed(monkeypatch):
     monkeypatch.setattr(exceptions, "_listed", lambda: exceptions.parse(text))
     assert broken(record) == []
     assert broken(record | {"triton": "3.6.0"}) == []
-    assert broken(record | {"spills": 19}) == ["19 spills, 40 bytes a thread, more than the 18 that are listed"]
+    assert broken(record | {"spills": 19}) == ["19 spills, 40 bytes a thread, more than the 18 in the list"]
     for other in ({"triton": "3.8.0"}, {"arch": "sm_80"}, {"layout": "d64 full"}, {"is_trial": True}):
         assert broken(record | other) == ["18 spills, 40 bytes a thread"], other
     (sentence,) = broken(record | {"spills": 0, "stack": 0})
-    assert "allows 18 spills, there are none" in sentence
+    assert "allows 18 spills, but there are none" in sentence
 
 
 def test_the_line_that_would_allow_it_is_printed():
@@ -211,7 +211,7 @@ def test_a_tile_that_breaks_a_promise_is_reported(tmp_path, op, head_dim, tile, 
     [
         (("--tile", "dkdv=64,64"), "expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got 'dkdv=64,64'"),
         (("--tile", "rows=1,2,3,4"), "got 'rows=1,2,3,4'"),
-        (("--kernel", "attention", "--layout", "d65 causal"), "no kernel that is asked for has d65 causal"),
+        (("--kernel", "attention", "--layout", "d65 causal"), "none of the chosen kernels has d65 causal"),
         (("--options", "acausal"), "'acausal' is not one of"),
     ],
 )

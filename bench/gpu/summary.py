@@ -68,7 +68,7 @@ def summary(folder):
     cells = {cell: times for cell, times in cells.items() if "Triton" in times}
     columns = ["Triton", "Triton, graph", *list(EXPAND.values())[1:3], "limit, graph", "eager"]
     parts += [
-        "Milliseconds of the bias alone. The limit is a fill forward and a sum backward. Graph: replays, without the host.",
+        "Milliseconds of the bias alone. The limit is fill forward, sum backward. Graph: replays, without the host.",
         _table(cells, ("dtype", "n", "direction"), columns, ("limit / Triton", _of("limit", "Triton"))),
     ]
     memory = {}

@@ -66,7 +66,7 @@ def training_table(result, style="simple"):
                 ["who", "M parameters", "bits per byte", "largest loss - eager's", "bytes/s", "x eager"],
                 style,
             ),
-            f"validation, bits per byte of {result['total']} bytes in windows of these lengths, trained at {run['seq']}",
+            f"validation, bits per byte of {result['total']} bytes, windows of these lengths, trained at {run['seq']}",
             _render(
                 [[name, *(found.get((name, n), "") for n in lengths)] for name in run["variants"]],
                 ["who", *map(str, lengths)],

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 
 MODULES = {  # of each command, which is the module's attribute of that name; imported when it is asked for
+    "quick": ".quick",
     "expand": ".expand",
     "attention": ".attention.command",
     "train": ".train.command",

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench quick`: the benches `expand` and `attention` in about a minute, and what they say in sentences.
+
+Peers that compile for long are left out. On a slow machine a time limit cuts the longest lengths.
+"""
+
+import gc
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import click
+
+from .attention.command import attention
+from .expand import expand
+from .lines import read_lines
+from .options import chosen_device
+from .report_answer import answers
+
+RUNS = {expand: ("--peer", "eager"), attention: ("--peer", "eager", "--peer", "sdpa with bias")}
+DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+SEQS = {"cpu": (), "cuda": ("--seq", "2048", "--seq", "8192")}  # a CPU's default lengths are few
+BACKENDS = {"cpu": ("cpp", "torch"), "cuda": ("triton",)}  # the best first
+SECONDS = 40  # of each bench: with the set-up, two minutes
+
+
+def _exit_code(command, arguments):
+    """1 if a result was wrong; the other bench runs all the same."""
+    try:
+        command.main(arguments, prog_name=f"python -m bench {command.name}", standalone_mode=False)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
+@click.option("--smoke", is_flag=True, help="Tiny lengths and one round: does it run?")
+def quick(device, smoke):
+    """Both benches in about a minute, against eager, SDPA and the limits, with a summary in words."""
+    device = chosen_device(device)
+    gc.freeze()  # a bench collects garbage before each peak: 0.2 seconds if it looks at all that torch imports
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "lines.jsonl")
+        words = ["--device", device, "--dtype", DTYPE[device], "--limit", str(SECONDS), "--lines", str(lines)]
+        words += ["--smoke"] if smoke else SEQS[device]
+        codes = [_exit_code(command, [*words, *peers]) for command, peers in RUNS.items()]
+        sentences = list(answers(read_lines(lines), BACKENDS[device]))
+    click.echo("\nIn short (2x eager: twice as fast as eager)\n")
+    for sentence in sentences:
+        click.echo(textwrap.fill(sentence, 100, subsequent_indent="  "))
+    sys.exit(max(codes))

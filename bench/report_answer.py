@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the runs of `python -m bench expand` and `attention` say, in sentences made from their records alone."""
+"""Sentences about runs of `python -m bench expand` and `attention`, made from their JSON alone."""
 
 from .report_parts import mask_of
 
@@ -16,7 +16,7 @@ PEERS = {"eager": "eager", "sdpa with bias": "SDPA with the bias as its mask"}
 def answers(results, backends):
     """A sentence for each direction, and one for each backend that is absent.
 
-    Ours is the first of `backends` that has times, at the longest length that it has.
+    `backends` of this library, the best first. A sentence is about the first one with times, at its longest length.
     """
     absent = {}
     for result in results:
@@ -62,7 +62,7 @@ def _speed(ours, words, peer):
 
 
 def _share(ours):
-    """Of the limit that is hardest to reach."""
+    """The share of the fastest limit."""
     if not ours.get("of_limit"):
         return []
     name, share = min(ours["of_limit"].items(), key=lambda item: item[1])
@@ -72,7 +72,7 @@ def _share(ours):
 
 
 def _memory(ours, peers):
-    """Of attention: a bias alone is the memory it needs."""
+    """Peak memory, for attention only: the output of `expand` is the bias itself."""
     if "batch" not in ours or ours.get("peak_mib") is None:
         return ""
     theirs = [f"{words} {peer['peak_mib']:.0f}" for words, peer in peers.items() if peer.get("peak_mib") is not None]

@@ -22,7 +22,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 bench: $(READY_BENCH)  ## compare speeds in two minutes: both benches, then a summary in words
 	$(PYTHON) -m bench quick
 
-bench-full: $(READY_BENCH)  ## compare with every peer, in float32 and bfloat16
+bench-full: $(READY_BENCH)  ## compare with FlexAttention and compiled eager too, in two dtypes
 	$(PYTHON) -m bench expand
 	$(PYTHON) -m bench attention
 

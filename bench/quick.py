@@ -38,9 +38,9 @@ def _exit_code(command, arguments):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option("--smoke", is_flag=True, help="Tiny lengths and one round: does it run?")
 def quick(device, smoke):
-    """Both benches in about a minute, against eager, SDPA and the limits, with a summary in words."""
+    """Run both benches in about a minute, against eager, SDPA and the limits; then a summary in words."""
     device = chosen_device(device)
-    gc.freeze()  # a bench collects garbage before each peak: 0.2 seconds if it looks at all that torch imports
+    gc.freeze()  # garbage is collected before each peak; over all that torch imports this takes 0.2 seconds
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder, "lines.jsonl")
         words = ["--device", device, "--dtype", DTYPE[device], "--limit", str(SECONDS[device]), "--lines", str(lines)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Attention without any bias, by torch's own kernels: the limit of `python -m bench attention`.
 
-On a GPU these are FlashAttention-2 and cuDNN, the faster one on Hopper for a head_dim of 64 or 128. Neither
-takes float32; there the EFFICIENT kernel is the limit. For mask "padded" the limits apply causality alone: SDPA's fused
+On a GPU these are FlashAttention-2 and cuDNN; on Hopper cuDNN is faster for a head_dim of 64 or 128. Neither takes
+float32: there the EFFICIENT kernel is the limit. For mask "padded" the limits apply causality alone: SDPA's fused
 kernels take no key mask, or no causality beside it.
 """
 

@@ -42,7 +42,7 @@ SHORTEST = 256
 FIRST = {"cpu": SHORTEST, "cuda": 16384}
 OUT_OF_MEMORY = ("killed", "can't allocate memory", "OutOfMemory", "MemoryError", "bad_alloc")
 SECONDS = 600  # the limit of a try on a CPU
-SECONDS_GPU = 60  # a try takes four times as long as the one before; a longer one is not begun
+SECONDS_GPU = 60  # a longer try is not begun; each takes four times as long as the one before
 SLACK = 512  # MiB beyond the budget that a child may allocate, touched or not
 
 

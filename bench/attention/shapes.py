@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The shapes of the attention bench, which keys a query sees, and the tensors of a shape.
 
-causal    key y <= query x; the last query sees the last key, also if their numbers differ
+causal    key y <= query x; the last query sees the last key, whatever their numbers
 full      every key
 window    `window` keys on either side of the query, and its own key
 padded    causal, and each sequence of the batch ends at a random length: no query sees the keys after it

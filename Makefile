@@ -1,76 +1,85 @@
 # SPDX-License-Identifier: MIT
-# `make bench` and `make test` work on a fresh clone: they make .venv when there is none.
+# `make bench` and `make test` work on a fresh clone: they make .venv if it is missing.
 # `make PY=python3 …` uses an existing environment in place and downloads nothing.
 
 TORCH   ?= 2.13.0
 TRITON  ?= 3.7.1
 ifdef PY
-  PYTHON := $(PY)
-  READY  :=
+  PYTHON      := $(PY)
+  READY       :=
+  READY_BENCH :=
 else
-  PYTHON := .venv/bin/python
-  READY  := .venv/.ready
+  PYTHON      := .venv/bin/python
+  READY       := .venv/.ready
+  READY_BENCH := .venv/.ready-bench
 endif
+INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-full check codegen codegen-full lint format wheel wheel-test cuda-build-test gpu clean
+.PHONY: bench bench-full test test-full check install lint format codegen codegen-full wheel wheel-test \
+  cuda-build-test gpu gpu-cache clean help
 
-help:  ## print the targets
-	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+bench: $(READY_BENCH)  ## compare speeds in two minutes: both benches, then a summary in words
+	$(PYTHON) -m bench quick
 
-# torch first: with it installed, nothing below asks the registry for another one
-.venv/.ready: pyproject.toml setup.py $(wildcard csrc/*)
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) setuptools==81.0.0 ninja
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check triton==$(TRITON)
-	PATH="$(CURDIR)/.venv/bin:$$PATH" \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
-	@touch $@
-
-install: $(READY)  ## make .venv: torch, triton, this package in place, the development tools
-
-bench: $(READY)  ## the position bias and the attention with it against their peers and this machine's limits
+bench-full: $(READY_BENCH)  ## compare with FlexAttention and compiled eager too, in two dtypes
 	$(PYTHON) -m bench expand
 	$(PYTHON) -m bench attention
 
+# torch first: the later commands then keep it. --no-compile: Python compiles what it imports, a small part of torch.
+# Without build isolation pip needs no second setuptools. There is no Triton: a CUDA build of torch brings its own,
+# and the bench never times Triton on a CPU.
+.venv/.ready-bench: pyproject.toml setup.py $(wildcard csrc/*)
+	python3 -m venv .venv
+	.venv/bin/python $(INSTALL) --no-compile torch==$(TORCH) setuptools==81.0.0 ninja
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python $(INSTALL) --no-compile --no-build-isolation -e '.[bench]'
+	@touch $@
+
+# The package is installed by now. Asked for it by name, pip adds only what `dev` needs, and does not build again.
+.venv/.ready: .venv/.ready-bench
+	.venv/bin/python $(INSTALL) --no-compile triton==$(TRITON) 'dpb_triton[dev]'
+	@touch $@
+
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadscope
 
-test: $(READY)  ## every kind of test in minutes: kernels in Triton's interpreter, code generation offline
+test: $(READY)  ## run a test of every kind in minutes, without a GPU
 	$(PYTEST) -m "not slow"
 
-test-full: $(READY)  ## the whole suite
+test-full: $(READY)  ## run the whole suite
 	$(PYTEST)
 
-check: lint test-full  ## lint, the whole suite, and the benches' smoke runs: the command before a push, and CI's
+check: lint test-full  ## lint, run the whole suite and tiny benches: before a push, and in CI
 	$(PYTHON) -m bench expand --smoke
 	$(PYTHON) -m bench attention --smoke
 
-codegen: $(READY)  ## compile the kernels for sm_80, sm_90, sm_100, gfx942; table of registers and accesses
+install: $(READY)  ## make .venv: torch, Triton, this package in place, the development tools
+
+codegen: $(READY)  ## compile the kernels for four kinds of GPU; count registers and accesses
 	$(PYTHON) -m bench codegen
 	$(PYTHON) -m bench codegen --csrc
 
 TRITONS ?= 3.6.0 3.7.1 3.8.0
 
-codegen-full: $(READY)  ## the attention kernels with every option set, under each Triton
+codegen-full: $(READY)  ## compile the attention kernels with every option, under each Triton
 	for version in $(TRITONS); do \
-	  test -d build/triton-$$version || $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
-	    --target build/triton-$$version triton==$$version || exit 1; \
+	  test -d build/triton-$$version || \
+	    $(PYTHON) $(INSTALL) --no-deps --target build/triton-$$version triton==$$version || exit 1; \
 	  PYTHONPATH=build/triton-$$version $(PYTHON) -m bench codegen --full --kernel attention \
 	    --kernel "attention backward" || exit 1; \
 	done
 
-wheel: $(READY)  ## the sdist and the wheel, in dist/: one binary for Python >= 3.10 and torch >= 2.10
+wheel: $(READY)  ## build the sdist and one wheel for Python >= 3.10 and torch >= 2.10, in dist/
 	PATH="$(dir $(abspath $(PYTHON))):$$PATH" DPB_TRITON_CSRC=1 $(PYTHON) -m build --no-isolation
 
-wheel-test: wheel  ## that wheel in a fresh environment without a compiler
+wheel-test: wheel  ## try that wheel in a fresh environment without a compiler
 	rm -rf build/wheel-test
 	python3 -m venv build/wheel-test
-	build/wheel-test/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	build/wheel-test/bin/python -m pip install --quiet --disable-pip-version-check $$(ls -t dist/*.whl | head -1)
+	build/wheel-test/bin/python $(INSTALL) torch==$(TORCH)
+	build/wheel-test/bin/python $(INSTALL) $$(ls -t dist/*.whl | head -1)
 	cp tests/smoke.py build/wheel-test/
 	cd build/wheel-test && PATH=/nowhere bin/python smoke.py
 
-# Where a CUDA build of torch is: an environment of its own, made once, or `CUDA_PY=/path/to/python` in place
+# The CUDA build of torch has its own environment, made once. `CUDA_PY=/path/to/python` uses another one in place.
 TORCH_CUDA ?= 2.14.1
 ifdef CUDA_PY
   CUDA_PYTHON := $(if $(findstring /,$(CUDA_PY)),$(abspath $(CUDA_PY)),$(CUDA_PY))
@@ -83,17 +92,17 @@ CUDA_TEST := $(CURDIR)/build/cuda-test
 
 build/cuda/.ready-$(TORCH_CUDA):
 	python3 -m venv build/cuda
-	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check torch==$(TORCH_CUDA) setuptools==81.0.0 ninja
-	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check einops hypothesis numpy pytest pytest-xdist
+	$(CUDA_PYTHON) $(INSTALL) torch==$(TORCH_CUDA) setuptools==81.0.0 ninja
+	$(CUDA_PYTHON) $(INSTALL) einops hypothesis numpy pytest pytest-xdist
 	@touch $@
 
-# sdist -> wheel -> a folder that looks like a checkout whose dpb_triton is the wheel's; tests "on the host" know no torch
-cuda-build-test: $(CUDA_READY)  ## the wheel against a CUDA build of torch (5 GB in build/cuda), built and tested without a GPU
+# sdist -> wheel -> a folder like a checkout, with the wheel's dpb_triton. Tests "on the host" use no torch.
+cuda-build-test: $(CUDA_READY)  ## build and test the wheel with a CUDA build of torch (5 GB), without a GPU
 	rm -rf $(CUDA_TEST)
 	$(CUDA_PYTHON) setup.py --quiet sdist --dist-dir $(CUDA_TEST)/dist
 	DPB_TRITON_CSRC=1 $(CUDA_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 		--wheel-dir $(CUDA_TEST)/dist $(CUDA_TEST)/dist/*.tar.gz
-	$(CUDA_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(CUDA_TEST) $(CUDA_TEST)/dist/*.whl
+	$(CUDA_PYTHON) $(INSTALL) --no-deps --target $(CUDA_TEST) $(CUDA_TEST)/dist/*.whl
 	cp -r bench csrc tests LICENSE README.md pyproject.toml setup.py $(CUDA_TEST)
 	mkdir $(CUDA_TEST)/empty
 	cd $(CUDA_TEST)/empty && PYTHONPATH=$(CUDA_TEST) $(CUDA_PYTHON) ../tests/smoke_cuda.py
@@ -109,29 +118,30 @@ lint: $(READY)  ## ruff, clang-format and mypy, as pinned
 	$(PYTHON) -m mypy
 	$(dir $(PYTHON))clang-format --dry-run --Werror $(CSRC)
 
-format: $(READY)  ## let them rewrite
+format: $(READY)  ## let ruff and clang-format rewrite the files
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(dir $(PYTHON))clang-format -i $(CSRC)
 
-gpu:  ## all that needs a GPU, on this machine's, with the torch installed there: nothing is downloaded
+gpu:  ## run all that needs a GPU, with the torch that is installed here
 	$(or $(PY),python3) -m bench gpu
 
-# the lent machine's; pyenv puts a name on PATH that may start nothing
+# The lent machine's Python. A name that pyenv puts on PATH may start nothing.
 GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),python3.12)
 GPU_TRITON ?= 3.6.0
-# Triton alone, twice: for the lent machine's Python, which compiles, and for ours, which finds out what is launched.
+# Triton alone, twice: the lent machine's Python compiles with one, ours records the launches with the other.
 build/gpu-cache/.ready: Makefile
 	$(GPU_PYTHON) -m venv build/gpu-cache/python
-	build/gpu-cache/python/bin/python -m pip install --quiet --disable-pip-version-check numpy triton==$(GPU_TRITON)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/gpu-cache/triton \
-	    triton==$(GPU_TRITON)
+	build/gpu-cache/python/bin/python $(INSTALL) numpy triton==$(GPU_TRITON)
+	$(PYTHON) $(INSTALL) --upgrade --no-deps --target build/gpu-cache/triton triton==$(GPU_TRITON)
 	@touch $@
 
-.PHONY: gpu-cache
-gpu-cache: $(READY) build/gpu-cache/.ready  ## compile `make gpu`'s kernels for a lent H100 into build/gpu-cache.tar
+gpu-cache: $(READY) build/gpu-cache/.ready  ## compile the kernels of `make gpu` for an H100 into build/gpu-cache.tar
 	PYTHONPATH=$(CURDIR)/build/gpu-cache/triton $(PYTHON) -m bench gpu \
 	    --fill-cache build/gpu-cache.tar --python build/gpu-cache/python/bin/python
 
 clean:  ## remove .venv and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+help:  ## print the targets
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'

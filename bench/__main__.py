@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench COMMAND`: measure, train, read compiled kernels, show; `python -m bench --help` has the commands."""
+"""`python -m bench COMMAND`: measure, train, read compiled kernels, print tables; `--help` lists the commands."""
 
 import importlib
 import importlib.util
 import sys
 
-MODULES = {  # of each command, which is the module's attribute of that name; imported when it is asked for
+MODULES = {  # of each command, a function of the same name; imported on first use
+    "quick": ".quick",
     "expand": ".expand",
     "attention": ".attention.command",
     "train": ".train.command",
@@ -26,7 +27,7 @@ import click  # noqa: E402
 
 
 class _Commands(click.Group):
-    """The commands of `MODULES`: none is imported for another's sake."""
+    """The commands of `MODULES`. Using one imports no other."""
 
     def list_commands(self, context):
         return list(MODULES)
@@ -37,7 +38,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def cli():
-    """Benchmarks of dpb_triton. Ratios hold within one run; absolute times are this machine's at this moment."""
+    """Benchmarks of dpb_triton. Compare times within one run only: they depend on the machine and the moment."""
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""The loop of the benches of calls: every cell is checked, then its memory taken, then all are timed in turn.
+"""The loop of the benches: check every cell, measure its peak memory, then time all cells in turn.
 
 A bench brings the cells of one shape, an object with
 
-    shape                           a dataclass, whose fields go into every record
-    DIRECTIONS                      what is measured, by name
+    shape                           a dataclass; its fields go into every record
+    DIRECTIONS                      the names of what is measured
     serves(direction, provider)     whether the provider takes part
-    call(direction, provider)       the function that is timed
+    call(direction, provider)       the function to time
     wrong(direction, provider)      None if its result is right, else what is wrong
-    facts(direction, provider)      more fields of its record; of a limit's, whose provider is None
-    limits(direction)               {name: call} of what the machine needs at least
-    rate(direction, milliseconds)   what follows from the time: GB/s, TFLOP/s
-    frozen(provider)                the name of the provider that does the same without the table's gradient, or None
-    replayed(direction, provider)   the function that a CUDA graph captures, or None
+    facts(direction, provider)      more fields of its record; provider None: of a limit's record
+    limits(direction)               {name: call} of the least work that the machine could do
+    rate(direction, milliseconds)   {unit: rate} from the time: GB/s, TFLOP/s
+    frozen(provider)                the provider that does the same without the table's gradient, by name; or None
+    replayed(direction, provider)   the function to capture in a CUDA graph, or None
 
-It makes its tensors when they are first asked for: what does not fit is then a finding about a cell. A cell's record
-has `wrong` where its result is wrong or it raised, which fails the run, and `unmeasured` where there are no times for
-another reason. A wrong result is timed all the same: the time may be what explains it.
+It makes its tensors on first use, so a lack of memory is a finding about one cell. A cell's record has `wrong` if its
+result is wrong or it raised an error, which fails the run. It has `unmeasured` if another reason left it without times.
+A wrong result is timed all the same: the time may explain it.
 """
 
 import sys
@@ -33,11 +33,11 @@ from .reasons import NO_KERNEL, NO_MEMORY, NO_TIME, first_line, reason_of, refus
 from .report import plot_times, times_table, write_json
 from .timing import measure, warm_clocks
 
-LONGEST_GRAPH = 10.0  # ms; the host is far ahead of a longer call, and a graph of it would only hold its memory
+LONGEST_GRAPH = 10.0  # ms; in a longer call the host is far ahead of the GPU, and a graph would only hold memory
 
 
 class _Run:
-    """The records of a run, where they are written, and the time that is left."""
+    """The records of a run, the file that they go to, and the deadline."""
 
     def __init__(self, result, common):
         self.result, self.common, self.device = result, common, common.device
@@ -57,14 +57,14 @@ class _Run:
         return self.common.deadline is not None and time.monotonic() >= self.common.deadline
 
     def measure(self, calls, kind):
-        """({name: Time}, {name: reason}) of the calls that could be timed and of the others."""
+        """({name: Time} of the calls that could be timed, {name: reason} of the others)."""
         failed = {}
         times = measure(calls, kind, self.common.rounds, self.common.seconds, failed, self.common.deadline)
         return times, {name: reason_of(error) for name, error in failed.items()}
 
 
 def _add_times(cells, direction, records, times, frozen, prefix):
-    """Write the times, and what follows from them, into the records of one shape and direction."""
+    """Write times, rates and ratios into the records of one shape and direction."""
     limits = [name for name in _limit_names(records) if name in times]
     for record in records:
         name = record["provider"].removeprefix("limit: ")
@@ -87,7 +87,7 @@ def _limit_names(records):
 
 
 def _checked(cells, direction, provider, run):
-    """(record or None, call or None) of one cell; a peer that says that it cannot do this is noted as absent."""
+    """(record or None, call or None) of one cell. A peer that cannot do it raises NotImplementedError and is absent."""
     record = {**vars(cells.shape), "direction": direction, "provider": provider.name, "wrong": None}
     record |= cells.facts(direction, provider)
     if run.is_over():
@@ -104,21 +104,21 @@ def _checked(cells, direction, provider, run):
         if NO_KERNEL not in str(error):
             run.is_absent(f"{provider.name}, {direction}", reason_of(error))
             return None, None
-        record["unmeasured"] = reason_of(error)  # of this shape
-    except Exception as error:  # one provider's failure is a finding, not the end of the others
+        record["unmeasured"] = reason_of(error)  # this shape only
+    except Exception as error:  # a failure is a finding; the other providers go on
         record["wrong"] = first_line(error)
     free(run.device)
     return record, None
 
 
 def _limits(cells, direction, run):
-    """({name: call}, records) of the limits that this machine can show; why not is noted as absent."""
+    """({name: call}, records) of the limits that run here; the others are absent."""
     calls, records = {}, []
     if run.is_over():
         return calls, records
     try:
         wanted = cells.limits(direction)
-    except Exception:  # of the inputs, which every provider has met before
+    except Exception:  # making the inputs failed; the providers have met the same error
         wanted = {}
     for name, call in wanted.items():
         record = {**vars(cells.shape), "direction": direction, "wrong": None} | cells.facts(direction, None)
@@ -138,9 +138,9 @@ def _limits(cells, direction, run):
 
 
 def _time_graphs(cells, direction, mine, calls, frozen, run):
-    """Replays of CUDA graphs of the calls that are short enough.
+    """Time replays of CUDA graphs of the short calls.
 
-    Ours are captured first: a capture that fails may leave the allocator in a state that the next one suffers from.
+    Our calls come first in `calls`: a capture that fails may leave the allocator in a bad state for the next one.
     """
     short = {record["provider"].removeprefix("limit: ") for record in mine if record.get("ms", 1e9) < LONGEST_GRAPH}
     captured = {name: call for name, call in calls.items() if call and name in short}
@@ -150,7 +150,7 @@ def _time_graphs(cells, direction, mine, calls, frozen, run):
     _add_times(cells, direction, mine, times, frozen, "graph_")
     for record in mine:
         name = record["provider"].removeprefix("limit: ")
-        if name in failed and failed[name] != NO_TIME:  # a call that cannot be captured is a finding, not the end
+        if name in failed and failed[name] != NO_TIME:  # a failed capture is a finding; the run goes on
             record["graph_error"] = failed[name]
 
 
@@ -172,7 +172,7 @@ def _measure_direction(cells, direction, found, run, progress):
     mine += limit_records
     frozen = {provider.name: cells.frozen(provider) for provider in found}
     if run.device == "cuda" and calls:
-        with suppress(RuntimeError):  # the calls themselves will say what is wrong with the device
+        with suppress(RuntimeError):  # if the device is broken, the calls will report it
             warm_clocks()
     times, failed = run.measure(limits | calls, run.device)
     _add_times(cells, direction, mine, times, frozen, "")
@@ -195,7 +195,7 @@ def _measure_direction(cells, direction, found, run, progress):
 
 
 def run(make, shapes, found, result, common):
-    """Measure `make(shape)` for every shape, report; exits with 1 if a result was wrong."""
+    """Measure `make(shape)` for every shape and print the tables; exit with 1 if a result was wrong."""
     records = result["records"] = []
     this = _Run(result, common)
     total = sum(len(make.DIRECTIONS) for _ in shapes) * len(found)
@@ -205,7 +205,7 @@ def run(make, shapes, found, result, common):
             for direction in make.DIRECTIONS:
                 records += _measure_direction(cells, direction, found, this, progress)
                 if common.path:
-                    write_json(common.path, result)  # a run that is cut off leaves what it has done
+                    write_json(common.path, result)  # a run that is killed leaves what it has measured
             del cells
             free(common.device)
     this.lines.write("end", seconds=round(time.monotonic() - common.begin, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a measurement was made on: the first line of every report, and a part of every JSON."""
+"""The machine and the versions of a measurement: the first line of every report, and a part of every JSON."""
 
 import importlib.metadata
 import platform
@@ -46,7 +46,7 @@ def _version(name):
 
 
 def describe(device, sha=None):
-    """Device, driver, threads, versions, `sha` or git's, date."""
+    """Device, driver, threads, versions, date, and `sha` (default: git's)."""
     if sha is None and (sha := _git("rev-parse", "--short=10", "HEAD")):
         sha += "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {

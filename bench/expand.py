@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench expand`: the position bias, forward and backward, against every peer and the machine's limit.
 
-Each cell is checked against float64 before it is timed. Every speed is quoted next to one measured in the same rounds:
-`x eager`, and the share of a limit, which is what the machine needs for the bytes alone: a fresh tensor filled (GPU)
-or cloned (CPU) for forward, the gradient summed for backward.
+Each cell is checked against float64 before it is timed. Speeds are ratios to calls timed in the same rounds: `x eager`,
+and the share of a limit. A limit only moves the bytes: forward fills a fresh tensor (on a CPU also: clones one),
+backward sums the gradient.
 """
 
 import copy
@@ -35,7 +35,7 @@ class Shape:
 
 
 class Cells:
-    """The calls of one shape: what is timed, and whether it is right. `cells.py` says what each method is for."""
+    """The calls of one shape and their checks. `cells.py` describes the methods."""
 
     DIRECTIONS = ("forward", "backward", "module")
 
@@ -58,11 +58,11 @@ class Cells:
 
     @cached_property
     def modules(self):
-        """Eager's and ours, with the same weights."""
+        """Eager's module and ours, with the same weights."""
         return modules(self.shape.heads, DIM, self.device)
 
     def forward(self, provider):
-        """expand(table): no autograd, as in inference."""
+        """expand(table) without autograd, as in inference."""
 
         def call():
             with torch.no_grad():
@@ -71,12 +71,12 @@ class Cells:
         return call
 
     def backward(self, provider):
-        """The gradient of the table, the graph made once."""
+        """The gradient of the table; the autograd graph is made once."""
         bias = provider.expand(self.table, self.shape.n)
         return partial(torch.autograd.grad, bias, self.table, self.dbias, retain_graph=True)
 
     def module(self, provider):
-        """Forward and backward of the whole module, MLP included; a bf16 gradient for a bf16 bias."""
+        """Forward and backward of the whole module with its MLP; the gradient has the dtype of the bias."""
         module = self.modules[provider.backend is not None]
         dtype = DTYPES[self.shape.dtype]
         autocast = partial(torch.autocast, self.device, dtype, enabled=dtype != torch.float32)
@@ -103,7 +103,7 @@ class Cells:
         return None
 
     def replayed(self, direction, provider):
-        """What a CUDA graph captures: the operator alone; autograd would run on the stream of another graph."""
+        """A CUDA graph captures the operator alone: autograd would run on the stream of its forward."""
         if direction == "module" or provider.backend is None:
             return None
         if direction == "forward":
@@ -112,7 +112,7 @@ class Cells:
         return partial(ReduceBias.apply, self.dbias, self.shape.n, 0, False, self.dbias.dtype, suffix)
 
     def limits(self, direction):
-        """What the bytes alone cost."""
+        """Calls that only move the bytes."""
         fresh = partial(torch.empty_like, self.dbias)
         forward = {"fill": lambda: fresh().fill_(1.0)}
         if self.device == "cpu":
@@ -128,16 +128,16 @@ class Cells:
     def wrong(self, direction, provider):
         """None if the provider's result is within the error budget, else what is wrong.
 
-        |result - exact| <= 2 (|eager at that precision - exact| + eps max|exact|), exact in float64.
+        The budget: |result - exact| <= 2 (|eager at this precision - exact| + eps max|exact|), with `exact` in float64.
         """
         n, dtype = self.shape.n, DTYPES[self.shape.dtype]
         eps = torch.finfo(dtype).eps
         if direction == "forward":
             bias = self.forward(provider)()
             index = reference.distance(n, n, 0, self.device).abs()
-            heads = zip(bias, self.table.detach(), strict=True)  # head by head: a float64 bias need not fit
+            heads = zip(bias, self.table.detach(), strict=True)  # head by head: a whole float64 bias may not fit
             error = max((ours.double() - table.double()[index]).abs().max().item() for ours, table in heads)
-            budget = 0.0  # moving bits is exact
+            budget = 0.0  # the forward only copies
         else:
             actual = self.backward(provider)()[0] if direction == "backward" else self.module(provider)().clone()
             exact, eager = self._exact(direction)
@@ -148,7 +148,7 @@ class Cells:
         return None
 
     def _exact(self, direction):
-        """The gradient in float64, and eager's at this precision."""
+        """(the gradient in float64, eager's gradient at this precision)."""
         if direction not in self.exact:
             if direction == "backward":
                 heads = [reference.reduce(head[None].double(), self.shape.n) for head in self.dbias]
@@ -165,9 +165,9 @@ class Cells:
 
 @click.command()
 @shared_options(PEERS, PEERS, BACKENDS, {"cpu": 8, "cuda": 8},
-                "1023, 2048 on a CPU, 1024 to 16384, odd ones too, on a GPU")  # fmt: skip
+                "1023, 2048 on a CPU, 1024 to 16384 with odd ones on a GPU")  # fmt: skip
 def expand(common):
-    """The bias and its gradient against eager, compiled eager and the limit of this machine."""
+    """Time the bias and its gradient against eager, compiled eager and the limit of this machine."""
     environment = describe(common.device)
     click.echo(one_line(environment))
     found, absent = providers(common.device, common.peers, common.backends)

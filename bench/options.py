@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line that the benches of calls share."""
+"""The command-line options that `expand` and `attention` share."""
 
 import functools
 import time
@@ -12,12 +12,12 @@ from click.core import ParameterSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDS = {"cpu": 3, "cuda": 5}
-SECONDS = {"cpu": 0.1, "cuda": 0.05}  # of a call in a round
+SECONDS = {"cpu": 0.1, "cuda": 0.05}  # a call's time in a round
 
 
 @dataclass
 class Common:
-    """What those options say, the defaults of the device filled in."""
+    """The values of these options, with the defaults of the device filled in."""
 
     device: str
     dtypes: tuple
@@ -32,12 +32,12 @@ class Common:
     path: Path | None
     lines: Path | None
     picture: Path | None
-    asked: frozenset  # names of the options that stood on the command line
+    asked: frozenset  # names of the options given on the command line
     begin: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def deadline(self):
-        """Of time.monotonic, or None."""
+        """In seconds of time.monotonic, or None."""
         return None if self.limit is None else self.begin + self.limit
 
 
@@ -58,9 +58,9 @@ def _common(options, heads):
 
 
 def shared_options(peers, default_peers, backends, heads, lengths):
-    """A decorator: --device, --dtype, …, which reach the command as one `Common`.
+    """A decorator that adds --device, --dtype, …; the command gets them as one `Common`.
 
-    `heads` {device: number} is the default; `lengths` says in words what is measured unless --seq is given.
+    `heads` is the default {device: number}; `lengths` describes the default of --seq.
     """
     path = click.Path(dir_okay=False, path_type=Path)
     many = dict.fromkeys(heads.values())
@@ -76,15 +76,15 @@ def shared_options(peers, default_peers, backends, heads, lengths):
                      show_default=True),
         click.option("--backend", "backends", multiple=True, type=click.Choice(backends), default=backends,
                      show_default=True),
-        click.option("--rounds", type=click.IntRange(1), help="Every round times all calls once; default: 3, or 5 on "
+        click.option("--rounds", type=click.IntRange(1), help="Each round times all calls in turn; default: 3, or 5 on "
                      "a GPU."),
-        click.option("--seconds", type=click.FloatRange(0, min_open=True), help="A call's time in a round; default: "
-                     "0.1, or 0.05 on a GPU."),
+        click.option("--seconds", type=click.FloatRange(0, min_open=True), help="A round repeats a call for so long; "
+                     "default: 0.1, or 0.05 on a GPU."),
         click.option("--limit", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
-                     help="Of the whole command: what is not measured by then is reported as not measured."),
+                     help="For the whole command. Later cells are reported as not measured."),
         click.option("--smoke", is_flag=True, help="Tiny lengths and one round: does it run?"),
         click.option("--json", "path", type=path, help="Write all numbers there."),
-        click.option("--lines", type=path, help="Append every record there as it comes, one JSON object a line."),
+        click.option("--lines", type=path, help="Append each record there at once, one JSON object a line."),
         click.option("--plot", "picture", type=path, help="Write a PNG there."),
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def shared_options(peers, default_peers, backends, heads, lengths):
 
 
 def chosen_device(device):
-    """The device to measure on."""
+    """`device`, or cuda if there is a GPU, or cpu. UsageError: cuda without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch sees no GPU here")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who computes the position bias: the eager formula, the same compiled, and this library on each of its backends."""
+"""The providers of the position bias: the eager formula, the same compiled, and each backend of this library."""
 
 from dataclasses import dataclass
 
@@ -14,38 +14,38 @@ PEERS = ("eager", "compiled eager")
 
 
 def eager_expand(rows, n):
-    """The expansion of zeta's class: rows (n, heads) of the MLP, indexed by an (n, n) matrix of distances."""
+    """As zeta's class expands: index the rows (n, heads) of the MLP by an (n, n) matrix of distances."""
     return rearrange(rows[reference.distance(n, n, 0, rows.device).abs()], "i j h -> h i j")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`expand(table (heads, n), n) -> (heads, n, n)`, and the module's forward."""
+    """`expand(table (heads, n), n) -> (heads, n, n)`, and the forward of the module."""
 
     name: str
     expand: object
     forward: object  # forward(module, n)
-    backend: str | None = None  # of this library
+    backend: str | None = None  # None: not of this library
 
 
 EAGER = Provider("eager", lambda table, n: eager_expand(table.mT, n), lambda module, n: module(n, n))
 
 
 def why_not_measured(backend, device):
-    """None if the times of this backend mean something there, else the reason why not."""
+    """None if this backend's times mean something on the device, else the reason why not."""
     reason = why_not(backend, device)
     if reason is None and backend == "triton" and device == "cpu":
-        reason = "only its interpreter runs on a CPU, which is for correctness"
+        reason = "on a CPU only its interpreter runs, which is for tests"
     return reason
 
 
 def providers(device, peers, backends):
-    """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
+    """([Provider] that can run here, {name: reason} of the others)."""
     found, absent = [], {}
     if "eager" in peers:
         found.append(EAGER)
     if "compiled eager" in peers:
-        torch._functorch.config.donated_buffer = False  # backward is timed again and again on one graph
+        torch._functorch.config.donated_buffer = False  # many backwards run on one autograd graph
         compiled = torch.compile(eager_expand, dynamic=True)
         module = torch.compile(lambda module, n: module(n, n), dynamic=True)
         provider = Provider("compiled eager", lambda table, n: compiled(table.mT, n), module)
@@ -74,7 +74,7 @@ def _why_not_compiled(provider, device):
     table = torch.zeros((1, 4), device=device, requires_grad=True)
     try:
         provider.expand(table, 4).sum().backward()
-    except Exception as error:  # no compiler, no headers, …: the report says which
+    except Exception as error:  # no compiler, no headers, …: the report shows the error
         return f"torch.compile failed: {str(error).strip().splitlines()[0][:100]}"
     return None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables and pictures, made from the JSON of a run and nothing else."""
+"""Tables and pictures, made from the JSON of a run alone."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from .train.report import training_table
 
 
 def write_json(path, result):
-    """Replace the file in one step: whoever is cut off leaves the last whole result."""
+    """Replace the file in one step: a run that is killed leaves the last complete result."""
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
@@ -128,7 +128,7 @@ def plot_times(result):
 
 
 def tables(result, style="simple", directions=None):
-    """What a run of any bench prints."""
+    """The tables of a run of any bench."""
     if result["bench"] == "train":
         return training_table(result, style)
     if "budgets" in result:
@@ -140,7 +140,7 @@ def tables(result, style="simple", directions=None):
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), default=DIRECTIONS)
 def table(path, directions):
-    """The Markdown tables of a JSON under bench/results/, or of a .jsonl that --lines wrote."""
+    """Print the Markdown tables of a JSON from bench/results/, or of a .jsonl from --lines."""
     if path.suffix == ".jsonl":
         result = {"bench": "gpu", "parts": [{"result": result} for result in read_lines(path)]}
     else:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Time several calls in turn, round by round, so that a drift of the machine meets all of them alike.
+"""Time several calls in turn, round by round, so that a drift of the machine affects all of them alike.
 
 cpu     torch.utils.benchmark
-cuda    events around each call, a buffer larger than the L2 cache overwritten before it; a call that is shorter
-        than the host needs to launch it shows the host's time
-graph   replays of a CUDA graph that holds the call, or many of it in a row: the GPU's time alone. Nothing is
-        flushed between replays, so what fits the L2 cache may be found there.
+cuda    events around each call. Before each call a buffer larger than the L2 cache is overwritten. For a call that is
+        shorter than its launch, this is the host's time.
+graph   replays of a CUDA graph that holds the call once or many times: the GPU's time alone. Nothing flushes the L2
+        cache between replays, so small inputs may be in it.
 """
 
 import time
@@ -19,16 +19,16 @@ from torch.utils.benchmark import Timer
 from .memory import free
 
 L2_BYTES = 2**28  # more than any GPU's cache
-MOST_CALLS = 1000  # of a round
-PRODUCT, WARM_SECONDS = 4096, 0.5  # matrices that warm the clocks, and for how long
-SLOW = 1000.0  # ms; a call on a GPU that takes longer is timed in the first round only
-GRAPH_MS = 0.5  # of a graph: shorter calls are captured many times in a row, so that launching it does not count
+MOST_CALLS = 1000  # in a round
+PRODUCT, WARM_SECONDS = 4096, 0.5  # n of the matrices that warm the clocks; for how long
+SLOW = 1000.0  # ms; on a GPU, a slower call is timed in the first round only
+GRAPH_MS = 0.5  # a graph repeats a shorter call, so that the graph's launch does not count
 MOST_CAPTURED = 100
 
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds a call, one number a round."""
+    """Milliseconds of a call, one number for each round."""
 
     rounds: list
 
@@ -39,19 +39,19 @@ class Time:
 
     @property
     def spread(self):
-        """The 20th and the 80th percentile."""
+        """The 20th and the 80th percentile of the rounds."""
         if len(self.rounds) < 2:
             return self.rounds[0], self.rounds[0]
         fifths = quantiles(self.rounds, n=5, method="inclusive")
         return fifths[0], fifths[-1]
 
     def ratio(self, other):
-        """How many times faster this is than `other`: the median over the rounds of the pairs' ratios."""
+        """How many times as fast as `other`: the median, over the rounds, of their ratio in each round."""
         return median(theirs / ours for ours, theirs in zip(self.rounds, other.rounds, strict=False))
 
 
 def _cpu_timer(call, seconds):
-    """(a function that times a round, False: every round counts)."""
+    """(a function that times a round, False: one round is not enough)."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     once = timer.timeit(1).mean  # warms up too
     number = max(1, min(10_000, int(seconds / max(once, 1e-7))))
@@ -59,7 +59,7 @@ def _cpu_timer(call, seconds):
 
 
 def _elapsed(call, number, before=None):
-    """Milliseconds of each of `number` calls on the GPU, `before()` queued in front of each and not counted."""
+    """Milliseconds of each of `number` calls on the GPU. `before()` runs before each and is not timed."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
     for begin, end in pairs:
         if before:
@@ -90,9 +90,9 @@ def _cuda_timer(call, seconds):
 
 
 def _captured(call, times):
-    """A CUDA graph of `times` calls in a row, in a pool of its own.
+    """A CUDA graph of `times` calls in a row, in its own memory pool.
 
-    The stream is put back by hand: torch leaves the capturing one behind when a capture fails.
+    Restores the stream itself: after a failed capture torch leaves the capturing stream as the current one.
     """
     stream = torch.cuda.current_stream()
     graph = torch.cuda.CUDAGraph()
@@ -106,10 +106,10 @@ def _captured(call, times):
 
 
 def _graph_timer(call, seconds):
-    """(a function that times a round, False: such calls are short)."""
+    """(a function that times a round, False, likewise)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as a capture needs it: what is lazy happens here
+    with torch.cuda.stream(side):  # a capture allows no lazy initialisation, so it happens here
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -128,7 +128,7 @@ TIMERS = {"cpu": _cpu_timer, "cuda": _cuda_timer, "graph": _graph_timer}
 
 
 def warm_clocks():
-    """Products of matrices: an idle GPU runs at a fraction of its clock, and takes a while to leave it."""
+    """Multiply matrices for a while: an idle GPU runs at a fraction of its clock and speeds up slowly."""
     matrix = torch.randn((PRODUCT, PRODUCT), dtype=torch.bfloat16, device="cuda")
     end = time.monotonic() + WARM_SECONDS
     while time.monotonic() < end:
@@ -140,9 +140,9 @@ def warm_clocks():
 def measure(calls, kind, rounds, seconds, failed=None, deadline=None):
     """{name: Time} of `calls` {name: function}; `kind` is cpu, cuda, or graph (replays of a CUDA graph).
 
-    Every round runs each call for about `seconds`. A call that raises goes with its error into the dict `failed`, if
-    there is one. After `deadline` (of time.monotonic) no other round begins; a call that has not begun by then fails
-    with a TimeoutError.
+    Every round runs each call for about `seconds`. If a call raises, its error goes into the dict `failed`; without
+    that dict it propagates. No round begins after `deadline` (in time.monotonic); a call that has not begun by then
+    fails with a TimeoutError.
     """
     timers, is_once, found = {}, {}, {name: [] for name in calls}
 
@@ -152,7 +152,7 @@ def measure(calls, kind, rounds, seconds, failed=None, deadline=None):
         except Exception as error:
             if failed is None:
                 raise
-            failed[name] = error.with_traceback(None)  # whose frames would keep tensors alive
+            failed[name] = error.with_traceback(None)  # its frames would keep tensors alive
             timers.pop(name, None)
             free("cpu" if kind == "cpu" else "cuda")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The calls of one shape of attention: what is timed, and whether it is right."""
+"""The calls of one shape of attention and their checks."""
 
 from functools import cached_property, partial
 
@@ -12,15 +12,15 @@ from ..options import DTYPES
 from .providers import SDPA, forward, limit_providers, training
 from .shapes import inputs, seen_of
 
-CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) of the check
-CHECK_PAIRS = {"cpu": 2**27, "cuda": 2**32}  # of the entries that get a reference: a second or two
-CHECK_NUMBERS = {"cpu": 2**26, "cuda": 2**28}  # of their keys; float64 keys, values and both gradients are held
+CHECK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one float64 (batch, heads, rows, n) tensor in a check
+CHECK_PAIRS = {"cpu": 2**27, "cuda": 2**32}  # of the entries with a reference: a second or two
+CHECK_NUMBERS = {"cpu": 2**26, "cuda": 2**28}  # in their keys; keys, values and both gradients are held in float64
 GRADIENTS = ("dq", "dk", "dv", "dtable")
 DIRECTIONS = {"forward": forward, "training": training}
 
 
 class Cells:
-    """The calls of one shape. `cells.py` says what each method is for."""
+    """The calls of one shape. `bench/cells.py` describes the methods."""
 
     DIRECTIONS = tuple(DIRECTIONS)
 
@@ -30,7 +30,7 @@ class Cells:
 
     @cached_property
     def distinct(self):
-        """How many entries of the batch differ, a divisor of it: the reference of so many is affordable."""
+        """How many entries of the batch differ, a divisor of the batch: as many as the reference can afford."""
         shape = self.shape
         most = min(
             CHECK_PAIRS[self.device] // (shape.heads * shape.i * shape.n),
@@ -45,7 +45,7 @@ class Cells:
 
     @cached_property
     def seen(self):
-        """Which keys a query sees."""
+        """Which keys each query sees."""
         return seen_of(self.shape, self.distinct, self.device)
 
     def serves(self, direction, provider):
@@ -64,11 +64,11 @@ class Cells:
         return provider.frozen
 
     def replayed(self, direction, provider):
-        """The call itself: its tensors stay where they are."""
+        """The call itself: its tensors do not move."""
         return self.call(direction, provider)
 
     def limits(self, direction):
-        """Attention without a bias; for decoding also a copy that moves as many bytes as keys and values have."""
+        """Attention without a bias. For decoding also a copy that moves as many bytes as keys and values have."""
         without_bias = limit_providers(self.device, self.shape.dtype)
         calls = {p.name: self.call(direction, p) for p in without_bias if self.serves(direction, p)}
         if calls and self.shape.queries is not None:
@@ -76,7 +76,7 @@ class Cells:
         return calls
 
     def rate(self, direction, milliseconds):
-        """Of FlashAttention's products: two forward, five backward. Decoding: of reading keys and values."""
+        """TFLOP/s of FlashAttention's products, 2 forward and 5 backward. Decoding: GB/s of reading keys and values."""
         shape = self.shape
         if shape.queries is not None:
             numbers = 2 * shape.batch * shape.heads * shape.n * shape.head_dim
@@ -99,21 +99,21 @@ class Cells:
         return None
 
     def errors(self, direction, provider):
-        """{name: (error, budget)}, the largest distance of the result and of its gradients from float64."""
+        """{name: (error, budget)} of the output or of each gradient; the error is the largest distance from float64."""
         results = self.call(direction, provider)()
         named = {"out": results} if direction == "forward" else dict(zip(GRADIENTS, results, strict=False))
         return {name: (self._distance(name, actual), self._budget(name)) for name, actual in named.items()}
 
     def largest(self, name):
-        """max|exact| of a result of the whole batch."""
+        """max|exact| of that result over the whole batch."""
         return self._times(name) * self._exact()[name].abs().max().item()
 
     def _times(self, name):
-        """The reference has the distinct entries; only the table's gradient sums over all of them."""
+        """The reference covers the distinct entries only. The table's gradient sums over the whole batch."""
         return self.shape.batch // self.distinct if name == "dtable" else 1
 
     def _distance(self, name, actual):
-        """max|actual - exact|, entry by entry of the batch; NaN if there is one."""
+        """max|actual - exact| over all entries of the batch; NaN if one of them is NaN."""
         exact = self._exact()[name]
         if name == "dtable":
             return (actual.double() - exact * self._times(name)).abs().max().item()
@@ -121,12 +121,12 @@ class Cells:
         return torch.stack([(part.double() - exact).abs().max() for part in parts]).max().item()
 
     def _budget(self, name):
-        """2 (error + eps max|exact|), where `error` is what others have at that precision on the same inputs.
+        """2 (error + eps max|exact|); `error` is a peer's error at this precision on the same inputs.
 
-        The other is the definition in eager torch. In float32 on a GPU it is also SDPA with the bias as its mask,
-        whichever is worse: eager's products are cuBLAS' exact float32, which no fused kernel does. SDPA's EFFICIENT
-        kernel splits float32 into three TF32 products on the tensor cores, as ours do, and has what their accumulator
-        does to a sum.
+        The peer is the definition in eager torch. In float32 on a GPU there is a second peer, SDPA with the bias as its
+        mask, and the larger error counts: eager uses cuBLAS' exact float32 products, and no fused kernel does. SDPA's
+        EFFICIENT kernel splits float32 into three TF32 products on the tensor cores, as ours do. Its sums round in the
+        same accumulator.
         """
         eps = torch.finfo(DTYPES[self.shape.dtype]).eps
         others = [self._times(name) * (self._eager()[name].double() - self._exact()[name]).abs().max().item()]
@@ -134,7 +134,7 @@ class Cells:
         return 2 * (max(others) + eps * self.largest(name))
 
     def _sdpa_errors(self):
-        """{name: error} of SDPA with the bias; nothing where it does not fit, or does not count."""
+        """{name: error} of SDPA with the bias; empty if it does not fit in memory, or does not count."""
         if self.device != "cuda" or self.shape.dtype != "fp32":
             return {}
         if "sdpa" not in self.expected:
@@ -144,7 +144,7 @@ class Cells:
                 if self.shape.queries is None:
                     results = zip(GRADIENTS, self.call("training", SDPA)(), strict=True)
                     found |= {name: self._distance(name, actual) for name, actual in results}
-            except RuntimeError:  # out of memory, or a shape that the kernel refuses: eager decides
+            except RuntimeError:  # out of memory, or the kernel refuses the shape: eager decides
                 free(self.device)
         return self.expected["sdpa"]
 
@@ -155,7 +155,7 @@ class Cells:
         return self._reference("eager", DTYPES[self.shape.dtype], torch.float32)
 
     def _reference(self, name, dtype, table_dtype):
-        """The output and all gradients of the distinct entries, in rows of queries: never all pairs at once."""
+        """The output and all gradients of the distinct entries, by rows of queries: all pairs may not fit."""
         if name not in self.expected:
             entries, (i, n) = slice(self.distinct), (self.shape.i, self.shape.n)
             *qkv, table, dout = (tensor.detach() for tensor in self.inputs)

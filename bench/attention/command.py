@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench attention`: attention with a trained position bias, forward and training, against every peer.
 
-Each cell is checked against float64 before it is timed. Every speed is quoted next to one measured in the same rounds:
-`x eager`, the share of each limit, which is scaled_dot_product_attention without any bias, and what training the table
-costs: `trained / frozen`. With `--memory` the peak memory of training over the length is measured instead, and with it
-the longest sequence that fits; with `--errors` the distances from float64 are printed, and nothing is timed.
+Each cell is checked against float64 before it is timed. Speeds are ratios to calls timed in the same rounds: `x eager`;
+the share of each limit, which is scaled_dot_product_attention without any bias; and `trained / frozen`, the cost of the
+table's gradient. `--memory` instead measures the peak memory of training over the length, and the longest sequence that
+fits. `--errors` instead prints distances from float64, without times.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from .shapes import CELLS, MASKS, Shape
 
 DEFAULT_SEQS = {"cpu": (512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 ERROR_SEQS = (512, 2048, 4096)
-TOKENS = 16384  # on a GPU: with 16 heads 2,048 blocks of 128 queries, 15 for each multiprocessor of an H100
+TOKENS = 16384  # on a GPU: with 16 heads, 2,048 blocks of 128 queries, 15 for each multiprocessor of an H100
 LONGEST = {"cpu": 16384, "cuda": 2**18}
 DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled eager")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes of a run have in common, and what varies over them."""
+    """What the shapes of a run share, and the masks that they vary over."""
 
-    batch: int | None  # or so many entries that they have `tokens` together
+    batch: int | None  # None: as many entries as make `tokens` together
     tokens: int | None
     heads: int
     head_dim: int
@@ -42,20 +42,20 @@ class Sizes:
     queries: int | None
 
     def shape(self, dtype, n, mask):
-        """The Shape of these."""
+        """The Shape of this dtype, length and mask."""
         batch = self.batch or max(1, self.tokens // n)
         window = self.window if mask == "window" else None
         return Shape(dtype, batch, self.heads, n, self.head_dim, mask, self.queries, window)
 
     def words(self):
-        """For the report."""
+        """The sizes in words, for the report."""
         batch = f"batch {self.batch}" if self.batch else f"batch {self.tokens} / seq"
         queries = f", {self.queries} queries" if self.queries else ""
         return f"{batch}, {self.heads} heads, head_dim {self.head_dim}{queries}"
 
 
 def _with_preset(common, sizes, cell):
-    """Put what the cell says where no option says something else."""
+    """Take the cell's values where no option is given."""
     for name, value in CELLS[cell].items():
         if name in common.asked or (name == "batch" and "tokens" in common.asked):
             continue
@@ -66,7 +66,7 @@ def _with_preset(common, sizes, cell):
 
 
 def _chosen_peers(common, is_memory):
-    """Without what compiles for long at each length, where every second counts."""
+    """--smoke, and --memory on a GPU, leave out the peers that compile for long at each length."""
     if "peers" in common.asked or not (common.smoke or (is_memory and common.device == "cuda")):
         return common.peers
     return [name for name in common.peers if name not in COMPILED_LONG]
@@ -77,26 +77,25 @@ def _chosen_peers(common, is_memory):
                 "512, 1024 on a CPU, 2048 to 16384 on a GPU; 512, 2048, 4096 with --errors")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), help="Default: 1 on a CPU, by --tokens on a GPU.")
 @click.option("--tokens", type=click.IntRange(1),
-              help=f"Instead of --batch: of its sequences together; default: {TOKENS} on a GPU.")  # fmt: skip
+              help=f"Instead of --batch: tokens of the whole batch; default: {TOKENS} on a GPU.")  # fmt: skip
 @click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
 @click.option("--mask", "masks", multiple=True, type=click.Choice(MASKS), default=("causal",), show_default=True)
 @click.option("--window", type=click.IntRange(0), default=128, show_default=True,
               help="Keys on either side of a query, for --mask window.")  # fmt: skip
 @click.option("--queries", type=click.IntRange(1),
-              help="Only the last so many positions, against all keys, as in decoding; forward only.")  # fmt: skip
+              help="Only this many last positions, against all keys, as in decoding; forward only.")  # fmt: skip
 @click.option("--cell", type=click.Choice(list(CELLS)),
               help="B600 L4600 H8 D16, 128 on both sides, as published; or one query, 4k to 64k keys.")  # fmt: skip
-@click.option("--errors", is_flag=True, help="Instead: distances from float64 as numbers, float32 unless asked.")
+@click.option("--errors", is_flag=True, help="Instead: print distances from float64; default dtype: fp32.")
 @click.option("--memory", "budgets", multiple=True, type=click.IntRange(1), metavar="MIB",
               help="Instead: peak memory of training over the length, up to this much beyond the inputs.")  # fmt: skip
 @click.option("--longest", type=click.IntRange(1),
-              help="With --memory: where to stop all the same; default: 16384, 262144 on a GPU.")  # fmt: skip
+              help="With --memory: the longest length to try; default: 16384, 262144 on a GPU.")  # fmt: skip
 def attention(common, cell, errors, budgets, longest, **sizes):
-    """Attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
+    """Time attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
 
-    On a GPU backend "torch", which serves it too, is measured only if a --backend asks for it. "compiled eager" is
-    measured only if a --peer asks for it; --smoke, and --memory on a GPU, leave FlexAttention out as well, unless a
-    --peer asks for it: they compile for long.
+    On a GPU, backend "torch" is measured only if --backend names it. Some peers compile for long: "compiled eager" is
+    measured only if --peer names it, and so is FlexAttention with --smoke, or with --memory on a GPU.
     """
     if cell:
         _with_preset(common, sizes, cell)
@@ -124,13 +123,13 @@ def attention(common, cell, errors, budgets, longest, **sizes):
 
 
 def _refuse(common, sizes, errors, budgets):
-    """Options that contradict each other."""
+    """Raise UsageError if options contradict each other."""
     if budgets and "seqs" in common.asked:
-        raise click.UsageError("--memory doubles the length by itself, up to --longest: it takes no --seq")
+        raise click.UsageError("--memory doubles the length itself, up to --longest: it takes no --seq")
     if budgets and sizes["queries"]:
-        raise click.UsageError("--memory is about training, --queries about decoding: they do not go together")
+        raise click.UsageError("--memory trains, --queries decodes: give one of them")
     if budgets and errors:
-        raise click.UsageError("--memory and --errors are two things to do: ask for one of them")
+        raise click.UsageError("--memory and --errors exclude each other: give one of them")
     if sizes["batch"] and sizes["tokens"]:
         raise click.UsageError(f"give --batch {sizes['batch']} or --tokens {sizes['tokens']}, not both")
     if sizes["queries"] and common.seqs and sizes["queries"] > min(common.seqs):

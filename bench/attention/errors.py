@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench attention --errors`: how far the results are from float64, as numbers; nothing is timed."""
+"""`python -m bench attention --errors`: print how far the results are from float64; time nothing."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ from ..report_errors import errors_table
 
 
 def _errors(cells, provider):
-    """{"errors": {name: max|result - exact|}, "largest": {name: max|exact|}, "wrong": …} of a provider."""
+    """{"errors": {name: max|result - exact|}, "largest": {name: max|exact|}, "wrong": …} of one provider."""
     found, record = {}, {"errors": {}, "largest": {}, "wrong": None}
     for direction in cells.DIRECTIONS:
         if cells.serves(direction, provider):
@@ -29,7 +29,7 @@ def _errors(cells, provider):
 
 
 def measure_errors(make, shapes, found, result, common):
-    """A record for each shape and provider; exits with 1 if one is beyond its budget."""
+    """Measure and print a record for each shape and provider; exit with 1 if one exceeds its budget."""
     records, result["kind"] = [], "errors"
     lines = Lines(common.lines)
     lines.start(result)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Attention without any bias, by the kernels that come with torch: the limit of `python -m bench attention`.
+"""Attention without any bias, by torch's own kernels: the limit of `python -m bench attention`.
 
-On a GPU FlashAttention-2 and cuDNN, the faster of the two on Hopper for a head_dim of 64 or 128; the EFFICIENT kernel
-for float32, which the other two do not take. Of the padded mask they see the causal part only: SDPA's fused kernels
-take no key mask, or no causality beside it.
+On a GPU these are FlashAttention-2 and cuDNN; on Hopper cuDNN is faster for a head_dim of 64 or 128. Neither takes
+float32: there the EFFICIENT kernel is the limit. For mask "padded" the limits apply causality alone: SDPA's fused
+kernels take no key mask, or no causality beside it.
 """
 
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from dpb_triton.reference import distance
 
 
 def _flash_window(query, key, value, window):
-    """FlashAttention-2 with its window, which scaled_dot_product_attention does not offer; differentiable."""
+    """FlashAttention-2 with its window, differentiable; scaled_dot_product_attention offers no window."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False,
@@ -28,13 +28,13 @@ def _flash_window(query, key, value, window):
 
 
 def _mask(query, key, seen):
-    """(i, j) bool, what SDPA needs where it has no word for it."""
+    """(i, j) bool, for what SDPA has no option."""
     i, j = query.shape[2], key.shape[2]
     return seen.is_seen(distance(i, j, j - i, query.device))
 
 
 def without_bias(query, key, value, table, seen, backend=None):
-    """scaled_dot_product_attention by the kernel `backend`, an SDPBackend, or None for SDPA's own choice."""
+    """scaled_dot_product_attention by the kernel `backend`, an SDPBackend; None: SDPA chooses."""
     if seen.window is not None and backend is SDPBackend.FLASH_ATTENTION:
         return _flash_window(query, key, value, seen.window)
     mask, is_causal = None, seen.is_causal
@@ -42,7 +42,7 @@ def without_bias(query, key, value, table, seen, backend=None):
         if backend is SDPBackend.CUDNN_ATTENTION:
             raise NotImplementedError("scaled_dot_product_attention has no window")
         mask = _mask(query, key, seen)
-    elif is_causal and query.shape[2] != key.shape[2]:  # is_causal would count from the first query
+    elif is_causal and query.shape[2] != key.shape[2]:  # is_causal aligns the first query with the first key
         is_flash = backend is SDPBackend.FLASH_ATTENTION
         mask = causal_lower_right(query.shape[2], key.shape[2]) if is_flash else _mask(query, key, seen)
         is_causal = False
@@ -56,7 +56,7 @@ EFFICIENT = partial(without_bias, backend=SDPBackend.EFFICIENT_ATTENTION)
 
 
 def limits_of(device, dtype):
-    """{name: attend} of the limits there."""
+    """{name: attend} of the limits on this device."""
     if device == "cpu":
         return {"no bias": without_bias}
     if dtype == "fp32":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of training over the length, doubled until it is too much.
+"""Peak memory of training over the length, which doubles until the memory exceeds the budget.
 
-On a GPU torch counts what it allocates and survives an allocation that fails, so every try is made here. On a CPU every
-try is a process of its own, which may fail or be killed:
+On a GPU, torch counts what it allocates and survives a failed allocation, so each try runs in this process. On a CPU
+each try is a child process, which may fail or be killed:
 
     parent                                  child: python -m bench.attention.memory JOB
                                             a tiny training run (libraries load), then the inputs; "ready"
@@ -10,8 +10,8 @@ try is a process of its own, which may fail or be killed:
                                             forward and backward; "done"
     reads the child's VmHWM          ->     exits
 
-The parent reads what the kernel counts, from outside; a limit on the child's data makes an allocation beyond the budget
-fail in the child, instead of somewhere else on the machine.
+The parent reads the kernel's counts from outside. A limit on the child's data makes an allocation beyond the budget
+fail in the child, and not somewhere else on the machine.
 """
 
 import json
@@ -37,17 +37,17 @@ from .providers import limit_providers, providers, training
 from .shapes import Shape, inputs, seen_of
 
 SHORTEST = 256
-# A GPU begins about where eager ends. On paper a step of 262,144 tokens, 16 heads of 64 and causal is 4.9e14 FLOP, 2.5
-# seconds at 200 TFLOP/s, and all lengths before it take a third of that.
+# On a GPU the first length is about eager's last. On paper, a causal step of 262,144 tokens and 16 heads of 64 is
+# 4.9e14 FLOP: 2.5 seconds at 200 TFLOP/s. All shorter lengths together take a third of that.
 FIRST = {"cpu": SHORTEST, "cuda": 16384}
 OUT_OF_MEMORY = ("killed", "can't allocate memory", "OutOfMemory", "MemoryError", "bad_alloc")
-SECONDS = 600  # a try on a CPU
-SECONDS_GPU = 60  # a try that would take longer, four times the one before it, is not begun
-SLACK = 512  # MiB above the budget that a child may ask for, touched or not
+SECONDS = 600  # the limit of a try on a CPU
+SECONDS_GPU = 60  # a longer try is not begun; each takes four times as long as the one before
+SLACK = 512  # MiB beyond the budget that a child may allocate, touched or not
 
 
 def _peak_here(shape, provider):
-    """{"peak_mib", "seconds", "stopped"} of one training step on the GPU; "stopped" says why there is none."""
+    """{"peak_mib", "seconds", "stopped"} of one training step on the GPU; "stopped" says why it failed."""
     record = {"peak_mib": None, "seconds": None, "stopped": None}
     try:
         tensors, seen = inputs(shape, "cuda"), seen_of(shape, shape.batch, "cuda")
@@ -81,13 +81,13 @@ def _child(job):
 
 
 def _found_again(name, backend, dtype):
-    """The provider of that name on a CPU."""
+    """The provider of this name on a CPU."""
     found, _ = providers("cpu", [name], [backend] if backend else [])
     return next(provider for provider in (*found, *limit_providers("cpu", dtype)) if provider.name == name)
 
 
 def _answer(child):
-    """Wait for the child's next line that is ours; RuntimeError with its reason if it fails instead."""
+    """Wait for the child's "ready" or "done"; RuntimeError with the reason if it fails."""
     for line in child.stdout:
         words = line.split(maxsplit=1)
         if words and words[0] in ("ready", "done"):
@@ -98,7 +98,7 @@ def _answer(child):
 
 
 def peak_of_child(job, seconds=SECONDS):
-    """{"peak_mib", "seconds", "stopped"} of one training step in a child process; "stopped" says why there is none."""
+    """{"peak_mib", "seconds", "stopped"} of one training step in a child process; "stopped" says why it failed."""
     command = [sys.executable, "-m", "bench.attention.memory", json.dumps(job)]
     record = {"peak_mib": None, "seconds": None, "stopped": None}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -132,7 +132,7 @@ def _peak(shape, provider, budget, device):
 
 
 def _tries(shape_of, provider, budget, longest, common):
-    """(n, record) of one length after the other: doubled while it fits, halved until one does."""
+    """Yield (n, record): double n while training fits, or halve it until one fits."""
     n, fits = min(FIRST[common.device], longest), {}
     if common.device == "cuda":
         _peak_here(shape_of(n=1024), provider)  # kernels compile, libraries load
@@ -154,7 +154,7 @@ def _is_time_for(seconds, common):
 
 
 def measure_memory(shape_of, pairs, found, budgets, longest, result, common):
-    """The peak of every provider over the length, until it needs more than the largest budget; report.
+    """Measure each provider's peak over the length, up to the largest budget, and print the table.
 
     shape_of: (dtype, n, mask) -> Shape; pairs: [(dtype, mask)].
     """

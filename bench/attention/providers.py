@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Who computes attention with a position bias from a table: eager, SDPA, FlexAttention, and this library's backends.
+"""The providers of attention with a position bias from a table: eager, SDPA, FlexAttention, this library's backends.
 
 `attend(query, key, value, table, seen) -> out`: query and out (batch, heads, i, head_dim), key and value (batch, heads,
-j, head_dim), table (heads, j) float32. Peers that materialise the bias use our `expand_bias` (`python -m bench expand`
-measures eager's own gather), and get causality and the window for free, as -inf in the table.
+j, head_dim), table (heads, j) float32. Peers that materialise the bias use our `expand_bias`; `python -m bench expand`
+measures eager's own gather. Causality and the window cost them nothing: they are -inf in the table.
 """
 
 from contextlib import nullcontext
@@ -29,11 +29,11 @@ class Provider:
     directions: tuple = ("forward", "training")
     trains_table: bool = True
     backend: str | None = None  # of this library
-    frozen: str | None = None  # the provider that does the same without the table's gradient
+    frozen: str | None = None  # the provider that does the same without the table's gradient, by name
 
 
 def _bias(query, key, table, seen, dtype):
-    """(heads, i, j), contiguous; -inf where causality or the window hides a key."""
+    """(heads, i, j), contiguous; -inf where causality or the window hides the key."""
     i, j = query.shape[2], key.shape[2]
     if seen.window is not None:
         signed = torch.cat((table.flip(1)[:, :-1], table), 1)  # by x - y + j - 1
@@ -45,7 +45,7 @@ def _bias(query, key, table, seen, dtype):
 
 
 def eager(query, key, value, table, seen):
-    """Products in the inputs' dtype, logits and softmax in float32: `dpb_triton.reference.attention`, but faster."""
+    """`dpb_triton.reference.attention`, but faster: products in the inputs' dtype, logits and softmax in float32."""
     s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(query, key, table, seen, table.dtype)
     if seen.padding is not None:
         s = s.masked_fill(seen.padding[:, None, None], -torch.inf)
@@ -58,12 +58,12 @@ def _compiled_eager():
 
 
 def compiled_eager(query, key, value, table, seen):
-    """torch.compile of eager, once a shape."""
+    """Eager through torch.compile, compiled once for each shape."""
     return _compiled_eager()(query, key, value, table, seen)
 
 
 def sdpa_with_bias(query, key, value, table, seen):
-    """On CUDA the EFFICIENT kernel, the only one that returns the bias's gradient; it wants query's dtype."""
+    """On CUDA by the EFFICIENT kernel: only it returns the bias's gradient. The bias must have query's dtype."""
     bias = _bias(query, key, table, seen, query.dtype)[None]
     if seen.padding is not None:
         bias = bias.masked_fill(seen.padding[:, None, None], -torch.inf)
@@ -76,8 +76,8 @@ def _compiled_flex():
     import torch._dynamo.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 1000  # one graph a shape
-    # without fullgraph a call that fails once makes all later ones run uncompiled, silently
+    torch._dynamo.config.recompile_limit = 1000  # one graph for each shape
+    # without fullgraph, one failed call silently makes all later calls run uncompiled
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -89,7 +89,7 @@ def _uncompiled_flex(query, key, value):
 
 @lru_cache(maxsize=2)
 def _blocks(seen, i, j, device):
-    """The block mask, made once a shape; None where every key is seen."""
+    """The block mask, made once for each shape; None if every key is seen."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if not seen.is_causal and seen.window is None:
@@ -103,12 +103,12 @@ def _blocks(seen, i, j, device):
     return create_block_mask(is_seen, batch, None, i, j, device=device)
 
 
-# In its own blocks for Hopper (128 x 128, 3 stages) the table's elements take so much shared memory that nothing fits.
+# With FlexAttention's own blocks for Hopper (128 x 128, 3 stages) the table's elements do not fit in shared memory.
 _FLEX_OPTIONS = [{}, {"fwd_BLOCK_N": 64}]
 
 
 def _call_flex(*args, **options):
-    """Compiled FlexAttention with the first of _FLEX_OPTIONS that compiles; what does not is not tried again."""
+    """Compiled FlexAttention with the first of _FLEX_OPTIONS that compiles; drops the others before it."""
     while True:
         try:
             return _compiled_flex()(*args, **options, kernel_options=_FLEX_OPTIONS[0])
@@ -119,7 +119,7 @@ def _call_flex(*args, **options):
 
 
 def flex(query, key, value, table, seen):
-    """FlexAttention, compiled, the 1-D table captured by its score_mod."""
+    """Compiled FlexAttention; its score_mod captures the 1-D table."""
     i, j = query.shape[2], key.shape[2]
     offset = j - i
 
@@ -130,7 +130,7 @@ def flex(query, key, value, table, seen):
     try:
         return _call_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
     except torch._dynamo.exc.Unsupported:
-        _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # says why, if it refuses too
+        _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # raises with the reason
         raise
 
 
@@ -143,7 +143,7 @@ PEERS = {
         Provider("compiled eager", compiled_eager),
         SDPA,
         Provider("flex fixed table", flex, trains_table=False),
-        # its forward is the other's
+        # its forward is that of the fixed table
         Provider("flex trained table", flex, directions=("training",), frozen="flex fixed table"),
     )
 }
@@ -155,7 +155,7 @@ def _ours(query, key, value, table, seen, backend):
 
 
 def providers(device, peers, backends):
-    """The providers that can run here, and why the others cannot: ([Provider], {name: reason})."""
+    """([Provider] that can run here, {name: reason} of the others)."""
     absent = {backend: reason for backend in backends if (reason := why_not_measured(backend, device))}
     found = [PEERS[name] for name in PEERS if name in peers]
     for backend in backends:
@@ -174,13 +174,13 @@ def limit_providers(device, dtype):
 
 
 def forward(provider, query, key, value, table, dout, seen):
-    """The output, without autograd, as in inference: FlexAttention looks at requires_grad even under no_grad."""
+    """The output without autograd, as in inference. FlexAttention reads requires_grad even under no_grad."""
     with torch.no_grad():
         return provider.attend(query.detach(), key.detach(), value.detach(), table.detach(), seen)
 
 
 def training(provider, query, key, value, table, dout, seen):
-    """dq, dk, dv and, where the provider trains the table, dtable."""
+    """dq, dk, dv and, if the provider trains the table, dtable."""
     table = table if provider.trains_table else table.detach()
     wanted = (query, key, value, *([table] if provider.trains_table else []))
     return torch.autograd.grad(provider.attend(query, key, value, table, seen), wanted, dout)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the attention bench measures: shapes, which keys a query sees, and the tensors of a shape.
+"""The shapes of the attention bench, which keys a query sees, and the tensors of a shape.
 
-causal    key y <= query x; the last query sees the last key, whether or not there are as many of both
+causal    key y <= query x; the last query sees the last key, whatever their numbers
 full      every key
-window    `window` keys on either side of the query, and its own
-padded    causal, and the sequences of the batch end at random lengths: nobody sees the keys after that
+window    `window` keys on either side of the query, and its own key
+padded    causal, and each sequence of the batch ends at a random length: no query sees the keys after it
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ import torch
 from ..options import DTYPES
 
 MASKS = ("causal", "full", "window", "padded")
-# What --cell stands for; an option that is given too replaces its part.
+# The options that --cell stands for. An option on the command line replaces its part.
 CELLS = {
-    # flash-bias-attn published it for a GH200: forward 64.4 ms, backward 97.3 with a frozen table and 193.5 with a
-    # trained one; its own Triton version 749 a step, FlexAttention with a trained table 9,386
+    # flash-bias-attn published for a GH200: forward 64.4 ms, backward 97.3 ms with a frozen table and 193.5 ms with a
+    # trained one; 749 ms a step for its Triton version, 9,386 ms for FlexAttention with a trained table
     "window": {"dtypes": ("bf16",), "batch": 600, "heads": 8, "head_dim": 16, "seqs": (4600,), "masks": ("window",),
                "window": 128},
     "decode": {"dtypes": ("bf16",), "batch": 16, "heads": 32, "head_dim": 128, "queries": 1, "masks": ("full",),
@@ -35,8 +35,8 @@ class Shape:
     n: int  # keys
     head_dim: int
     mask: str
-    queries: int | None = None  # the last ones of the n positions; None: n
-    window: int | None = None  # on either side, of mask "window"
+    queries: int | None = None  # this many last ones of the n positions; None: n
+    window: int | None = None  # keys on either side, for mask "window"
 
     @property
     def i(self):
@@ -44,7 +44,7 @@ class Shape:
         return self.queries or self.n
 
     def pairs(self, distinct):
-        """Pairs of a query and a key that it sees, of the whole batch."""
+        """Pairs of a query and a key that it sees, in the whole batch."""
         i, n = self.i, self.n
         first = n - i  # position of the first query
         if self.mask == "full":
@@ -61,14 +61,14 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Which keys a query sees, by the names that `bias_attention` has for it."""
+    """Which keys a query sees."""
 
     is_causal: bool = False
     window: int | None = None
-    padding: torch.Tensor | None = None  # (batch, n) bool, True for a key that nobody sees
+    padding: torch.Tensor | None = None  # (batch, n) bool, True for a key that no query sees
 
     def options(self, entries=slice(None)):
-        """Arguments of `bias_attention` and of `reference.attention` for these entries of the batch."""
+        """The arguments of `bias_attention` and `reference.attention` for these entries of the batch."""
         return {
             "is_causal": self.is_causal,
             "window": None if self.window is None else (self.window, self.window),
@@ -76,14 +76,14 @@ class Seen:
         }
 
     def is_seen(self, distance):
-        """Bool tensor like `distance`, the signed x - y of pairs; the padding is left out."""
+        """Bool tensor like `distance`, which is the signed x - y of pairs. Ignores the padding."""
         if self.window is not None:
             return distance.abs() <= self.window
         return distance >= 0 if self.is_causal else torch.ones_like(distance, dtype=torch.bool)
 
 
 def lengths(shape, distinct):
-    """Of the sequences of mask "padded", a number for each distinct entry: from half of n to n."""
+    """The lengths of the sequences with mask "padded", one for each distinct entry: from half of n to n."""
     generator = torch.Generator().manual_seed(shape.n)
     return torch.randint((shape.n + 1) // 2, shape.n + 1, (distinct,), generator=generator).tolist()
 
@@ -100,7 +100,7 @@ def seen_of(shape, distinct, device):
 def inputs(shape, device, distinct=None):
     """query, key, value, table and the gradient of the output.
 
-    The batch repeats its first `distinct` entries, all of them unless given: so few need a reference, and all are
+    The batch repeats its first `distinct` entries (default: all). Only these need a reference, and the whole batch is
     checked against it.
     """
     torch.manual_seed(shape.n)

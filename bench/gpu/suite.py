@@ -58,6 +58,7 @@ LEFT_OUT = {  # by pattern
     "test_interpreter.py": OWN_PROCESSES,
     "test_layers.py": OWN_PROCESSES,
     "multihead/test_bad_input.py": BEFORE,
+    "test_makefile.py": OWN_PROCESSES,
     "test_operators_seen.py": OWN_PROCESSES,
     "module/test_plot.py": NO_KERNEL,
     "test_docs.py": OWN_PROCESSES,

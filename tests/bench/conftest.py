@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benches run in the process of the tests, whose memory is full of other things."""
+"""The benches run in the process of the tests, which holds many other objects."""
 
 import gc
 
@@ -8,6 +8,6 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """A bench collects garbage before it takes a peak; half a second each time if it looked at all that is there."""
+    """A bench collects garbage before it measures a peak. Looking at all objects would take half a second each time."""
     gc.collect()
     gc.freeze()

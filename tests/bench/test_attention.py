@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The attention bench: what it checks, what it leaves out and why, what it says of memory."""
+"""The attention bench: what it checks, what it leaves out and why, and how it measures memory."""
 
 import json
 import shutil
@@ -38,14 +38,14 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "r.json").read_text())
     seen = {(record["mask"], record["direction"], record["provider"]) for record in result["records"]}
-    names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # no FlexAttention in a smoke run
+    names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # a smoke run leaves FlexAttention out
     expected = {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
     assert seen == expected | {(mask, "training", "dpb torch frozen") for mask in ("causal", "full")}
     for record in result["records"]:
         assert record["wrong"] is None
         assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
         assert record["of_limit"]["no bias"] > 0
-        assert "tflop_s" not in record  # of a GPU only
+        assert "tflop_s" not in record  # on a GPU only
     assert tables(result).strip() in done.output
     assert "absent: triton: " in done.output
     assert (tmp_path / "r.png").stat().st_size > 10_000
@@ -73,7 +73,7 @@ NO_BIAS, *_ = limit_providers("cpu", "fp32")
 def test_every_provider_computes_the_definition(provider, shape, monkeypatch):
     *tensors, dout = inputs(shape, "cpu")
     seen = _seen(shape)
-    # without their compiler, which takes long
+    # without torch.compile, which takes long
     monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: flex_attention)
     monkeypatch.setattr(attention_providers, "_compiled_eager", lambda: EAGER.attend)
     out = forward(provider, *tensors, dout, seen)
@@ -96,7 +96,7 @@ def test_every_provider_computes_the_definition(provider, shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", MASKED, ids=lambda shape: f"{shape.mask}-{shape.i}")
-def test_pairs_are_those_that_are_seen(shape):
+def test_pairs_counts_the_visible_pairs(shape):
     seen = _seen(shape)
     visible = seen.is_seen(reference.distance(shape.i, shape.n, shape.n - shape.i))
     visible = visible.expand(shape.batch, -1, -1)
@@ -105,8 +105,8 @@ def test_pairs_are_those_that_are_seen(shape):
     assert shape.pairs(shape.batch) == shape.heads * visible.sum()
 
 
-def test_a_batch_of_copies_is_checked_in_whole(monkeypatch):
-    """Two entries have a reference, six are measured; an error in the last of them shows, as does one of the table."""
+def test_a_batch_of_copies_is_checked_whole(monkeypatch):
+    """Two entries have a reference, six are measured. An error in the last one shows, and so does one in the table."""
     shape = replace(SHAPE, batch=6, mask="padded")
     monkeypatch.setitem(attention_cells.CHECK_PAIRS, "cpu", 2 * shape.heads * shape.n**2)
     cells = attention_cells.Cells(shape, "cpu")
@@ -129,7 +129,7 @@ def test_a_batch_of_copies_is_checked_in_whole(monkeypatch):
     assert "out off by nan" in cells.wrong("forward", nan)
 
 
-def test_the_check_in_parts_is_the_check_in_one(monkeypatch):
+def test_a_check_by_rows_equals_the_whole_check(monkeypatch):
     monkeypatch.setitem(attention_cells.CHECK_BYTES, "cpu", 5 * SHAPE.batch * SHAPE.heads * SHAPE.n * 8)  # 5 rows
     cells = attention_cells.Cells(SHAPE, "cpu")
     *tensors, dout = (tensor.detach().double() for tensor in cells.inputs)
@@ -167,7 +167,7 @@ WRONG = [
 ]
 
 
-def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
+def test_a_wrong_provider_fails_but_is_timed(monkeypatch):
     monkeypatch.setattr(bench_attention, "providers", lambda *_: ([EAGER, *WRONG], {}))
     done = CliRunner().invoke(cli, QUICK)
     assert done.exit_code == 1
@@ -181,7 +181,7 @@ def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
     assert "absent: refuses, training: not on this device" in done.output
 
 
-def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu(monkeypatch):
+def test_flex_attention_itself_says_why_it_does_not_train_on_a_cpu(monkeypatch):
     def hides_the_reason(*_, **__):
         raise torch._dynamo.exc.Unsupported("Observed exception")
 
@@ -193,7 +193,7 @@ def test_flex_attention_says_itself_why_it_does_not_train_on_a_cpu(monkeypatch):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_flex_attention_stays_compiled_after_a_refusal():
-    """Dynamo may run a function uncompiled once it failed, and eager would then be measured as FlexAttention."""
+    """After a failure Dynamo may run a function uncompiled: the bench would time eager as FlexAttention."""
     *tensors, dout = inputs(SHAPE, "cpu")
     provider = PEERS["flex fixed table"]
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
@@ -217,7 +217,7 @@ def test_a_child_is_measured_from_outside():
     assert record["seconds"] > 0
 
 
-def test_a_child_that_fails_harms_nobody():
+def test_a_failed_child_does_not_stop_the_parent():
     assert _peak("eager", 16384, budget=64) == {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
     assert _peak("eager", 16384, seconds=0.5)["stopped"] == "over 0.5 s"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The bench measures what is right, says FAIL of what is wrong, and writes what it prints."""
+"""The bench times right results, prints FAIL for wrong ones, and writes what it prints."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert "no CUDA graph: fp32 33 forward eager: operation not permitted" in times_table(result)
 
 
-def test_lines_come_as_the_run_goes_and_hold_what_the_json_holds(tmp_path):
+def test_lines_are_written_during_the_run_and_match_the_json(tmp_path):
     path = tmp_path / "r.jsonl"
     for _ in range(2):
         done = CliRunner().invoke(cli, [*QUICK, "--lines", str(path), "--json", str(tmp_path / "r.json")])
@@ -56,7 +56,7 @@ def test_lines_come_as_the_run_goes_and_hold_what_the_json_holds(tmp_path):
     assert times_table(last) == times_table(json.loads((tmp_path / "r.json").read_text()))
 
 
-def test_lines_of_a_run_that_was_killed_are_read(tmp_path):
+def test_lines_of_a_killed_run_can_be_read(tmp_path):
     path = tmp_path / "r.jsonl"
     Lines(path).write("start", bench="expand", environment={})
     Lines(path).write("absent", name="cuda", reason="no GPU")
@@ -72,7 +72,7 @@ def test_lines_of_a_run_that_was_killed_are_read(tmp_path):
         read_lines(path)
 
 
-def test_a_wrong_provider_fails_and_is_timed_all_the_same(monkeypatch):
+def test_a_wrong_provider_fails_but_is_timed(monkeypatch):
     wrong = Provider(
         "dpb wrong", lambda table, n: EAGER.expand(table, n) * 1.001, lambda module, n: module(n, n) * 2, "torch"
     )
@@ -111,7 +111,7 @@ def test_ratios_are_the_median_of_pairs():
     assert times["a"].ratio(times["b"]) > 1
 
 
-def test_peak_memory_is_the_calls_own():
+def test_peak_memory_is_that_of_the_call():
     def call():
         aside = torch.ones(64 * 2**18)  # 64 MiB
         return aside.sum()

@@ -110,18 +110,20 @@ cuda-build-test: $(CUDA_READY)  ## build and test the wheel with a CUDA build of
 		tests/expand/test_expand.py tests/expand/test_properties.py tests/expand/test_reduce.py \
 		tests/module/test_module.py tests/multihead tests/csrc
 
+# looked up when a recipe runs, after the set-up
+CLANG_FORMAT = $(firstword $(wildcard $(dir $(PYTHON))clang-format) clang-format)
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp)
 
 lint: $(READY)  ## ruff, clang-format and mypy, as pinned
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(dir $(PYTHON))clang-format --dry-run --Werror $(CSRC)
+	$(CLANG_FORMAT) --dry-run --Werror $(CSRC)
 
 format: $(READY)  ## let ruff and clang-format rewrite the files
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(dir $(PYTHON))clang-format -i $(CSRC)
+	$(CLANG_FORMAT) -i $(CSRC)
 
 gpu:  ## run all that needs a GPU, with the torch that is installed here
 	$(or $(PY),python3) -m bench gpu

@@ -146,9 +146,7 @@ def _check_local(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be this rank's own Tensor, got a DTensor (pass {name}.to_local())")
 
 
-def _check_lengths(
-    lengths: Lengths | None, mesh: "DeviceMesh", group: Any, query: Tensor
-) -> list[int]:
+def _check_lengths(lengths: Lengths | None, mesh: "DeviceMesh", group: Any, query: Tensor) -> list[int]:
     """The number of positions of every rank, ints."""
     size, own = mesh.size(), query.shape[2]
     if lengths is None:

@@ -62,13 +62,14 @@ def _speed(ours, words, peer):
 
 
 def _share(ours):
-    """The share of the fastest limit."""
+    """The speed against the fastest limit."""
     if not ours.get("of_limit"):
         return []
     name, share = min(ours["of_limit"].items(), key=lambda item: item[1])
-    if name.startswith("no bias"):
-        return [f"{1 / share:.1f}x the time of SDPA without any bias"]
-    return [f"{share:.2f} of the limit ({name})"]
+    if not name.startswith("no bias"):
+        return [f"{share:.2f}x the limit ({name})"]
+    kernel = name.removeprefix("no bias").strip()
+    return [f"{share:.2f}x SDPA without any bias" + (f" ({kernel})" if kernel else "")]
 
 
 def _memory(ours, peers):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""torch.jit.trace, and the older ONNX exporter, which traces: sizes are 0-d tensors there, whose use is recorded.
+"""Support for torch.jit.trace and the older ONNX exporter: there a size is a 0-d tensor, and its use is recorded.
 
-A trace is for a process that may not have this library, and for other lengths than those it was made with. So it
-records torch's own operators, those of `reference.py`. Ours would be recorded with their sizes as numbers.
+A trace may run in a process without this library, and with other lengths. So it records the torch operators of
+`reference.py`. Our own operators would be recorded with fixed numbers as their sizes.
 """
 
 import functools
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 @contextmanager
 def unrecorded():
-    """Within it sizes are ints and nothing is recorded."""
+    """A context in which sizes are ints and a trace records nothing."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)
     try:
@@ -29,7 +29,7 @@ def unrecorded():
 
 
 def number(size):
-    """The number that a size is; of a trace's 0-d tensor read without a record, and without torch's warning of that."""
+    """A size as a number. Reading a trace's 0-d tensor is not recorded, and torch does not warn about it."""
     if not isinstance(size, torch.Tensor):
         return size
     with unrecorded():
@@ -37,7 +37,7 @@ def number(size):
 
 
 def largest(a, b):
-    """max(a, b), which a trace records."""
+    """max(a, b). A trace records it."""
     if isinstance(b, torch.Tensor):
         a, b = b, a
     return a.clamp(min=b) if isinstance(a, torch.Tensor) else max(a, b)
@@ -49,12 +49,12 @@ def is_tracing():
 
 
 def is_in_onnx_export():
-    """Whether torch.onnx exports this call; where nothing compiles it is not asked, which takes a microsecond."""
+    """Whether torch.onnx exports this call. Only a compiled call asks, because the question takes a microsecond."""
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def is_recorded():
-    """Whether this call is being recorded, for other numbers than those it sees."""
+    """Whether something records this call and will run it with other numbers."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -69,7 +69,7 @@ def is_capturing(device):
 
 
 def is_size(value):
-    """Whether `value` is a size as a trace has it."""
+    """Whether `value` is a size in a trace: a 0-d tensor."""
     return (
         isinstance(value, torch.Tensor)
         and value.dim() == 0
@@ -79,9 +79,9 @@ def is_size(value):
 
 
 def traced_as(reference: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: a trace records `reference` instead of the function, with the same arguments but `backend`.
+    """A decorator: a trace records `reference` with the same arguments, except `backend`, instead of the function.
 
-    The function runs too, unrecorded, so that its checks see numbers.
+    The function runs too, without a record, so that its checks see numbers.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

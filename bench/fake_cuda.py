@@ -24,6 +24,7 @@ from pathlib import Path
 SHARED_BYTES = 227 * 1024  # at most, per block
 WORDS = 256  # of 8 bytes each, for all parameters of a launch
 MAP = "b1024"  # PTX declares a tensor map as an array of 128 bytes
+POINTER = "p64"
 
 # Attribute numbers, types and errors come from cuda.h.
 SOURCE = r"""
@@ -148,7 +149,7 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
-    types: tuple[str, ...]  # of the parameters, as PTX writes them: u64, u32, f32, …; MAP
+    types: tuple[str, ...]  # of the parameters, as PTX writes them: u64, u32, f32, …; POINTER, MAP
     values: tuple[object, ...]  # numbers and TensorMaps
 
 
@@ -173,8 +174,8 @@ class FakeCuda:
         """Triton's hook after loading a binary: tells the library how long the kernel's parameters are."""
         (ptx,) = (Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
         head = ptx[ptx.index(".entry") :]
-        found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)[^,\[]*(?:\[(\d+)\])?", head[: head.index(")")])
-        types = tuple(f"b{8 * int(length)}" if length else kind for kind, length in found)
+        found = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)( \.ptr)?[^,\[]*(?:\[(\d+)\])?", head[: head.index(")")])
+        types = tuple(f"b{8 * int(length)}" if length else POINTER if ptr else kind for kind, ptr, length in found)
         assert sum(-(-int(kind[1:]) // 64) for kind in types) <= WORDS
         self.functions[function] = name, types
         sizes = bytes(int(kind[1:]) // 8 for kind in types)
@@ -215,7 +216,7 @@ def _value(kind, words):
         parts = rest[:rank], rest[5 : 4 + rank], rest[9 : 9 + rank]
         return TensorMap(address, tuple(packed.to_bytes(8, "little")[:6]), *map(tuple, parts))
     data = words[0].to_bytes(8, "little")
-    codes = {"f32": "f", "f64": "d", "u8": "b", "u16": "h", "u32": "i", "u64": "q"}
+    codes = {"f32": "f", "f64": "d", "u8": "b", "u16": "h", "u32": "i", "u64": "q", POINTER: "q"}
     return struct.unpack_from("<" + codes[kind], data)[0]
 
 

@@ -36,7 +36,8 @@ def read_about(path):
 def unpack(path, folder):
     """Extract all entries into `folder`."""
     with tarfile.open(path) as tar:
-        tar.extractall(folder, filter="data")
+        # Python before 3.11.4 and 3.10.12 has no filters; `write` made the tar
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (Path(folder) / ABOUT).unlink()
 
 

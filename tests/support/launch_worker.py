@@ -45,7 +45,7 @@ from dpb_triton.attention.kernels import forward as attention_forward
 from dpb_triton.launching import launch as launching
 from dpb_triton.launching import replay
 
-PTX = {"*": "u64", "i32": "u32", "i64": "u64", "fp32": "f32"}
+PTX = {"*": fake_cuda.POINTER, "i32": "u32", "i64": "u64", "fp32": "f32"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -244,7 +244,7 @@ def compare(first, second, inputs):
             if kind == fake_cuda.MAP:
                 assert replace(value, address=0) == replace(again, address=0), (one, other)
                 value, again = value.address, again.address
-            if kind in ("u64", fake_cuda.MAP) and value > 2**32 and value not in inputs:
+            if kind in (fake_cuda.POINTER, fake_cuda.MAP) and value not in inputs:
                 assert there.setdefault(value, again) == again and again not in inputs, (one, other)
                 assert value % 16 == again % 16
             else:

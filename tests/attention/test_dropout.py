@@ -66,7 +66,7 @@ def test_mask_of_many_blocks(attention_backend, device):
     Case(options={"dropout_p": 0.3}),
     Case(options={"dropout_p": 0.8, "is_causal": True, "softcap": 2.0}),
     Case(batch=2, heads=2, kv_heads=1, i=33, j=61, dtype=torch.bfloat16, options={"dropout_p": 0.25, "signed": True}),
-    Case(i=70, j=141, options={"dropout_p": 0.5, "window": (60, 20)}),
+    Case(heads=4, kv_heads=2, i=70, j=141, options={"dropout_p": 0.5, "window": (60, 20)}),
     Case(i=5, j=9, table="masked", options={"dropout_p": 0.9}),
     Case(i=41, j=17, options={"dropout_p": 0.3, "offset": -24, "is_causal": True}),
 ])  # fmt: skip

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The one table of README.md, made from the files of measured runs and nothing else."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,13 @@ LIMITS = {
     "limit: no bias": "SDPA",
     "no bias flash": "FlashAttention-2",
 }
+
+
+@functools.cache
+def _records(source):
+    """All records of a file, or of a folder of a GPU's run; several rows share one."""
+    path = RESULTS / source
+    return read(path)[1] if path.is_dir() else json.loads(path.read_text())["records"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,7 @@ class Row:
 
     def records(self):
         """Those of the cell; where one was measured twice the last one counts."""
-        path = RESULTS / self.source
-        records = read(path)[1] if path.is_dir() else json.loads(path.read_text())["records"]
-        for record in records:
+        for record in _records(self.source):
             is_untrained = record.get("provider") == "flex fixed table" and record.get("direction") == "training"
             if self.cell.items() <= record.items() and record.get(self.key) and not is_untrained:
                 yield record

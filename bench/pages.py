@@ -42,7 +42,8 @@ def filled(text):
 def pages():
     """Write the tables of README.md and docs/ anew, from the files they name."""
     for path in PAGES:
-        text = path.read_text()
-        if filled(text) != text:
-            path.write_text(filled(text))
+        before = path.read_text()
+        after = filled(before)
+        if after != before:
+            path.write_text(after)
             click.echo(f"changed: {path.relative_to(ROOT)}")

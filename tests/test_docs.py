@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from quick import slow
 
+for module in ("click", "tabulate", "tqdm"):
+    pytest.importorskip(module, reason="the bench, which fills the pages, needs the extra `bench`")
+
+from bench import pages  # noqa: E402
+from bench.__main__ import cli  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-}
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in pages.PAGES}
 BLOCKS = {name: re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) for name, text in PAGES.items()}
 COMMANDS = list(
     dict.fromkeys(
@@ -84,7 +87,6 @@ def test_commands(command, tmp_path):
         words.insert(1, "--dry-run")
     elif words[0] == "python":
         words[0] = sys.executable
-        pytest.importorskip("click", reason="the bench needs the extra `bench`")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,28 +105,20 @@ def test_targets_that_a_sentence_names_are_there(command):
 )
 def test_the_benches_take_the_words_of_their_commands(command):
     """Parsed, not run. A file that is named is there."""
-    pytest.importorskip("click", reason="the bench needs the extra `bench`")
-    from bench.__main__ import cli
-
     name, *words = shlex.split(command)[3:]
     cli.get_command(None, name).make_context(name, words)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_those_of_the_files(page):
-    pytest.importorskip("tabulate", reason="the tables need the extra `bench`")
-    from bench.pages import filled
-
-    assert filled(PAGES[page]) == PAGES[page], "python -m bench pages writes the tables anew"
+    assert pages.filled(PAGES[page]) == PAGES[page], "python -m bench pages writes the tables anew"
 
 
 def test_tables_are_found():
     """The comparison above compares something."""
-    from bench.pages import MARKED
-
-    assert len(MARKED.findall(PAGES["README.md"])) == 1 and len(MARKED.findall(PAGES["docs/results.md"])) == 6
-    marks = sum(len(re.findall(r"<!-- (?:table|gpu|file|headline)\b", text)) for text in PAGES.values())
-    assert marks == sum(len(MARKED.findall(text)) for text in PAGES.values())
+    found = {page: len(pages.MARKED.findall(text)) for page, text in PAGES.items()}
+    assert found["README.md"] == 1 and found["docs/results.md"] == 6
+    assert found == {page: len(re.findall("<!-- (?!end of )", text)) for page, text in PAGES.items()}
 
 
 def anchors(text):

@@ -18,6 +18,7 @@ CHOSEN = (
     "expand/test_autograd.py",
     "attention/test_attention.py",
     "attention/test_kernels.py",
+    "attention/test_decode_kernel.py",
     "attention/test_varlen.py",
     "attention/test_key_bias.py",
     "attention/test_dropout.py",

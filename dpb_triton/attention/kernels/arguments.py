@@ -63,6 +63,25 @@ class BackwardLayout(NamedTuple):
     rh: int
 
 
+class Outputs(NamedTuple):
+    """Pointers to the outputs that `attention/ops.py` describes."""
+
+    out: object
+    lse: object
+    state: object
+
+
+class OutLayout(NamedTuple):
+    """Strides in elements: batch, head and row of out; batch and head of lse; the two halves of state."""
+
+    ob: int
+    oh: int
+    ox: int
+    lb: int
+    lh: int
+    s: int
+
+
 class Scores(NamedTuple):
     """Factors of a score, log2(e) scale q k^T or log2(e) softcap tanh(scale q k^T / softcap), and of dropout."""
 

@@ -27,9 +27,10 @@ import triton.language as tl
 from ...launching.keys import settle
 from ...launching.launch import cdiv
 from ...launching.replay import empty, repeated
-from .arguments import Inputs, Layout
+from .arguments import Inputs, Layout, OutLayout, Outputs
 from .bias import pad_bias, pad_key_bias
 from .blocks import Tile, blocks_of
+from .decode import is_decoding, launch_decode
 from .launch import (
     bounds_of,
     check_sizes,
@@ -73,25 +74,6 @@ from .tiles import (
     stream_rows,
     visible_blocks,
 )
-
-
-class Outputs(NamedTuple):
-    """Pointers to the outputs that `attention/ops.py` describes."""
-
-    out: object
-    lse: object
-    state: object
-
-
-class OutLayout(NamedTuple):
-    """Strides in elements: batch, head and row of out; batch and head of lse; the two halves of state."""
-
-    ob: int
-    oh: int
-    ox: int
-    lb: int
-    lh: int
-    s: int
 
 
 class Own(NamedTuple):
@@ -257,24 +239,29 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
 
     query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
+    sequences = batch if seqlens is None else seqlens.shape[0]
+    kind = kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p)
+    scores, threshold = scores_of(scale, softcap, dropout_p)
+    outputs, out_layout = Outputs(out, lse, state), OutLayout(*out.stride()[:3], *lse.stride()[:2], state.stride(0))
+    if blocks is None and is_decoding(longest_query, longest_key, dropout_p):
+        counts = longest_query, longest_key, offset, left, right, sequences
+        launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, outputs, out_layout)
+        return out, lse, state
     bias, zero = pad_bias(table, signed, (least, largest))
     key_bias = None if key_bias is None else pad_key_bias(key_bias)
     may_describe = is_describable((key, value), seqlens)
     tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0, may_describe)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
     config = config_of(
-        kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p), tile, IS_DESCRIBED=bool(described),
+        kind, tile, IS_DESCRIBED=bool(described),
         NEEDS_REPAIR=left is not None or right is not None or key_bias is not None,
     )  # fmt: skip
-    sequences = batch if seqlens is None else seqlens.shape[0]
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
     launch_with_repair(
         _forward_kernel, cdiv(longest_query, tile.block_m) * sequences * heads, config, tile,
         (query, *(described or (key, value)), Inputs(bias, key_bias, seqlens, seed)),
-        (Outputs(out, lse, state), Layout(heads, heads // kv_heads, *strides),
-         OutLayout(*out.stride()[:3], *lse.stride()[:2], state.stride(0)),
-         longest_query, longest_key, offset, left or 0, right or 0, zero, bias.shape[1], sequences,
-         *scores_of(scale, softcap, dropout_p)),
+        (outputs, Layout(heads, heads // kv_heads, *strides), out_layout, longest_query, longest_key, offset, left or 0,
+         right or 0, zero, bias.shape[1], sequences, scores, threshold),
     )  # fmt: skip
     return out, lse, state
 

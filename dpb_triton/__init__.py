@@ -14,6 +14,7 @@ The letters mean the same in every file:
 from . import reference
 from .attention.api import bias_attention, bias_attention_varlen
 from .attention.flops import register_with_counter
+from .attention.paged import bias_attention_paged
 from .distributed.context_parallel import context_parallel_attention
 from .expand.api import expand_bias
 from .expand.autograd import ExpandBias, ReduceBias
@@ -28,6 +29,7 @@ __all__ = [
     "MultiheadAttention",
     "ReduceBias",
     "bias_attention",
+    "bias_attention_paged",
     "bias_attention_varlen",
     "context_parallel_attention",
     "expand_bias",

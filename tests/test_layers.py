@@ -29,8 +29,9 @@ ARROWS = """
     tracing
 """
 INSIDE = {
-    "attention": "api key_bias checks autograd flops ops torch_path torch_grid torch_products kernels",
-    "attention/kernels": "forward decode backward dkdv dq dtable prologue launch bias blocks tiles arguments",
+    "attention": "paged api key_bias checks autograd flops ops torch_paged torch_path torch_grid torch_products "
+    "kernels",
+    "attention/kernels": "forward paged decode backward dkdv dq dtable prologue launch bias blocks tiles arguments",
     "distributed": "context_parallel tensor_parallel ring",
     "expand": "api autograd ops torch_path triton_kernels",
     "integrations": "transformers",

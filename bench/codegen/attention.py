@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Launches of the attention kernels on tensors without memory: head_dims, option sets, strides, tiles."""
 
-KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")
+TILED = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel")  # their constants are arguments
+KERNELS = (*TILED, "_decode_kernel")
 
 # Options that people train with, one at a time: the promises hold for these.
 TRAINED = {
@@ -28,6 +29,19 @@ def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
 
     query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
     attention_forward.forward(query, key, value, table, key_bias, *arguments, blocks=(blocks or {}).get("forward"))
+
+
+def launch_paged(dtype, *, head_dim, page, group=8, heads=8, i=1, keys=8192):
+    """Launch attention over a paged cache."""
+    import torch
+
+    from dpb_triton.attention.kernels import paged
+
+    query = _rows(dtype, 4, heads, i, head_dim)
+    key = value = _rows(dtype, 512, heads // group, page, head_dim)
+    table = torch.empty((heads, keys), device="meta")
+    blocks, lengths = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((4, keys // page), (4,)))
+    paged.paged(query, key, value, table, blocks, lengths, False, None, None, head_dim**-0.5, 0.0)
 
 
 def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):

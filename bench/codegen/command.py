@@ -27,6 +27,7 @@ HEADERS = [
     "instruc-\ntions", "in the\nloop", "128-bit", "other", "exp2", "tensor", "waits", "verdict",
 ]  # fmt: skip
 KERNEL_NAMES = tuple(name.removeprefix("_").removesuffix("_kernel") for name in attention.KERNELS)
+TILED_NAMES = KERNEL_NAMES[: len(attention.TILED)]
 
 
 def _accesses(loop):
@@ -72,7 +73,7 @@ def _tiles(context, parameter, words):
     for word in words:
         kernel, _, numbers = word.partition("=")
         tile = tuple(int(number) for number in numbers.split(",") if number.isdecimal())
-        if kernel not in KERNEL_NAMES or len(tile) < 4:
+        if kernel not in TILED_NAMES or len(tile) < 4:
             raise click.BadParameter(f"expected forward|dkdv|dq|dtable=BLOCK_M,BLOCK_N,warps,stages, got {word!r}")
         found[kernel] = *tile[:4], *map(bool, tile[4:5]), *tile[5:]
     return found

@@ -70,6 +70,17 @@ _SHAPES = {
     "one pair": Layout({"i": 1, "j": 1}),
     "huge": Layout({"i": 65536, "j": 65535}),  # strides and sizes beyond 32 bits
 }
+_STEP = {"head_dim": 128, "i": 1, "j": 8192, "is_causal": False}
+_DECODING = {
+    "step d128": Layout(_STEP, is_wide=False, is_common=True),
+    "step d64": Layout(_STEP | {"head_dim": 64}, is_wide=False),
+    "step d80": Layout(_STEP | {"head_dim": 80}, is_wide=False),
+    "step d256": Layout(_STEP | {"head_dim": 256}, is_wide=False),
+    "step gqa": Layout(_STEP | {"group": 8, "j": 8191}, is_wide=False),
+    "step mask": Layout(_STEP | {"group": 8, "has_mask": True}, is_wide=False),
+    "step varlen": Layout(_STEP | {"group": 8, "is_packed": True}, is_wide=False),
+    "chunk": Layout(_STEP | {"i": 8, "group": 8, "is_causal": True, "window": 1000}, is_wide=False),
+}
 OPS = {
     "expand": Op(launch_expand, _SHAPES, {"_expand_kernel": "store"}),
     "reduce": Op(
@@ -84,6 +95,15 @@ OPS = {
     ),
     "attention": Op(attention.launch_forward, {}, {}),
     "attention backward": Op(attention.launch_backward, {}, {}),
+    "paged": Op(
+        attention.launch_paged,
+        {
+            "page 16": Layout({"head_dim": 128, "page": 16}, is_wide=False),
+            "page 256": Layout({"head_dim": 128, "page": 256}, is_wide=False),
+        },
+        {},
+    ),
+    "decode": Op(attention.launch_forward, _DECODING, {}),  # with so few queries, forward takes another kernel
 }
 ATTENTION = ("attention", "attention backward")
 HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96)

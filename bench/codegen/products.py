@@ -8,7 +8,13 @@ import math
 import re
 
 # Matrix products per tile: (over the head's width, over the values' width).
-PRODUCTS = {"_forward_kernel": (1, 1), "_dkdv_kernel": (2, 2), "_dq_kernel": (2, 1), "_dtable_kernel": (1, 1)}
+PRODUCTS = {
+    "_forward_kernel": (1, 1),
+    "_dkdv_kernel": (2, 2),
+    "_dq_kernel": (2, 1),
+    "_dtable_kernel": (1, 1),
+    "_decode_kernel": (1, 1),
+}
 
 _SHAPES = [
     (r"[HQ]GMMA\.(\d+)x(\d+)x(\d+)", 4),  # four warps execute it together
@@ -59,10 +65,10 @@ def scores_a_thread(record):
 def most_exp2(record):
     """The most exp2 that a thread may have in one trip of the main loop: one per score, a second for softcap's tanh.
 
-    Forward also rescales its rows: at worst every warp does so for all rows, with four lanes per row.
+    Forward and decoding also rescale their rows: at worst every warp does so for all rows, with four lanes per row.
     """
     c = record["constants"]
-    rows = c["BLOCK_M"] / 8 if record["kernel"] == "_forward_kernel" else 0
+    rows = c["BLOCK_M"] / 8 if record["kernel"] in ("_forward_kernel", "_decode_kernel") else 0
     return scores_a_thread(record) * (2 if c["HAS_SOFTCAP"] else 1) + rows
 
 

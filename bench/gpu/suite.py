@@ -19,6 +19,7 @@ CHOSEN = (
     "attention/test_attention.py",
     "attention/test_kernels.py",
     "attention/test_decode_kernel.py",
+    "attention/test_paged.py",
     "attention/test_varlen.py",
     "attention/test_key_bias.py",
     "attention/test_dropout.py",

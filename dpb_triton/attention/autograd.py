@@ -62,5 +62,10 @@ class _Gradient(torch.autograd.Function):
         )
 
 
+def _refuse(suffix, *args):
+    raise RuntimeError("attention_paged has no derivative: call it under torch.no_grad()")
+
+
+dispatch.define_autograd("attention_paged", _refuse)
 dispatch.define_autograd("attention_forward", lambda suffix, *args: BiasAttention.apply(*args, suffix, True))
 dispatch.define_autograd("attention_backward", lambda suffix, *args: _Gradient.apply(suffix, *args))

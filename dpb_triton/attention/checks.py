@@ -164,7 +164,6 @@ def check_window(window, is_causal):
 
 def check_heads(query, key, value, layout, enable_gqa):
     """Check ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
-    check_flag("enable_gqa", enable_gqa)
     names = (*layout, "head_dim")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor, names)
@@ -172,8 +171,7 @@ def check_heads(query, key, value, layout, enable_gqa):
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-        if not 1 <= tensor.shape[-1] <= LARGEST_HEAD_DIM:
-            raise ValueError(f"{name} must have a head_dim of 1 to {LARGEST_HEAD_DIM}, got shape {_show(tensor)}")
+        check_width(name, tensor)
     head = layout.index("heads")
     *_, head_dim = query.shape
     heads, kv_heads = query.shape[head], key.shape[head]
@@ -184,6 +182,18 @@ def check_heads(query, key, value, layout, enable_gqa):
     if key.shape != value.shape and key.shape[:-1] != value.shape[:-1]:
         wanted = ", ".join(map(str, (*key.shape[:-1], "value_dim")))
         raise ValueError(f"value must have the shape ({wanted}), as key of shape {_show(key)}, got {_show(value)}")
+    check_shared_heads(heads, kv_heads, enable_gqa)
+
+
+def check_width(name, tensor):
+    """Raise unless the last size is a head_dim that the kernels have."""
+    if not 1 <= tensor.shape[-1] <= LARGEST_HEAD_DIM:
+        raise ValueError(f"{name} must have a head_dim of 1 to {LARGEST_HEAD_DIM}, got shape {_show(tensor)}")
+
+
+def check_shared_heads(heads, kv_heads, enable_gqa):
+    """Raise unless the key heads may serve the query heads."""
+    check_flag("enable_gqa", enable_gqa)
     if heads != kv_heads and not enable_gqa:
         raise ValueError(
             f"key and value must have query's {heads} heads, got {kv_heads} (enable_gqa=True shares them in groups)"
@@ -255,13 +265,13 @@ def check_packed(query, key, table, packing, call):
     cu_q, cu_k, max_q, max_k, offsets = packing
     n, left, right = call.n, call.left, call.right
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        _check_int32(name, cu, query)
+        check_int32(name, cu, query, 1)
         if cu.shape[0] < 1:
             raise ValueError(f"{name} must have sequences + 1 elements, got shape {_show(cu)}")
         if cu.shape[0] != cu_q.shape[0]:
             raise ValueError(f"{name} must have {cu_q.shape[0]} elements as cu_seqlens_q, got shape {_show(cu)}")
     if offsets is not None:
-        _check_int32("offsets", offsets, query)
+        check_int32("offsets", offsets, query, 1)
         if offsets.shape[0] != cu_q.shape[0] - 1:
             raise ValueError(
                 f"offsets must have one element a sequence, {cu_q.shape[0] - 1}, got shape {_show(offsets)}"
@@ -337,14 +347,15 @@ def _check_on_device(query, key, n, packing, seqlens, left, right):
     torch._assert_async((is_empty | ((past < n) & (future < n))).all(), "table is too short for a sequence")
 
 
-def _check_int32(name, value, query):
+def check_int32(name, value, query, dims):
+    """Raise unless `value` is an int32 tensor with `dims` dimensions on query's device."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be an int32 Tensor, got {type(value).__name__}")
     check_strided(name, value)
     if value.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {value.dtype}")
-    if value.dim() != 1:
-        raise ValueError(f"{name} must have 1 dimension, got shape {_show(value)}")
+    if value.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension{'s' * (dims > 1)}, got shape {_show(value)}")
     if value.device != query.device:
         raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
 

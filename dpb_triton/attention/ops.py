@@ -13,12 +13,15 @@ each query the largest score, in units of log2, and the sum of exp2(score - larg
 for large scores it swallows that sum. `is_part`: the keys are only a part of those behind `out`, `state` and `dlse`, as
 in context parallelism, and the gradients are this part's terms of the whole's. Outputs lie in memory as (batch, length,
 heads, head_dim), the layout that the projection after an attention reads.
+
+`attention_paged` has no derivative. Its key and value are pools of pages, (pages, kv_heads, page, head_dim). Sequence b
+has `lengths[b]` keys, in the pages `block_table[b]`, (batch, blocks); its queries are the last ones.
 """
 
 import torch
 
 from .. import dispatch
-from . import torch_path
+from . import torch_paged, torch_path
 
 _OPTIONS = (
     "Tensor? seqlens, Tensor? seed, SymInt longest_query, SymInt longest_key, SymInt offset, bool signed, "
@@ -31,17 +34,27 @@ _BACKWARD = (
     "bool needs_dkv, bool needs_dtable, bool needs_dkey_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, "
     "Tensor dkey_bias)"
 )
+_PAGED = (
+    "(Tensor query, Tensor key, Tensor value, Tensor table, Tensor block_table, Tensor lengths, bool signed, "
+    "SymInt? left, SymInt? right, float scale, float softcap) -> (Tensor out, Tensor lse)"
+)
 BACKENDS = ("torch", "triton")
 
 
 _triton_forward = dispatch.on_its_device(f"{__package__}.kernels.forward", "forward")
 _triton_backward = dispatch.on_its_device(f"{__package__}.kernels.backward", "backward")
 
+_triton_paged = dispatch.on_its_device(f"{__package__}.kernels.paged", "paged")
+
 
 def _fake_forward(query, key, value, table, key_bias, *options):
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=accumulator)
     return torch_path.like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
+
+
+def _fake_paged(query, key, value, *_):
+    return _fake_forward(query, key, value, *_)[:2]
 
 
 def _fake_backward(dout, dlse, query, key, value, table, *args):
@@ -69,6 +82,7 @@ def _on_cuda(by_torch, by_triton):
 for _name, _schema, _fake, _by_torch, _by_triton in (
     ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward),
     ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward),
+    ("attention_paged", _PAGED, _fake_paged, torch_paged.paged, _triton_paged),
 ):
     dispatch.define(
         _name, _schema, fake=_fake, by_torch=_by_torch, by_triton=_by_triton, served_by=BACKENDS,

@@ -225,6 +225,6 @@ class TestWhichCalls:
                 query, value = (torch.empty(1, 1, 1, dim, dtype=dtype) for dim in (head_dim, value_dim))
                 for rows in (1, 16, 17, 1000):
                     tile = decode.tile_of(rows, query, value)
-                    assert tile.block_m >= min(rows, 32)
+                    assert tile.block_m >= min(rows, 16)
                     bytes_of_key = (blocks.padded(head_dim) + blocks.padded(value_dim)) * query.element_size()
-                    assert tile.block_n == 16 or tile.block_n * bytes_of_key <= decode.STAGE_BYTES
+                    assert tile.block_n == 16 or tile.block_n * bytes_of_key <= decode.BLOCK_BYTES["nvidia"]

@@ -5,7 +5,7 @@
     rows      [ block | block | block ][ block | block | block ][ block | edge ]
     = all queries of            |                |                |
       all heads that            v                v                v
-      share a key head      (m, l, acc)      (m, l, acc)      (m, l, acc)      partial results, merged by `_merge_kernel`
+      share a key head      (m, l, acc)      (m, l, acc)      (m, l, acc)      partial results; `_merge_kernel` merges
 
 `forward.py` has one program per block of queries and head. With one query it would fill neither a tile nor the GPU, and
 it would read a key once for each query head that shares the key. Here a program owns (split, key head, batch entry):
@@ -41,6 +41,7 @@ from .tiles import (
     dot_add,
     dot_of_pairs,
     load_bias,
+    load_index,
     narrow,
     row_ptrs,
     span_of,
@@ -52,10 +53,10 @@ LEAST_KEYS = 128
 # The target number of programs: some for each multiprocessor of the largest GPUs, so that the last ones run a short
 # time alone. A split has at least LEAST_SPLIT keys, because each program fills its pipeline anew.
 PROGRAMS, LEAST_SPLIT = 2048, 256
-# Bytes of keys and values in a pipeline stage. Three stages let two programs share a multiprocessor's 227 KiB (163 KiB
-# on sm_80: one), and keep enough bytes in flight to hide the latency of the memory.
-STAGE_BYTES = 1 << 15
-MERGE_SPLITS = 16  # splits whose partial results are in flight together
+# Bytes of keys and values in a block: two are in flight while a third is computed. Two programs share a multiprocessor
+# of NVIDIA (72 KiB each), three a compute unit of AMD, whose 64 KiB hold one block of each at a time.
+BLOCK_BYTES = {"nvidia": 1 << 15, "amd": 1 << 14}
+MERGE_SPLITS = 8  # splits whose partial results are in flight together
 
 
 class CacheInputs(NamedTuple):
@@ -106,6 +107,7 @@ class OwnRows(NamedTuple):
     key_ptr: object
     value_ptr: object
     pages_ptr: object
+    pages: object  # the number of pages of a paged cache
     bias_ptrs: object  # [BLOCK_M], the table's row of each row's head, at distance 0
     key_bias_ptr: object
     first: object  # of the program's keys
@@ -117,7 +119,7 @@ def _span(inputs, index, i, j, offset, left, right, config: tl.constexpr, PAGE: 
     """The Span of a sequence. In a paged cache the queries are the last of its keys."""
     if PAGE > 0:
         zero, none = tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
-        length = tl.load(inputs.lengths + index)
+        length = tl.minimum(tl.maximum(tl.load(inputs.lengths + index), 0), j)
         return Span(zero, zero, none + i, length, length - i, left, right)
     else:
         return span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
@@ -139,18 +141,19 @@ def _bounds(span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
 
 
 @triton.jit
-def _load_cache(ptr, pages_ptr, first_y, end, page_stride, stride, is_seen, COUNT: tl.constexpr, DIM: tl.constexpr,
+def _load_cache(ptr, own, first_y, page_stride, stride, is_seen, COUNT: tl.constexpr, DIM: tl.constexpr,
                 BLOCK: tl.constexpr, IS_MASKED: tl.constexpr, IS_SELECTED: tl.constexpr,
                 PAGE: tl.constexpr):  # fmt: skip
     """The keys or values first_y … + COUNT - 1: [COUNT, BLOCK].
 
-    IS_MASKED: zeros from `end` on. IS_SELECTED: zeros unless is_seen [COUNT]. PAGE: keys of a page, 0 for no pages.
+    IS_MASKED: zeros from own.end on. IS_SELECTED: zeros unless is_seen [COUNT]. PAGE: keys of a page, 0 for no pages.
     """
     index = tl.arange(0, COUNT)
     offs_d = tl.arange(0, BLOCK)
     y = first_y + index
     if PAGE > 0:
-        page = tl.load(pages_ptr + y // PAGE, mask=y < end, other=0).to(tl.int64)
+        page = load_index(own.pages_ptr + tl.minimum(y, own.end - 1) // PAGE)
+        page = tl.minimum(tl.maximum(page, 0), own.pages - 1).to(tl.int64)  # a wrong number must not leave the cache
         stride, page_stride = tl.cast(stride, tl.int64), tl.cast(page_stride, tl.int64)
         if DIM % 8 == 0:  # as in tiles.row_ptrs
             stride, page_stride, ptr = (stride >> 3) * 8, (page_stride >> 3) * 8, tl.multiple_of(ptr, 16)
@@ -160,7 +163,7 @@ def _load_cache(ptr, pages_ptr, first_y, end, page_stride, stride, is_seen, COUN
     if IS_MASKED or IS_SELECTED or DIM < BLOCK:
         mask = (index >= 0)[:, None] & (offs_d < DIM)[None, :]
         if IS_MASKED:
-            mask = mask & (y < end)[:, None]
+            mask = mask & (y < own.end)[:, None]
         if IS_SELECTED:
             mask = mask & is_seen[:, None]
         return tl.load(ptrs, mask=mask, other=0.0)
@@ -193,14 +196,14 @@ def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: t
     HAS_KEY_BIAS: tl.constexpr = config.HAS_KEY_BIAS
     bias, key_bias = biases
     y = first_y + tl.arange(0, BLOCK_N)
-    key = _load_cache(own.key_ptr, own.pages_ptr, first_y, own.end, layout.kb, layout.ky, y, BLOCK_N, config.HEAD_DIM,
+    key = _load_cache(own.key_ptr, own, first_y, layout.kb, layout.ky, y, BLOCK_N, config.HEAD_DIM,
                       config.BLOCK_D, IS_MASKED, False, PAGE)  # fmt: skip
     is_seen = y
     if HAS_KEY_BIAS:
-        # loaded again, and not by tl.load: Triton pipelines no load whose mask another pipelined load determines
+        # loaded again, and not by tl.load, as in `load_index`
         at = tl.minimum(y, own.end - 1).to(tl.int64) * layout.uy
         is_seen = load_bias(own.key_bias_ptr + at) != float("-inf")
-    value = _load_cache(own.value_ptr, own.pages_ptr, first_y, own.end, layout.vb, layout.vy, is_seen, BLOCK_N,
+    value = _load_cache(own.value_ptr, own, first_y, layout.vb, layout.vy, is_seen, BLOCK_N,
                         config.VALUE_DIM, config.BLOCK_V, IS_MASKED, HAS_KEY_BIAS, PAGE)  # fmt: skip
     s, _ = add_bias(dot(own.query, tl.trans(key), config), bias * LOG2E, scores, config.HAS_SOFTCAP)
     mask = (own.x >= 0)[:, None] & (y < own.end)[None, :]
@@ -235,9 +238,9 @@ def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: t
 
 
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "batch", "n", "splits", "split_keys",
-                               "table_stride", "key_bias_stride", "pages_stride"])  # fmt: skip
+                               "table_stride", "key_bias_stride", "pages_stride", "pages"])  # fmt: skip
 def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j, offset, left, right, batch, n, splits,
-                   split_keys, table_stride, key_bias_stride, pages_stride, scores, config: tl.constexpr,
+                   split_keys, table_stride, key_bias_stride, pages_stride, pages, scores, config: tl.constexpr,
                    SIGNED: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
@@ -281,7 +284,7 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
         pages_ptr = inputs.pages + row * pages_stride
     if config.HAS_KEY_BIAS:
         key_bias_ptr = inputs.key_bias + (row * key_bias_stride + span.first_key * layout.uy)
-    own = OwnRows(query, x, key_ptr, value_ptr, pages_ptr, bias_ptrs, key_bias_ptr, first, end)
+    own = OwnRows(query, x, key_ptr, value_ptr, pages_ptr, pages, bias_ptrs, key_bias_ptr, first, end)
 
     # the blocks [0, blocks) of this split; each row sees all keys of those in [inside, outside)
     last = tl.minimum(first + split_keys, end)
@@ -359,11 +362,21 @@ def is_decoding(longest_query, longest_key, dropout_p):
 
 
 def tile_of(rows, query, value):
-    """The Tile for `rows` rows per key head."""
-    width = max(padded(query.shape[3]), padded(value.shape[3]))
-    block_n = min(max(STAGE_BYTES // (2 * width * query.element_size()), 16), 128)
-    block_m, warps = (16, 4) if rows <= 16 else (32, 8)  # more rows a block need more registers than there are
-    return Tile(block_m, block_n, warps, 2 if generation() == "cdna" else 3)
+    """The Tile for `rows` rows per key head.
+
+    A block of more rows would need more registers than there are; then several programs read the same keys, most of
+    them from the L2 cache. `python -m bench codegen --kernel decode` shows that these tiles spill nothing.
+    """
+    is_amd = generation() == "cdna"
+    width, size = max(padded(query.shape[3]), padded(value.shape[3])), query.element_size()
+    block_n = min(max(BLOCK_BYTES["amd" if is_amd else "nvidia"] // (2 * width * size), 16), 128)
+    if is_amd:
+        return Tile(16, block_n, 4, 2)
+    if rows > 16:
+        return Tile(32, block_n, 8, 3)
+    # without a bound ptxas takes 168 registers, so that three programs fit, and spills
+    # without a bound ptxas takes 168 registers, for a third program, and spills
+    return Tile(16, block_n, 4, 3, registers=248 if size == 2 else 0)
 
 
 def splits_of(programs, visible, block_n):
@@ -378,7 +391,8 @@ def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, s
     """Write `outputs`. query, key, value: of `whole_rows`; kind: `launch.kind_of`.
 
     counts: (longest query, longest key, offset, left, right, sequences). A paged cache has `pages` (batch, blocks) and
-    `lengths` (batch,), and its key and value are (pages, kv_heads, page, dim).
+    `lengths` (batch,), its key and value are (pages, kv_heads, page, dim), and its queries are the last of the keys.
+    It serves any number of queries.
     """
     i, j, offset, left, right, batch = counts
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -398,7 +412,7 @@ def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, s
     launch(
         _decode_kernel, (cdiv(group * i, tile.block_m) * splits * batch * kv_heads,), query, key, value,
         CacheInputs(table, key_bias, seqlens, pages, lengths), partial, layout, i, j, offset, left or 0, right or 0,
-        batch, n, splits, split_keys, *row_strides, scores, config=config, SIGNED=signed,
+        batch, n, splits, split_keys, *row_strides, key.shape[0], scores, config=config, SIGNED=signed,
         PAGE=0 if pages is None else key.shape[2], **tile.options,
     )  # fmt: skip
     launch(

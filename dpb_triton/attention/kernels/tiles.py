@@ -44,6 +44,20 @@ def load_bias(ptrs):
 
 
 @triton.jit
+def load_index(ptrs):
+    """int32 numbers from which a loop computes addresses.
+
+    Triton's pipeliner gives a load whose address another pipelined load determines one stage less.
+    """
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return tl.load(ptrs)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.s32 $0, [$1];", "=r,l", [ptrs], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def prefetch(ptr, COUNT: tl.constexpr):
     """Prefetch COUNT float32 from `ptr` on, which the next step reads for the first time, into the L1 cache.
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Attention over a paged cache equals attention over the same keys in a row; bad arguments are refused."""
+
+import re
+
+import pytest
+import torch
+
+from dpb_triton import bias_attention, bias_attention_paged
+
+
+def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
+         device="cpu"):  # fmt: skip
+    """Arguments; the pages of each sequence are scattered in the pool, and whatever no sequence uses holds NaN."""
+    torch.manual_seed(0)
+    blocks = max(-(-length // page) for length in lengths) + 1
+    order = torch.randperm(len(lengths) * blocks + 3)
+    table = torch.full((len(lengths), blocks), 10**6, dtype=torch.int32)  # only the used blocks have a page
+    pools = [torch.full((len(order), page, kv_heads, dim), torch.nan, dtype=dtype) for dim in (head_dim, value_dim)]
+    rows, place = [], 0
+    for b, length in enumerate(lengths):
+        key, value = (torch.randn(length, kv_heads, dim).to(dtype) for dim in (head_dim, value_dim))
+        for block in range(-(-length // page)):
+            table[b, block] = order[place]
+            for pool, whole in zip(pools, (key, value), strict=True):
+                part = whole[block * page : (block + 1) * page]
+                pool[order[place], : len(part)] = part
+            place += 1
+        rows.append((key.to(device), value.to(device)))
+    query = torch.randn(len(lengths), heads, i, head_dim).to(device, dtype)
+    n = max(lengths)
+    curve = torch.randn(heads, 2 * n - 1 if signed else n, device=device)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return [query, *(pool.to(device) for pool in pools), curve, table.to(device), lengths], rows
+
+
+CASES = {
+    "one query": ({}, {}),
+    "odd page": ({"page": 7, "i": 2}, {"is_causal": True}),
+    "page of one": ({"page": 1}, {"window": (9, 0)}),
+    "long page": ({"page": 64, "i": 5}, {"is_causal": True, "window": (30, None), "softcap": 3.0, "scale": 0.3}),
+    "a prompt": ({"i": 33, "heads": 6, "kv_heads": 2}, {"is_causal": True}),
+    "signed": ({"i": 3, "signed": True, "value_dim": 24}, {"window": (None, 2), "signed": True}),
+    "bf16": ({"dtype": torch.bfloat16, "head_dim": 40}, {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_like_keys_in_a_row(name, attention_backend, device):
+    sizes, options = CASES[name]
+    arguments, rows = draw([33, 100, 48], **sizes, device=device)
+    out, lse = bias_attention_paged(*arguments, enable_gqa=True, return_lse=True, backend=attention_backend, **options)
+    assert torch.equal(out, bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend, **options))
+    query, table = arguments[0], arguments[3]
+    n = (table.shape[1] + 1) // 2 if options.get("signed") else table.shape[1]
+    assert n == 100
+    for b, (key, value) in enumerate(rows):
+        whole = [x.transpose(0, 1)[None] for x in (key, value)]
+        expected = bias_attention(
+            query[b : b + 1], *whole, table, enable_gqa=True, return_lse=True, backend="torch", **options
+        )
+        tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_float64(device):
+    arguments, rows = draw([33], dtype=torch.float64, device=device)
+    out = bias_attention_paged(*arguments, enable_gqa=True)
+    key, value = (x.transpose(0, 1)[None] for x in rows[0])
+    torch.testing.assert_close(out, bias_attention(arguments[0], key, value, arguments[3], enable_gqa=True))
+
+
+def test_under_compile(attention_backend, device):
+    def step(*arguments):
+        return bias_attention_paged(*arguments, enable_gqa=True, is_causal=True, backend=attention_backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for lengths in ([33, 100], [40, 7, 3]):
+            arguments, _ = draw(lengths, device=device)
+            assert torch.equal(compiled(*arguments), step(*arguments))
+
+
+def test_nothing_to_do(attention_backend, device):
+    arguments, _ = draw([3], i=0, device=device)
+    assert bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend).shape == (1, 4, 0, 16)
+    query, keys, values, table, *_ = arguments
+    none = torch.zeros(0, 2, dtype=torch.int32, device=device)
+    out = bias_attention_paged(
+        query[:0], keys, values, table, none, none[:, 0], enable_gqa=True, backend=attention_backend
+    )
+    assert out.shape == (0, 4, 0, 16)
+
+
+def change(place, function):
+    def changed(arguments):
+        arguments[place] = function(arguments[place])
+
+    return changed
+
+
+BAD = {
+    "query": (change(0, lambda x: x[0]), ValueError, "query must have 4 dimensions"),
+    "dtype": (change(1, lambda x: x.half()), TypeError, "key_pages must have query's dtype torch.float32"),
+    "pages": (change(2, lambda x: x[:-1]), ValueError, "value_pages must have the pages"),
+    "head_dim": (change(1, lambda x: x[..., :8]), ValueError, "key_pages must have query's head_dim 16"),
+    "page": (lambda a: a.__setitem__(slice(1, 3), [x[:, :0] for x in a[1:3]]), ValueError, "at least one key"),
+    "table": (change(3, lambda x: x[:, :50]), ValueError, "table is too short"),
+    "block_table": (change(4, lambda x: x.long()), TypeError, "block_table must be int32"),
+    "blocks": (change(4, lambda x: x[0]), ValueError, "block_table must have 2 dimensions"),
+    "rows": (change(4, lambda x: x[:1]), ValueError, "block_table must have one row a sequence, 2"),
+    "number": (change(4, lambda x: x + 50), ValueError, "block_table must hold pages below"),
+    "seqlens_k": (change(5, lambda x: x[:, None]), ValueError, "seqlens_k must have 1 dimension"),
+    "length": (change(5, lambda x: x + 1000), ValueError, "seqlens_k must be between the number of queries, 1, and"),
+    "no keys": (change(5, lambda x: x * 0), ValueError, "got 0 for sequence 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    damage, error, message = BAD[name]
+    arguments, _ = draw([33, 60])
+    damage(arguments)
+    with pytest.raises(error, match=re.escape(message)):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_no_gradients():
+    arguments, _ = draw([33])
+    arguments[3].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+    with torch.no_grad():
+        bias_attention_paged(*arguments, enable_gqa=True)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.ops.dpb_triton.attention_paged(
+            arguments[0], *(x.transpose(1, 2) for x in arguments[1:3]), *arguments[3:], False, None, None, 0.25, 0.0
+        )
+    with pytest.raises(ValueError, match="must have query's 4 heads"):
+        bias_attention_paged(arguments[0], *arguments[1:3], arguments[3].detach(), *arguments[4:])
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.jvp(
+            lambda x: bias_attention_paged(x, *arguments[1:3], arguments[3].detach(), *arguments[4:], enable_gqa=True),
+            (arguments[0],), (arguments[0],),
+        )  # fmt: skip

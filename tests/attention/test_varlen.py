@@ -30,37 +30,40 @@ def draw(case, q_lengths, k_lengths, offsets, device):
     return query, key, value, table, dout, dlse[0].transpose(0, 1)
 
 
-def alone(query, key, value, table, q_lengths, k_lengths, offsets, **options):
-    """Each sequence in a call of its own, by the definition in plain torch, in at least float32."""
+def alone(query, key, value, table, q_lengths, k_lengths, offsets, key_padding_mask=None, **options):
+    """Each sequence in a call of its own, by the definition in plain torch, in float64."""
     outs, lses = [], []
-    sequences = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), offsets, strict=True)
-    for q, k, v, offset in sequences:
-        accumulator = torch.promote_types(query.dtype, torch.float32)
-        q, k, v = (tensor.to(accumulator).transpose(0, 1)[None] for tensor in (q, k, v))
-        out, lse = reference.attention(q, k, v, table, offset=offset, return_lse=True, **options)
+    masks = [None] * len(k_lengths) if key_padding_mask is None else key_padding_mask[None].split(k_lengths, 1)
+    parts = query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), offsets, masks
+    for *qkv, offset, mask in zip(*parts, strict=True):
+        q, k, v = (tensor.double().transpose(0, 1)[None] for tensor in qkv)
+        out, lse = reference.attention(
+            q, k, v, table.double(), offset=offset, key_padding_mask=mask, return_lse=True, **options
+        )
         outs.append(out[0].transpose(0, 1).to(query.dtype))
-        lses.append(lse[0].transpose(0, 1))
+        lses.append(lse[0].transpose(0, 1).to(torch.promote_types(query.dtype, torch.float32)))
     return torch.cat(outs), torch.cat(lses)
 
 
-def assert_packed_is_alone(case, q_lengths, k_lengths, backend, device, offsets=None, **more):
+def assert_packed_is_alone(case, q_lengths, k_lengths, backend, device, offsets=None, mask=None, **more):
     q_lengths, k_lengths = list(q_lengths), list(k_lengths)
     places = [j - i for i, j in zip(q_lengths, k_lengths, strict=True)] if offsets is None else list(offsets)
     query, key, value, table, dout, dlse = draw(case, q_lengths, k_lengths, places, device)
     options = case.options | {"enable_gqa": case.kv_heads is not None}
+    mask = {} if mask is None else {"key_padding_mask": mask.to(device)}
     if offsets is not None:
         more["offsets"] = torch.tensor(offsets, dtype=torch.int32, device=device)
 
-    def packed(*tensors, return_lse):
+    def packed(*tensors, return_lse, **mask):
         cu = cumulative(q_lengths, device), cumulative(k_lengths, device)
-        return bias_attention_varlen(*tensors, *cu, return_lse=return_lse, backend=backend, **options, **more)
+        return bias_attention_varlen(*tensors, *cu, return_lse=return_lse, backend=backend, **options, **more, **mask)
 
-    def single(*tensors, return_lse):
-        return alone(*tensors, q_lengths, k_lengths, places, **options)
+    def single(*tensors, return_lse, **mask):
+        return alone(*tensors, q_lengths, k_lengths, places, **options, **mask)
 
     with attention_oracle.poison():
-        ours = attention_oracle.run(packed, query, key, value, table, dout, dlse)
-    theirs = attention_oracle.run(single, query, key, value, table, dout, dlse)
+        ours = attention_oracle.run(packed, query, key, value, table, dout, dlse, **mask)
+    theirs = attention_oracle.run(single, query, key, value, table, dout, dlse, **mask)
     tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[case.dtype]
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape and tensor.dtype == theirs[name].dtype

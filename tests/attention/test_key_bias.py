@@ -94,7 +94,7 @@ FLOAT, DEAD = MASKS["float and -inf on both sides"], torch.linspace(-3, 3, 46).r
 DEAD = DEAD.masked_fill(MASKS["everything of one"], -torch.inf)
 COMBINED = {
     "softcap, causal window, grouped heads": (
-        Case(batch=2, heads=4, kv_heads=2, i=13, j=23, options={"softcap": 1.5, "is_causal": True, "window": (6, None)}),
+        Case(batch=2, heads=4, kv_heads=2, i=9, j=23, options={"softcap": 1.5, "is_causal": True, "window": (6, None)}),
         FLOAT,
     ),
     "head_dim 256, softcap, causal, grouped heads": (
@@ -118,7 +118,8 @@ COMBINED = {
         DEAD,
     ),
     "dropout, head_dim 256, window": (
-        Case(batch=2, heads=2, kv_heads=1, i=5, j=23, head_dim=256, options={"dropout_p": 0.4, "window": (9, 2)}), HOLES,
+        Case(batch=2, heads=2, kv_heads=1, i=5, j=23, head_dim=256, options={"dropout_p": 0.4, "window": (9, 2)}),
+        HOLES,
     ),
     "two blocks of keys, softcap, causal": (
         Case(batch=2, heads=1, i=70, j=90, head_dim=8, options={"softcap": 1.5, "is_causal": True}),

@@ -171,8 +171,8 @@ def test_packed_sequences_need_their_longest(device):
             self.options = options
             self.register_buffer("table", torch.randn(2, 16))
 
-        def forward(self, x, cu):
-            return bias_attention_varlen(x, x, x, self.table, cu, cu, **self.options)
+        def forward(self, x, cu, mask=None):
+            return bias_attention_varlen(x, x, x, self.table, cu, cu, key_padding_mask=mask, **self.options)
 
     def packed(*lengths):
         cu = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
@@ -180,10 +180,12 @@ def test_packed_sequences_need_their_longest(device):
 
     with pytest.raises(ValueError, match="max_seqlen_q and max_seqlen_k must be given in a trace"):
         torch.jit.trace(Packed().to(device), packed(2, 5))
-    module = Packed(max_seqlen_q=16, max_seqlen_k=16).to(device)
-    traced = torch.jit.trace(module, packed(2, 5))
-    for lengths in ((2, 5), (9, 0, 3, 12)):
-        torch.testing.assert_close(traced(*(tensors := packed(*lengths))), module(*tensors))
+    module = Packed(max_seqlen_q=16, max_seqlen_k=16, return_lse=True).to(device)
+    for mask in ((), (torch.linspace(-3, 3, 24, device=device),)):
+        traced = torch.jit.trace(module, (*packed(2, 5), *(x[:7] for x in mask)))
+        for lengths in ((2, 5), (9, 0, 3, 12)):
+            tensors = *packed(*lengths), *(x[: sum(lengths)] for x in mask)
+            torch.testing.assert_close(traced(*tensors), module(*tensors))
 
 
 def test_loads_without_this_library(tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""How long the attention kernels' main loops may be: sm_90, bf16, causal, for each Triton version.
+"""How long the attention kernels' main loops may be: sm_90, bf16, causal, with and without a key mask, for each Triton
+version.
 
 The unit is instructions of a thread per score that it holds, so that tiles of all sizes compare. A loop that gets
 longer breaks a promise. If a loop gets shorter, lower its number.
@@ -29,13 +30,21 @@ _ROOM = 1.05
 # Prototypes of dkdv reached this under Triton 3.6.0, with two waits per tile.
 _DKDV = {"3.6.0": {64: 430 / 32, 128: 321 / 16}}
 _DKDV_WAITS = 2
+# The loops of head_dim 64 without a mask, for 32 scores a thread, and how much longer a key mask may make them.
+_UNMASKED = {"3.7.1": {"_forward_kernel": 362, "_dkdv_kernel": 381, "_dq_kernel": 324, "_dtable_kernel": 348}}
+_MASK_ROOM = 1.08
 
 
 def limit(record):
     """(instructions per score, waits) that a record's main loop may have; None where no limit is known."""
-    if (record["arch"], record["dtype"]) != ("sm_90", "bf16") or not record["layout"].endswith(" causal"):
+    if (record["arch"], record["dtype"]) != ("sm_90", "bf16"):
         return None, None
     version, width = record["triton"], record["constants"]["HEAD_DIM"]
+    if record["layout"] == "d64 mask":
+        unmasked = _UNMASKED.get(version, {}).get(record["kernel"])
+        return unmasked and unmasked / 32 * _MASK_ROOM, None
+    if not record["layout"].endswith(" causal"):
+        return None, None
     if record["kernel"] == "_dkdv_kernel":
         most = _DKDV.get(version, {}).get(width)
         return most, _DKDV_WAITS if most else None

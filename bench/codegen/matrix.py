@@ -155,7 +155,7 @@ def _attention_matrix(is_full):
         for name in attention.TRAINED:
             is_plain = head_dim in (64, 128, 256) and name in (("causal", "full") if is_full else ("causal",))
             if is_full or is_plain or name == "causal" or head_dim in (64, 128):
-                yield head_dim, name, "bf16", is_plain
+                yield head_dim, name, "bf16", is_plain or (head_dim, name) == (64, "mask")
     yield from ((head_dim, "3 heads", "bf16", False) for head_dim in (40, 72))
     yield 64, "causal", "fp32", True
     yield 128, "causal", "fp32", is_full

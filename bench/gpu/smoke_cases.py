@@ -85,21 +85,25 @@ def dropout(device, n, *, dropout_p=0.3):
     return _compared(partial(seeded, "triton"), partial(seeded, "torch"), inputs, BF16)
 
 
-def varlen(device, n):
+def varlen(device, n, *, has_mask=False):
     """Packed sequences against each sequence alone."""
     lengths = (n // 2 + 3, 1, n // 4, n - n // 2 - n // 4 - 4)
     query, key, value, _, dout = (x[0] for x in _attention_inputs(device, n, dtype=BF16, head_dim=64, batch=1))
     inputs = *(x.transpose(0, 1) for x in (query, key, value)), _randn(4, n, device=device), dout.transpose(0, 1)
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    mask = _randn(n, device=device) if has_mask else None
 
     def packed(query, key, value, table):
-        return bias_attention_varlen(query, key, value, table, starts, starts, is_causal=True, backend="triton")
+        return bias_attention_varlen(
+            query, key, value, table, starts, starts, is_causal=True, key_padding_mask=mask, backend="triton"
+        )
 
     def alone(query, key, value, table):
         outs = []
-        for rows in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        masks = mask[None].split(lengths, 1) if has_mask else [None] * len(lengths)
+        for *rows, part in zip(*(x.split(lengths) for x in (query, key, value)), masks, strict=True):
             one = [x.transpose(0, 1)[None] for x in rows]
-            outs.append(reference.attention(*one, table, is_causal=True)[0].transpose(0, 1))
+            outs.append(reference.attention(*one, table, is_causal=True, key_padding_mask=part)[0].transpose(0, 1))
         return torch.cat(outs)
 
     return _compared(packed, alone, inputs, BF16)
@@ -157,6 +161,7 @@ CASES = {
     "attention bf16 softcap": partial(attention, softcap=5.0, is_causal=True),
     "attention bf16 dropout": dropout,
     "attention bf16 varlen": varlen,
+    "attention bf16 varlen, key mask": partial(varlen, has_mask=True),
     "attention bf16 d64, repeated": repeated,
     "attention bf16 d128, repeated": partial(repeated, head_dim=128),
     "graph forward": partial(graph, is_training=False),

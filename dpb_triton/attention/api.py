@@ -14,7 +14,7 @@ from ..reference import Window
 from ..tracing import is_in_onnx_export, is_tracing, traced_as
 from .autograd import BiasAttention
 from .checks import Call, Packing, check_call, check_dense_call, check_packed, to_autocast
-from .key_bias import check_key_padding_mask, key_bias_of
+from .key_bias import check_key_padding_mask, key_bias_of, packed_key_bias_of, sequence_numbers
 
 Backend: TypeAlias = Literal["torch", "triton"]
 
@@ -143,7 +143,7 @@ def bias_attention(
         query, key, value, table, offset, is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse,
         backend,
     )  # fmt: skip
-    check_key_padding_mask(key_padding_mask, query, key)
+    check_key_padding_mask(key_padding_mask, query, "(batch, j)", (key.shape[0], key.shape[2]))
     is_exported = is_in_onnx_export()  # ONNX knows torch's operators, and none of ours
     if is_exported or is_transformed(query, key, value, table, key_padding_mask):
         return _transformed(
@@ -166,24 +166,24 @@ def bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
     is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
-    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
-    return_lse: Literal[False] = False, backend: Backend | None = None,
+    softcap: float | None = None, dropout_p: float = 0, key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False, return_lse: Literal[False] = False, backend: Backend | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
     is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
-    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
-    return_lse: Literal[True], backend: Backend | None = None,
+    softcap: float | None = None, dropout_p: float = 0, key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False, return_lse: Literal[True], backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def bias_attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, offsets: Tensor | None = None,
     is_causal: bool = False, scale: float | None = None, signed: bool = False, window: Window | None = None,
-    softcap: float | None = None, dropout_p: float = 0, enable_gqa: bool = False,
-    return_lse: bool, backend: Backend | None = None,
+    softcap: float | None = None, dropout_p: float = 0, key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False, return_lse: bool, backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def bias_attention_varlen(
     query: Tensor,
@@ -202,6 +202,7 @@ def bias_attention_varlen(
     window: Window | None = None,
     softcap: float | None = None,
     dropout_p: float = 0,  # torch.compile(dynamic=True) would make a symbol of 0.0 and trace twice
+    key_padding_mask: Tensor | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     backend: Backend | None = None,
@@ -219,6 +220,7 @@ def bias_attention_varlen(
             the GPU itself checks the numbers in cu_seqlens. torch.compile, torch.jit.trace and CUDA graphs need both.
         offsets: int32 (sequences,), the offset of each sequence. Default: its number of keys minus its number of
             queries, which must not be negative.
+        key_padding_mask: (total_k,), bool or floating, as in `bias_attention`.
         is_causal, scale, signed, window, softcap, dropout_p, enable_gqa, return_lse, backend: as in `bias_attention`.
 
     Returns:
@@ -233,18 +235,25 @@ def bias_attention_varlen(
         query, key, value, table, ("total", "heads"), is_causal=is_causal, scale=scale, signed=signed, window=window,
         softcap=softcap, dropout_p=dropout_p, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
     )  # fmt: skip
+    check_key_padding_mask(key_padding_mask, query, "(total_k,)", (key.shape[0],))
     if is_tracing() and (max_seqlen_q is None or max_seqlen_k is None):
         raise ValueError("max_seqlen_q and max_seqlen_k must be given in a trace, which would keep the lengths it sees")
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, offsets)
     seqlens, *longest = check_packed(query, key, table, packing, call)
-    if is_transformed(query, key, value, table):
+    if is_transformed(query, key, value, table, key_padding_mask):
         raise RuntimeError(
             "bias_attention_varlen does not support torch.func transforms: use bias_attention with backend='torch'"
         )
+    key_bias = shift = None
+    if key_padding_mask is not None:
+        key_bias, shift = packed_key_bias_of(key_padding_mask, query, cu_seqlens_k)
     query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in (query, key, value))
-    out, lse = _attend(query, key, value, table, None, seqlens, longest, 0, signed, call, return_lse)
+    out, lse = _attend(query, key, value, table, key_bias, seqlens, longest, 0, signed, call, return_lse)
     out = rearrange(out, "1 h n d -> n h d")
-    return (out, rearrange(lse, "1 h n -> n h")) if return_lse else out
+    if not return_lse:
+        return out
+    lse = rearrange(lse, "1 h n -> n h")
+    return out, lse if shift is None else lse + shift[sequence_numbers(cu_seqlens_q, lse.shape[0])][:, None]
 
 
 def _transformed(

@@ -183,6 +183,12 @@ CASES = {
     "packed dtype": (packed(key=randn(9, 4, 8).bfloat16()), TypeError, ["key", "bfloat16"]),
     "packed heads": (packed(key=randn(9, 2, 8), value=randn(9, 2, 6)), ValueError, ["key", "4", "2", "enable_gqa"]),
     "packed heads of table": (packed(table=randn(2, 5)), ValueError, ["table", "4", "(2, 5)"]),
+    "packed mask of a batch": (
+        packed(key_padding_mask=torch.zeros(2, 5)), ValueError, ["key_padding_mask", "(total_k,) = (9,)", "(2, 5)"],
+    ),
+    "packed mask of the queries": (packed(key_padding_mask=torch.zeros(5)), ValueError, ["key_padding_mask", "(9,)", "(5,)"]),
+    "packed mask int": (packed(key_padding_mask=torch.zeros(9, dtype=INT32)), TypeError, ["key_padding_mask", "int32"]),
+    "packed mask on meta": (packed(key_padding_mask=torch.zeros(9, device="meta")), ValueError, ["key_padding_mask", "meta"]),
     "cu_seqlens_q list": (packed(cu_q=[0, 2, 5]), TypeError, ["cu_seqlens_q", "list"]),
     "cu_seqlens_q int64": (packed(cu_q=cu(0, 2, 5, dtype=torch.int64)), TypeError, ["cu_seqlens_q", "int32", "int64"]),
     "cu_seqlens_k float": (packed(cu_k=cu(0, 4, 9, dtype=torch.float32)), TypeError, ["cu_seqlens_k", "int32", "float32"]),

@@ -122,23 +122,28 @@ def test_a_layer_trains_in_one_graph(autocast, device):
     assert counter.frame_count == 1, why_again()
 
 
-def test_packed_sequences(device):
-    counter = CompileCounterWithBackend("aot_eager")
-    attend = partial(bias_attention_varlen, is_causal=True)
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+@pytest.mark.parametrize("compiler", ["aot_eager", slow("inductor")])
+def test_packed_sequences(compiler, mask, device):
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(bias_attention_varlen, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ((3, 5, 2), (4, 4, 9), (7, 1, 11), (20, 13, 2), (2, 30, 5)):
         total, longest = sum(lengths), max(lengths)
-        query, key, value, table, dout, _ = Case(i=total, j=total).draw(device)
+        query, key, value, table, dout, dlse = Case(i=total, j=total).draw(device)
         query, key, value, dout = (tensor[0].transpose(0, 1) for tensor in (query, key, value, dout))
+        tensors = query, key, value, table, dout, dlse[0].transpose(0, 1)
         cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        results = []
-        for function in (attend, compiled):
-            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value, table)]
-            out = function(*leaves, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest)
-            out.backward(dout)
-            results.append((out.detach(), *(leaf.grad for leaf in leaves)))
-        for eager, ours in zip(*results, strict=True):
-            torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "is_causal": True}
+        if mask is not None:
+            numbers = torch.randn(total, device=device)
+            hidden = numbers > 0.3
+            options["key_padding_mask"] = hidden if mask == "bool" else numbers.masked_fill(hidden, -torch.inf)
+
+        def run(function, tensors, cu, options):
+            return attention_oracle.run(lambda *leaves, **more: function(*leaves, cu, cu, **more), *tensors, **options)
+
+        ours, eager = (run(function, tensors, cu, options) for function in (compiled, bias_attention_varlen))
+        assert_same(ours, eager)
     assert counter.frame_count == 1, why_again()
 
 

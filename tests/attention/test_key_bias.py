@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from attention_oracle import Case, check, poison
+from attention_oracle import Case, check, dropout_keep, poison, seed_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import slow_but
@@ -88,6 +88,54 @@ def test_options(case, attention_backend, device):
         masks.append(MASKS["float and -inf on both sides"].to(case.dtype))
     for keys in masks:
         check(attend(attention_backend), with_mask(case, keys, device), device)
+
+
+FLOAT, DEAD = MASKS["float and -inf on both sides"], torch.linspace(-3, 3, 46).reshape(2, 23)
+DEAD = DEAD.masked_fill(MASKS["everything of one"], -torch.inf)
+COMBINED = {
+    "softcap, causal window, grouped heads": (
+        Case(batch=2, heads=4, kv_heads=2, i=9, j=23, options={"softcap": 1.5, "is_causal": True, "window": (6, None)}),
+        FLOAT,
+    ),
+    "head_dim 256, softcap, causal, grouped heads": (
+        Case(batch=2, heads=2, kv_heads=1, i=5, j=23, head_dim=256, options={"softcap": 1.5, "is_causal": True}), FLOAT,
+    ),
+    "head_dim 256, window, bfloat16": (
+        Case(batch=2, heads=2, i=23, j=23, head_dim=256, dtype=torch.bfloat16, options={"window": (9, 0)}), HOLES,
+    ),
+    "masked table, window, signed": (
+        Case(batch=2, i=23, j=23, table="masked", options={"window": (9, 4), "signed": True}), FLOAT,
+    ),
+    "masked table, softcap": (Case(batch=2, i=13, j=23, table="masked", options={"softcap": 1.5}), HOLES),
+    "all hidden, softcap, causal, grouped heads": (
+        Case(batch=2, heads=4, kv_heads=2, i=23, j=23, options={"softcap": 1.5, "is_causal": True}), DEAD,
+    ),
+    "all hidden, head_dim 256": (Case(batch=2, heads=1, i=5, j=23, head_dim=256), torch.full((2, 23), -torch.inf)),
+    "all hidden, masked table": (Case(batch=2, i=13, j=23, table="masked", options={"is_causal": True}), DEAD),
+    "dropout": (Case(batch=2, i=13, j=23, options={"dropout_p": 0.3}), FLOAT),
+    "dropout, softcap, causal, grouped heads": (
+        Case(batch=2, heads=4, kv_heads=2, i=23, j=23, options={"dropout_p": 0.4, "softcap": 1.5, "is_causal": True}),
+        DEAD,
+    ),
+    "dropout, head_dim 256, window": (
+        Case(batch=2, heads=2, kv_heads=1, i=5, j=23, head_dim=256, options={"dropout_p": 0.4, "window": (9, 2)}),
+        HOLES,
+    ),
+    "two blocks of keys, softcap, causal": (
+        Case(batch=2, heads=1, i=70, j=90, head_dim=8, options={"softcap": 1.5, "is_causal": True}),
+        torch.linspace(-3, 3, 180).reshape(2, 90).masked_fill(torch.arange(90) < torch.tensor([[70], [5]]), -torch.inf),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "keys"), COMBINED.values(), ids=COMBINED)
+def test_combined_options(case, keys, attention_backend, device):
+    """Also that both backends drop the weights that the definition drops."""
+    keep, dropout_p = None, case.options.get("dropout_p")
+    if dropout_p:
+        keep = dropout_keep(seed_of(5, device), case.batch, case.heads, case.i, case.j, dropout_p)
+        torch.manual_seed(5)
+    check(attend(attention_backend), with_mask(case, keys, device), device, keep=keep)
 
 
 @given(data=st.data())

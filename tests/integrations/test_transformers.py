@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from hf_models import VOCAB, assert_same, decoder, generated, padding, run, t5, tokens
 
+from dpb_triton import bias_attention
 from dpb_triton.integrations.transformers import NAME, use_bias_attention
 from dpb_triton.integrations.transformers import attention as transformers_attention
 
@@ -229,6 +230,32 @@ def test_nothing_of_queries_times_keys_is_made(name):
     with LargestTensor() as largest:
         run(model, NAME, mask, **inputs)
     assert largest.elements < n * n
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_gemma2_with_padding_makes_nothing_of_queries_times_keys(fused_only, monkeypatch, side):
+    """Softcap, sliding window, padding and head_dim 256 together, in training and in generation."""
+    calls = []
+
+    def count(*tensors, **options):
+        calls.append(options)
+        return bias_attention(*tensors, **options)
+
+    monkeypatch.setattr(transformers_attention, "bias_attention", count)
+    n = 640  # the largest tensor that is allowed: n queries of 2 heads of 256
+    options = {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 256}
+    model = decoder("Gemma2", sliding_window=100, attn_logit_softcapping=1.5, **options)
+    ids, mask = tokens(1, n), padding(2, n, side)[:1]
+    assert not mask.all()
+    with LargestTensor() as largest:
+        run(model, NAME, mask, input_ids=ids, attention_mask=mask)
+        generated(model, NAME, ids, mask, max_new_tokens=2, min_new_tokens=2)
+    assert n * 512 <= largest.elements < n * n
+    assert [call["softcap"] for call in calls] == [1.5] * 6  # two layers; training, prefill, one token
+    # the last token's window may see no padding
+    assert all(call["key_padding_mask"].shape == (1, n) for call in calls[:4])
+    assert {call["window"] for call in calls} == {(None, 0), (99, 0)}
+    assert_same(model, mask, input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -342,7 +342,7 @@ def _attention(watch, *, batch=2, heads=4, kv_heads=4, i=96, j=96, head_dim=64, 
     watch.expected = {}
 
 
-def packed(watch, *, heads=4, kv_heads=2, head_dim=64, **options):
+def packed(watch, *, heads=4, kv_heads=2, head_dim=64, mask=None, **options):
     """Three sequences, one of them empty."""
     lengths = torch.tensor([0, 70, 70, 133], dtype=torch.int32)
     query, key, value = (
@@ -350,6 +350,8 @@ def packed(watch, *, heads=4, kv_heads=2, head_dim=64, **options):
         for count in (heads, kv_heads, kv_heads)
     )
     table = torch.randn(heads, 80).requires_grad_()
+    if mask is not None:
+        options["key_padding_mask"] = torch.zeros(133, dtype=mask).requires_grad_(mask != torch.bool)
     out = bias_attention_varlen(
         query, key, value, table, lengths, lengths, enable_gqa=True, backend="triton", **options
     )  # fmt: skip
@@ -389,6 +391,7 @@ CASES = {
     "key mask": (attention, {"is_causal": True, "mask": torch.bool}),
     "added key mask": (attention, {"mask": torch.float32, "kv_heads": 2, "j": 130}),
     "packed, window, dropout": (packed, {"window": (30, 0), "dropout_p": 0.1}),
+    "packed, key mask": (packed, {"is_causal": True, "mask": torch.float32}),
     "head_dim 40": (attention, {"is_causal": True, "head_dim": 40}),
     "head_dim 128": (attention, {"is_causal": True, "head_dim": 128, "kv_heads": 1}),
     "head_dim 256, value_dim 32": (attention, {"is_causal": True, "head_dim": 256, "value_dim": 32}),

@@ -113,33 +113,33 @@ def times_table(result, style="simple", directions=None):
     return "\n" + "\n\n".join(parts)
 
 
+def _column(record):
+    if record["direction"] == "step":
+        return f"batch {record['batch']}, group {record['group']}"
+    return record["direction"]
+
+
 def plot_times(result):
-    """A matplotlib Figure: milliseconds over the length, a panel for each direction and dtype."""
+    """A matplotlib Figure: milliseconds over the length, a panel for each dtype and direction, batch and group."""
     from matplotlib.figure import Figure
 
     dtypes = list(dict.fromkeys(record["dtype"] for record in result["records"]))
-    directions = TITLES[result["bench"]]
-    figure = Figure(figsize=(4.2 * len(directions), 3.4 * len(dtypes)), layout="constrained")
-    panels = figure.subplots(len(dtypes), len(directions), squeeze=False)
+    columns = list(dict.fromkeys(map(_column, result["records"])))
+    figure = Figure(figsize=(4.2 * len(columns), 3.4 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(columns), squeeze=False)
     for dtype, row in zip(dtypes, panels, strict=True):
-        for direction, panel in zip(directions, row, strict=True):
+        for column, panel in zip(columns, row, strict=True):
             lines = {}
             for record in result["records"]:
-                if (
-                    (record["dtype"], record["direction"]) == (dtype, direction)
-                    and not record["wrong"]
-                    and "ms" in record
-                ):
+                if (record["dtype"], _column(record)) == (dtype, column) and not record["wrong"] and "ms" in record:
                     mask = [mask_of(record)] if mask_of(record) not in ("", "causal") else []
-                    if direction == "step":
-                        mask = [f"b{record['batch']} g{record['group']}"]
                     name = " ".join([record["provider"], *mask])
                     lines.setdefault(name, []).append((record["n"], record["ms"]))
             for name, points in lines.items():
                 points.sort()
                 style = {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
                 panel.loglog(*zip(*points, strict=True), label=name, base=2, **style)
-            panel.set(title=f"{direction}, {dtype}", xlabel="sequence length", ylabel="ms")
+            panel.set(title=f"{column}, {dtype}", xlabel="sequence length", ylabel="ms")
             panel.set_yscale("log", base=10)
             panel.legend(fontsize="x-small")
     write_origin(figure, result)

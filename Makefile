@@ -51,6 +51,7 @@ test-full: $(READY)  ## run the whole suite
 check: lint test-full  ## lint, run the whole suite and tiny benches: before a push, and in CI
 	$(PYTHON) -m bench expand --smoke
 	$(PYTHON) -m bench attention --smoke
+	$(PYTHON) -m bench decode --smoke
 
 install: $(READY)  ## make .venv: torch, Triton, this package in place, the development tools
 

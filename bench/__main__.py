@@ -9,6 +9,7 @@ MODULES = {  # of each command, a function of the same name; imported on first u
     "quick": ".quick",
     "expand": ".expand",
     "attention": ".attention.command",
+    "decode": ".decode.command",
     "train": ".train.command",
     "codegen": ".codegen.command",
     "sweep": ".sweep.command",

@@ -33,6 +33,8 @@ from .reasons import NO_KERNEL, NO_MEMORY, NO_TIME, first_line, reason_of, refus
 from .report import plot_times, times_table, write_json
 from .timing import measure, warm_clocks
 
+# A record's field, and the peers: the field holds the speed over the fastest of them.
+COMPARED = {"x_eager": ("eager",), "x_row": ("sdpa with row", "sdpa with row folded")}
 LONGEST_GRAPH = 10.0  # ms; in a longer call the host is far ahead of the GPU, and a graph would only hold memory
 
 
@@ -76,8 +78,9 @@ def _add_times(cells, direction, records, times, frozen, prefix):
         record |= {prefix + unit: value for unit, value in cells.rate(direction, this.median).items()}
         if limits:
             record[prefix + "of_limit"] = {limit: this.ratio(times[limit]) for limit in limits}
-        if "eager" in times:
-            record[prefix + "x_eager"] = this.ratio(times["eager"])
+        for field, peers in COMPARED.items():
+            if found := [times[peer] for peer in peers if peer in times]:
+                record[prefix + field] = this.ratio(min(found, key=lambda time: time.median))
         if frozen.get(name) in times:
             record[prefix + "over_frozen"] = times[frozen[name]].ratio(this)
 

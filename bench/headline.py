@@ -85,7 +85,7 @@ def _bias(n, direction, **cell):
     return {"n": n, "direction": direction, "heads": 8, **cell}
 
 
-LONG = {"dtype": "bf16", "n": 8192, "head_dim": 64, "mask": "causal", "queries": None}
+LONG = {"dtype": "bf16", "n": 8192, "head_dim": 64, "mask": "causal"}
 WINDOW = {"dtype": "bf16", "n": 4600, "head_dim": 16, "mask": "window", "direction": "training"}
 SHORT = {"dtype": "fp32", "n": 2048, "head_dim": 64, "mask": "causal"}
 ROWS = (

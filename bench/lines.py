@@ -13,7 +13,7 @@ A file may hold several runs, one after the other.
 
 import json
 
-CELL = ("dtype", "batch", "heads", "n", "head_dim", "mask", "queries", "window", "direction", "provider")
+CELL = ("dtype", "batch", "heads", "group", "n", "head_dim", "mask", "queries", "window", "direction", "provider")
 
 
 class Lines:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command-line options that `expand` and `attention` share."""
+"""The command-line options that `expand`, `attention` and `decode` share."""
 
 import functools
 import time
@@ -57,10 +57,10 @@ def _common(options, heads):
     return common
 
 
-def shared_options(peers, default_peers, backends, heads, lengths):
+def shared_options(peers, default_peers, backends, heads, lengths, what="Queries and keys"):
     """A decorator that adds --device, --dtype, …; the command gets them as one `Common`.
 
-    `heads` is the default {device: number}; `lengths` describes the default of --seq.
+    `heads` is the default {device: number}; `what` says what --seq counts, `lengths` describes its default.
     """
     path = click.Path(dir_okay=False, path_type=Path)
     many = dict.fromkeys(heads.values())
@@ -71,7 +71,7 @@ def shared_options(peers, default_peers, backends, heads, lengths):
                      show_default=True),
         click.option("--heads", type=click.IntRange(1), help=f"Default: {heads_words}."),
         click.option("--seq", "seqs", multiple=True, type=click.IntRange(1),
-                     help=f"Queries and keys; default: {lengths}."),
+                     help=f"{what}; default: {lengths}."),
         click.option("--peer", "peers", multiple=True, type=click.Choice([*peers, "none"]), default=default_peers,
                      show_default=True),
         click.option("--backend", "backends", multiple=True, type=click.Choice(backends), default=backends,

@@ -22,14 +22,18 @@ def write_json(path, result):
 
 HEADERS = {
     "dtype": "dtype",
+    "batch": "batch",
+    "group": "group",
     "n": "seq",
     "mask": "mask",
     "queries": "queries",
     "provider": "who",
     "gradients": "gradients",
     "ms": "ms",
+    "us": "us",
     "spread": "p20-p80",
     "x_eager": "x eager",
+    "x_row": "x SDPA with row",
     "over_frozen": "trained / frozen",
     "gb_s": "GB/s",
     "tflop_s": "TFLOP/s",
@@ -46,25 +50,38 @@ TITLES = {
         "forward": "forward: softmax(q k^T / sqrt(head_dim) + bias) v, the bias made from the table",
         "training": "training: that forward and its backward; no bias is plain scaled_dot_product_attention",
     },
+    "decode": {
+        "step": "step: new queries against seq keys, a bias from the table; us: a step of the whole batch; GB/s: its "
+        "keys and values, read once",
+    },
 }
 DIRECTIONS = list(dict.fromkeys(direction for titles in TITLES.values() for direction in titles))
 
 
+def _time(milliseconds, unit):
+    if unit == "ms":
+        return f"{milliseconds:.3g}"
+    return f"{milliseconds * 1e3:.3g}" if milliseconds < 1 else f"{milliseconds * 1e3:.0f}"
+
+
 def _cells(record, prefix=""):
     """One row of a table, as strings."""
-    row = {name: record.get(name) or "" for name in ("dtype", "n", "mask", "queries", "provider", "gradients")}
-    row["mask"] = mask_of(record)
+    is_step = record["direction"] == "step"
+    names = ("dtype", "n", "provider", *(("batch", "group") if is_step else ("queries", "gradients")))
+    row = dict.fromkeys(HEADERS, "") | {name: record.get(name) or "" for name in names} | {"mask": mask_of(record)}
+    unit = "us" if is_step else "ms"
     if prefix + "ms" not in record:
         reason = record["wrong"] or record.get("unmeasured", "checked, not timed")
-        return dict.fromkeys(HEADERS, "") | row | {"ms": "FAIL" if record["wrong"] else "-", "spread": reason}
+        return row | {unit: "FAIL" if record["wrong"] else "-", "spread": reason}
     limits = record.get(prefix + "of_limit") or {}
     is_limit = record["provider"].startswith("limit")
-    spread = f"{record[prefix + 'ms_p20']:.3g}-{record[prefix + 'ms_p80']:.3g}"
+    time, p20, p80 = (_time(record[prefix + name], unit) for name in ("ms", "ms_p20", "ms_p80"))
+    ratios = [name for name in ("x_eager", "x_row") if prefix + name in record and not is_limit]
     return row | {
         "provider": record["provider"] + (" (graph)" if prefix else ""),
-        "ms": f"{record[prefix + 'ms']:.3g}" + (" FAIL" if record["wrong"] else ""),
-        "spread": record["wrong"] or spread,
-        "x_eager": f"{record[prefix + 'x_eager']:.2f}" if prefix + "x_eager" in record and not is_limit else "",
+        unit: time + (" FAIL" if record["wrong"] else ""),
+        "spread": record["wrong"] or f"{p20}-{p80}",
+        **{name: f"{record[prefix + name]:.2f}" for name in ratios},
         "over_frozen": f"{record[prefix + 'over_frozen']:.2f}" if prefix + "over_frozen" in record else "",
         "gb_s": f"{record[prefix + 'gb_s']:.1f}" if prefix + "gb_s" in record else "",
         "tflop_s": f"{record[prefix + 'tflop_s']:.1f}" if prefix + "tflop_s" in record else "",
@@ -74,7 +91,7 @@ def _cells(record, prefix=""):
 
 
 def times_table(result, style="simple", directions=None):
-    """The tables of a run of `python -m bench expand` or `attention`; style "github" is Markdown."""
+    """The tables of a run of `python -m bench expand`, `attention` or `decode`; style "github" is Markdown."""
     parts = [result["setting"]] if "setting" in result else []
     for direction, title in TITLES[result["bench"]].items():
         rows = []
@@ -84,7 +101,7 @@ def times_table(result, style="simple", directions=None):
                 if "graph_ms" in record:
                     rows.append(_cells(record, "graph_"))
         if rows:
-            rows.sort(key=lambda row: (row["dtype"], row["n"], row["mask"]))
+            rows.sort(key=lambda row: [row[name] for name in ("dtype", "batch", "group", "n", "mask")])
             parts.append(f"{title}\n\n{render(rows, HEADERS, style)}")
     if any("graph_ms" in record for record in result["records"]):
         parts.append("(graph): replays of a CUDA graph; nothing flushes the L2 cache between them")
@@ -96,23 +113,25 @@ def times_table(result, style="simple", directions=None):
     return "\n" + "\n\n".join(parts)
 
 
+def _column(record):
+    if record["direction"] == "step":
+        return f"batch {record['batch']}, group {record['group']}"
+    return record["direction"]
+
+
 def plot_times(result):
-    """A matplotlib Figure: milliseconds over the length, a panel for each direction and dtype."""
+    """A matplotlib Figure: milliseconds over the length, a panel for each dtype and direction, batch and group."""
     from matplotlib.figure import Figure
 
     dtypes = list(dict.fromkeys(record["dtype"] for record in result["records"]))
-    directions = TITLES[result["bench"]]
-    figure = Figure(figsize=(4.2 * len(directions), 3.4 * len(dtypes)), layout="constrained")
-    panels = figure.subplots(len(dtypes), len(directions), squeeze=False)
+    columns = list(dict.fromkeys(map(_column, result["records"])))
+    figure = Figure(figsize=(4.2 * len(columns), 3.4 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(columns), squeeze=False)
     for dtype, row in zip(dtypes, panels, strict=True):
-        for direction, panel in zip(directions, row, strict=True):
+        for column, panel in zip(columns, row, strict=True):
             lines = {}
             for record in result["records"]:
-                if (
-                    (record["dtype"], record["direction"]) == (dtype, direction)
-                    and not record["wrong"]
-                    and "ms" in record
-                ):
+                if (record["dtype"], _column(record)) == (dtype, column) and not record["wrong"] and "ms" in record:
                     mask = [mask_of(record)] if mask_of(record) not in ("", "causal") else []
                     name = " ".join([record["provider"], *mask])
                     lines.setdefault(name, []).append((record["n"], record["ms"]))
@@ -120,7 +139,7 @@ def plot_times(result):
                 points.sort()
                 style = {"linestyle": "--", "color": "grey"} if name.startswith("limit") else {"marker": "o"}
                 panel.loglog(*zip(*points, strict=True), label=name, base=2, **style)
-            panel.set(title=f"{direction}, {dtype}", xlabel="sequence length", ylabel="ms")
+            panel.set(title=f"{column}, {dtype}", xlabel="sequence length", ylabel="ms")
             panel.set_yscale("log", base=10)
             panel.legend(fontsize="x-small")
     write_origin(figure, result)

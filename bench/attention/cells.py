@@ -33,7 +33,7 @@ class Cells:
         """How many entries of the batch differ, a divisor of the batch: as many as the reference can afford."""
         shape = self.shape
         most = min(
-            CHECK_PAIRS[self.device] // (shape.heads * shape.i * shape.n),
+            CHECK_PAIRS[self.device] // (shape.heads * shape.n**2),
             CHECK_NUMBERS[self.device] // (shape.heads * shape.n * shape.head_dim),
         )
         return max(d for d in range(1, shape.batch + 1) if shape.batch % d == 0 and d <= max(1, most))
@@ -49,8 +49,7 @@ class Cells:
         return seen_of(self.shape, self.distinct, self.device)
 
     def serves(self, direction, provider):
-        is_decoding = self.shape.queries is not None
-        return direction in provider.directions and not (is_decoding and direction == "training")
+        return direction in provider.directions
 
     def facts(self, direction, provider):
         if direction == "forward":
@@ -68,23 +67,16 @@ class Cells:
         return self.call(direction, provider)
 
     def limits(self, direction):
-        """Attention without a bias. For decoding also a copy that moves as many bytes as keys and values have."""
+        """Attention without a bias."""
         without_bias = limit_providers(self.device, self.shape.dtype)
-        calls = {p.name: self.call(direction, p) for p in without_bias if self.serves(direction, p)}
-        if calls and self.shape.queries is not None:
-            calls["copy"] = self.inputs[1].detach().clone
-        return calls
+        return {p.name: self.call(direction, p) for p in without_bias if self.serves(direction, p)}
 
     def rate(self, direction, milliseconds):
-        """TFLOP/s of FlashAttention's products, 2 forward and 5 backward. Decoding: GB/s of reading keys and values."""
-        shape = self.shape
-        if shape.queries is not None:
-            numbers = 2 * shape.batch * shape.heads * shape.n * shape.head_dim
-            return {"gb_s": numbers * DTYPES[shape.dtype].itemsize / milliseconds / 1e6}
+        """TFLOP/s of FlashAttention's products, 2 forward and 5 backward."""
         if self.device == "cpu":
             return {}
         products = {"forward": 2, "training": 7}[direction]
-        return {"tflop_s": products * 2 * self.pairs * shape.head_dim / milliseconds / 1e9}
+        return {"tflop_s": products * 2 * self.pairs * self.shape.head_dim / milliseconds / 1e9}
 
     @cached_property
     def pairs(self):
@@ -141,9 +133,8 @@ class Cells:
             found = self.expected["sdpa"] = {}
             try:
                 found["out"] = self._distance("out", self.call("forward", SDPA)())
-                if self.shape.queries is None:
-                    results = zip(GRADIENTS, self.call("training", SDPA)(), strict=True)
-                    found |= {name: self._distance(name, actual) for name, actual in results}
+                results = zip(GRADIENTS, self.call("training", SDPA)(), strict=True)
+                found |= {name: self._distance(name, actual) for name, actual in results}
             except RuntimeError:  # out of memory, or the kernel refuses the shape: eager decides
                 free(self.device)
         return self.expected["sdpa"]
@@ -157,24 +148,22 @@ class Cells:
     def _reference(self, name, dtype, table_dtype):
         """The output and all gradients of the distinct entries, by rows of queries: all pairs may not fit."""
         if name not in self.expected:
-            entries, (i, n) = slice(self.distinct), (self.shape.i, self.shape.n)
+            entries, n = slice(self.distinct), self.shape.n
             *qkv, table, dout = (tensor.detach() for tensor in self.inputs)
             leaves = [*(tensor[entries].to(dtype) for tensor in qkv), table.to(table_dtype)]
-            is_trained = self.shape.queries is None
             for leaf in leaves:
-                leaf.requires_grad_(is_trained)
+                leaf.requires_grad_()
             query, key, value, table = leaves
-            out, sums = torch.empty_like(query), [torch.zeros_like(x, dtype=table_dtype) for x in leaves if is_trained]
+            out, sums = torch.empty_like(query), [torch.zeros_like(x, dtype=table_dtype) for x in leaves]
             step = max(1, CHECK_BYTES[self.device] // (self.distinct * self.shape.heads * n * 8))
-            for start in range(0, i, step):
+            for start in range(0, n, step):
                 rows = slice(start, start + step)
                 part = reference.attention(
-                    query[:, :, rows], key, value, table, offset=n - i + start, **self.seen.options(entries)
+                    query[:, :, rows], key, value, table, offset=start, **self.seen.options(entries)
                 )
                 out[:, :, rows] = part.detach()
-                if is_trained:
-                    grads = torch.autograd.grad(part, leaves, dout[entries, :, rows].to(dtype))
-                    for total, grad in zip(sums, grads, strict=True):
-                        total += grad
-            self.expected[name] = dict(zip(("out", *GRADIENTS), (out.detach(), *sums), strict=False))
+                grads = torch.autograd.grad(part, leaves, dout[entries, :, rows].to(dtype))
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad
+            self.expected[name] = dict(zip(("out", *GRADIENTS), (out.detach(), *sums), strict=True))
         return self.expected[name]

@@ -39,19 +39,17 @@ class Sizes:
     head_dim: int
     masks: tuple
     window: int
-    queries: int | None
 
     def shape(self, dtype, n, mask):
         """The Shape of this dtype, length and mask."""
         batch = self.batch or max(1, self.tokens // n)
         window = self.window if mask == "window" else None
-        return Shape(dtype, batch, self.heads, n, self.head_dim, mask, self.queries, window)
+        return Shape(dtype, batch, self.heads, n, self.head_dim, mask, window)
 
     def words(self):
         """The sizes in words, for the report."""
         batch = f"batch {self.batch}" if self.batch else f"batch {self.tokens} / seq"
-        queries = f", {self.queries} queries" if self.queries else ""
-        return f"{batch}, {self.heads} heads, head_dim {self.head_dim}{queries}"
+        return f"{batch}, {self.heads} heads, head_dim {self.head_dim}"
 
 
 def _with_preset(common, sizes, cell):
@@ -82,10 +80,8 @@ def _chosen_peers(common, is_memory):
 @click.option("--mask", "masks", multiple=True, type=click.Choice(MASKS), default=("causal",), show_default=True)
 @click.option("--window", type=click.IntRange(0), default=128, show_default=True,
               help="Keys on either side of a query, for --mask window.")  # fmt: skip
-@click.option("--queries", type=click.IntRange(1),
-              help="Only this many last positions, against all keys, as in decoding; forward only.")  # fmt: skip
 @click.option("--cell", type=click.Choice(list(CELLS)),
-              help="B600 L4600 H8 D16, 128 on both sides, as published; or one query, 4k to 64k keys.")  # fmt: skip
+              help="B600 L4600 H8 D16, 128 on both sides, as published.")  # fmt: skip
 @click.option("--errors", is_flag=True, help="Instead: print distances from float64; default dtype: fp32.")
 @click.option("--memory", "budgets", multiple=True, type=click.IntRange(1), metavar="MIB",
               help="Instead: peak memory of training over the length, up to this much beyond the inputs.")  # fmt: skip
@@ -126,11 +122,7 @@ def _refuse(common, sizes, errors, budgets):
     """Raise UsageError if options contradict each other."""
     if budgets and "seqs" in common.asked:
         raise click.UsageError("--memory doubles the length itself, up to --longest: it takes no --seq")
-    if budgets and sizes["queries"]:
-        raise click.UsageError("--memory trains, --queries decodes: give one of them")
     if budgets and errors:
         raise click.UsageError("--memory and --errors exclude each other: give one of them")
     if sizes["batch"] and sizes["tokens"]:
         raise click.UsageError(f"give --batch {sizes['batch']} or --tokens {sizes['tokens']}, not both")
-    if sizes["queries"] and common.seqs and sizes["queries"] > min(common.seqs):
-        raise click.UsageError(f"--queries {sizes['queries']} are more than the keys of --seq {min(common.seqs)}")

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpb_triton.reference import distance
@@ -27,27 +26,17 @@ def _flash_window(query, key, value, window):
     return out.transpose(1, 2)
 
 
-def _mask(query, key, seen):
-    """(i, j) bool, for what SDPA has no option."""
-    i, j = query.shape[2], key.shape[2]
-    return seen.is_seen(distance(i, j, j - i, query.device))
-
-
 def without_bias(query, key, value, table, seen, backend=None):
     """scaled_dot_product_attention by the kernel `backend`, an SDPBackend; None: SDPA chooses."""
     if seen.window is not None and backend is SDPBackend.FLASH_ATTENTION:
         return _flash_window(query, key, value, seen.window)
-    mask, is_causal = None, seen.is_causal
+    mask = None
     if seen.window is not None:
         if backend is SDPBackend.CUDNN_ATTENTION:
             raise NotImplementedError("scaled_dot_product_attention has no window")
-        mask = _mask(query, key, seen)
-    elif is_causal and query.shape[2] != key.shape[2]:  # is_causal aligns the first query with the first key
-        is_flash = backend is SDPBackend.FLASH_ATTENTION
-        mask = causal_lower_right(query.shape[2], key.shape[2]) if is_flash else _mask(query, key, seen)
-        is_causal = False
+        mask = seen.is_seen(distance(query.shape[2], key.shape[2], 0, query.device))
     with nullcontext() if backend is None else sdpa_kernel(backend):
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=seen.is_causal)
 
 
 FLASH = partial(without_bias, backend=SDPBackend.FLASH_ATTENTION)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The providers of attention with a position bias from a table: eager, SDPA, FlexAttention, this library's backends.
 
-`attend(query, key, value, table, seen) -> out`: query and out (batch, heads, i, head_dim), key and value (batch, heads,
-j, head_dim), table (heads, j) float32. Peers that materialise the bias use our `expand_bias`; `python -m bench expand`
-measures eager's own gather. Causality and the window cost them nothing: they are -inf in the table.
+`attend(query, key, value, table, seen) -> out`: query, key, value and out (batch, heads, n, head_dim), table (heads, n)
+float32. Peers that materialise the bias use our `expand_bias`; `python -m bench expand` measures eager's own gather.
+Causality and the window cost them nothing: they are -inf in the table.
 """
 
 from contextlib import nullcontext
@@ -32,21 +32,21 @@ class Provider:
     frozen: str | None = None  # the provider that does the same without the table's gradient, by name
 
 
-def _bias(query, key, table, seen, dtype):
-    """(heads, i, j), contiguous; -inf where causality or the window hides the key."""
-    i, j = query.shape[2], key.shape[2]
+def _bias(table, seen, dtype):
+    """(heads, n, n), contiguous; -inf where causality or the window hides the key."""
+    n = table.shape[1]
     if seen.window is not None:
-        signed = torch.cat((table.flip(1)[:, :-1], table), 1)  # by x - y + j - 1
-        distance = torch.arange(1 - j, j, device=table.device)
-        return expand_bias(signed.masked_fill(~seen.is_seen(distance), -torch.inf), i, j, signed=True, dtype=dtype)
+        signed = torch.cat((table.flip(1)[:, :-1], table), 1)  # by x - y + n - 1
+        distance = torch.arange(1 - n, n, device=table.device)
+        return expand_bias(signed.masked_fill(~seen.is_seen(distance), -torch.inf), n, n, signed=True, dtype=dtype)
     if seen.is_causal:
-        return expand_bias(pad(table, (j - 1, 0), value=-torch.inf), i, j, signed=True, dtype=dtype)
-    return expand_bias(table, i, j, dtype=dtype)
+        return expand_bias(pad(table, (n - 1, 0), value=-torch.inf), n, n, signed=True, dtype=dtype)
+    return expand_bias(table, n, n, dtype=dtype)
 
 
 def eager(query, key, value, table, seen):
     """`dpb_triton.reference.attention`, but faster: products in the inputs' dtype, logits and softmax in float32."""
-    s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(query, key, table, seen, table.dtype)
+    s = (query @ key.mT).float() * query.shape[3] ** -0.5 + _bias(table, seen, table.dtype)
     if seen.padding is not None:
         s = s.masked_fill(seen.padding[:, None, None], -torch.inf)
     return s.softmax(-1).to(value.dtype) @ value
@@ -64,7 +64,7 @@ def compiled_eager(query, key, value, table, seen):
 
 def sdpa_with_bias(query, key, value, table, seen):
     """On CUDA by the EFFICIENT kernel: only it returns the bias's gradient. The bias must have query's dtype."""
-    bias = _bias(query, key, table, seen, query.dtype)[None]
+    bias = _bias(table, seen, query.dtype)[None]
     if seen.padding is not None:
         bias = bias.masked_fill(seen.padding[:, None, None], -torch.inf)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if query.is_cuda else nullcontext():
@@ -88,7 +88,7 @@ def _uncompiled_flex(query, key, value):
 
 
 @lru_cache(maxsize=2)
-def _blocks(seen, i, j, device):
+def _blocks(seen, n, device):
     """The block mask, made once for each shape; None if every key is seen."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -97,17 +97,17 @@ def _blocks(seen, i, j, device):
     batch = None if seen.padding is None else len(seen.padding)
 
     def is_seen(b, h, x, y):
-        is_in_sight = seen.is_seen(x + (j - i) - y)
+        is_in_sight = seen.is_seen(x - y)
         return is_in_sight if batch is None else is_in_sight & ~seen.padding[b, y]
 
-    return create_block_mask(is_seen, batch, None, i, j, device=device)
+    return create_block_mask(is_seen, batch, None, n, n, device=device)
 
 
 # With FlexAttention's own blocks for Hopper (128 x 128, 3 stages) the table's elements do not fit in shared memory.
 _FLEX_OPTIONS = [{}, {"fwd_BLOCK_N": 64}]
 
 
-def _call_flex(*args, **options):
+def call_flex(*args, **options):
     """Compiled FlexAttention with the first of _FLEX_OPTIONS that compiles; drops the others before it."""
     while True:
         try:
@@ -120,15 +120,13 @@ def _call_flex(*args, **options):
 
 def flex(query, key, value, table, seen):
     """Compiled FlexAttention; its score_mod captures the 1-D table."""
-    i, j = query.shape[2], key.shape[2]
-    offset = j - i
 
     def add_bias(score, b, h, x, y):
-        return score + table[h, (x + offset - y).abs()]
+        return score + table[h, (x - y).abs()]
 
-    blocks = _blocks(seen, i, j, query.device)
+    blocks = _blocks(seen, query.shape[2], query.device)
     try:
-        return _call_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
+        return call_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
     except torch._dynamo.exc.Unsupported:
         _uncompiled_flex(*(tensor[:, :1, :16] for tensor in (query, key, value)))  # raises with the reason
         raise

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The shapes of the attention bench, which keys a query sees, and the tensors of a shape.
 
-causal    key y <= query x; the last query sees the last key, whatever their numbers
+causal    key y <= query x
 full      every key
 window    `window` keys on either side of the query, and its own key
 padded    causal, and each sequence of the batch ends at a random length: no query sees the keys after it
@@ -20,8 +20,6 @@ CELLS = {
     # trained one; 749 ms a step for its Triton version, 9,386 ms for FlexAttention with a trained table
     "window": {"dtypes": ("bf16",), "batch": 600, "heads": 8, "head_dim": 16, "seqs": (4600,), "masks": ("window",),
                "window": 128},
-    "decode": {"dtypes": ("bf16",), "batch": 16, "heads": 32, "head_dim": 128, "queries": 1, "masks": ("full",),
-               "seqs": (4096, 8192, 16384, 32768, 65536)},
 }  # fmt: skip
 
 
@@ -32,29 +30,22 @@ class Shape:
     dtype: str
     batch: int
     heads: int
-    n: int  # keys
+    n: int
     head_dim: int
     mask: str
-    queries: int | None = None  # this many last ones of the n positions; None: n
     window: int | None = None  # keys on either side, for mask "window"
-
-    @property
-    def i(self):
-        """Number of queries."""
-        return self.queries or self.n
 
     def pairs(self, distinct):
         """Pairs of a query and a key that it sees, in the whole batch."""
-        i, n = self.i, self.n
-        first = n - i  # position of the first query
+        n = self.n
         if self.mask == "full":
-            each = i * n
+            each = n * n
         elif self.mask == "window":
-            each = sum(min(n - 1, x + self.window) - max(0, x - self.window) + 1 for x in range(first, n))
+            each = sum(min(n - 1, x + self.window) - max(0, x - self.window) + 1 for x in range(n))
         else:
-            each = sum(range(first + 1, n + 1))
+            each = sum(range(1, n + 1))
         if self.mask == "padded":
-            cut = sum(max(0, x + 1 - length) for length in lengths(self, distinct) for x in range(first, n))
+            cut = sum(max(0, x + 1 - length) for length in lengths(self, distinct) for x in range(n))
             each -= cut / distinct
         return self.batch * self.heads * each
 
@@ -107,11 +98,10 @@ def inputs(shape, device, distinct=None):
     distinct = distinct or shape.batch
     dtype, copies = DTYPES[shape.dtype], shape.batch // distinct
 
-    def random(length):
-        return torch.randn((distinct, shape.heads, length, shape.head_dim), dtype=dtype, device=device).repeat(
-            copies, 1, 1, 1
-        )
+    def random():
+        size = (distinct, shape.heads, shape.n, shape.head_dim)
+        return torch.randn(size, dtype=dtype, device=device).repeat(copies, 1, 1, 1)
 
-    query, key, value = (random(length).requires_grad_() for length in (shape.i, shape.n, shape.n))
+    query, key, value = (random().requires_grad_() for _ in range(3))
     table = torch.randn((shape.heads, shape.n), device=device).requires_grad_()
-    return query, key, value, table, random(shape.i)
+    return query, key, value, table, random()

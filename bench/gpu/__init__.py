@@ -15,7 +15,7 @@ The first call, with a limit of 500 s, checks the results and measures the speed
 The second call, with a limit of 240 s, does the rest. Start it while the machine is still held (30 s):
 
     python3 -m bench gpu --cache build/gpu-cache.tar --sha SHA --out $OUT --seconds 225 --phase flex --phase window \
-        --phase memory --phase host
+        --phase decode --phase memory --phase host
 
 The files under $OUT come back even if the command is killed: results.jsonl (a line per cell, written as it comes),
 log.txt (everything printed), summary.json, tables.txt, profile.csv and profile.ncu-rep. Without --phase all phases run

@@ -68,6 +68,9 @@ def phases(device, tiny=False):
     bf16, fp32 = ("--dtype", "bf16"), ("--dtype", "fp32")
     materialised = ("eager", "sdpa with bias")
     flex = ("flex fixed table", "flex trained table")
+    # the launches are recorded on a CPU, whose defaults are other ones
+    decoder = ("--heads", "32", "--head-dim", "128", *_words("--batch", (1, 16)), *_words("--group", (1, 8)))
+    rows = ("sdpa with row", "sdpa with row folded")
     return [
         Phase("smoke", 40, "every kernel once, checked against float64", (
             _smoke(device, *(("--tiny",) if tiny else ())),
@@ -94,10 +97,12 @@ def phases(device, tiny=False):
         Phase("flex", 50, "FlexAttention at 8k, which takes long to compile", (
             bench("attention", 1, *bf16, lengths=(8192,), peers=flex),
         )),
-        Phase("window", 75, "a window with a published time, decoding, padding, all pairs", (
+        Phase("window", 55, "a window with a published time, padding, all pairs", (
             bench("attention", 2, *bf16, "--cell", "window", peers=("none",)),
             bench("attention", 2, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=("none",)),
-            bench("attention", 1.5, *bf16, "--cell", "decode", peers=materialised),
+        )),
+        Phase("decode", 40, "one query of 1 and 16 sequences against 4k to 64k keys, with and without grouped heads", (
+            bench("decode", 1, *bf16, *decoder, lengths=(16384, 65536, 4096), peers=rows, heads=False),
         )),
         Phase("float32", 50, "float32's errors and times", (
             bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),

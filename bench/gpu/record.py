@@ -114,7 +114,7 @@ def _bench(arguments):
         if not drop and word not in (*DROPPED, "--errors"):  # --errors makes the same launches
             words.append("cpu" if word == "cuda" else word)
         drop = word in DROPPED
-    peers = ("--peer", "none") if arguments[0] in ("attention", "expand") else ()
+    peers = ("--peer", "none") if arguments[0] in ("attention", "decode", "expand") else ()
     try:
         cli([*words, *peers], standalone_mode=False)
     except click.ClickException as error:

@@ -11,9 +11,10 @@ from .counters import METRICS
 MOST = 10_500  # characters: the lent machine sends back the last 12,000 of the output
 # what a row may show, in this order; the rest of a cell is in results.jsonl
 COLUMNS = (
-    "dtype", "kernel", "width", "batch", "n", "head_dim", "mask", "queries", "direction", "candidate", "provider",
-    "call", "gradients", "launches", "ms", "graph_ms", "us", "tflop_s", "gb_s", "x_eager", "of_limit", "over_frozen",
-    "errors", "wrong", "unmeasured", "stopped", "graph_error", "error", "peak_mib", "seconds", *METRICS,
+    "dtype", "kernel", "width", "batch", "group", "n", "head_dim", "mask", "queries", "direction", "candidate",
+    "provider", "call", "gradients", "launches", "ms", "graph_ms", "us", "tflop_s", "gb_s", "x_eager", "x_row",
+    "of_limit", "over_frozen", "errors", "wrong", "unmeasured", "stopped", "graph_error", "error", "peak_mib",
+    "seconds", *METRICS,
 )  # fmt: skip
 RESULTS = ("timed", "errors", "memory")  # events of lines that hold a result; lines of other programs have no event
 IDENTITY = COLUMNS[: COLUMNS.index("ms")]

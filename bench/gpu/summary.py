@@ -9,14 +9,16 @@ from .show import read
 
 # the columns: our name of a provider, its name in the documentation
 ATTENTION = {
-    "dpb triton": "dpb_triton", "dpb triton frozen": "frozen table", "limit: no bias flash": "FA2, no bias",
+    "dpb triton": "dpb_triton", "dpb triton frozen": "frozen table", "dpb triton module": "module, kept table",
+    "limit: no bias flash": "FA2, no bias",
     "limit: no bias cudnn": "cuDNN, no bias", "limit: no bias efficient": "efficient, no bias",
     "flex trained table": "FlexAttention", "flex fixed table": "fixed table",
-    "sdpa with bias": "SDPA + bias", "eager": "eager",
+    "sdpa with bias": "SDPA + bias", "sdpa with row": "SDPA + row", "sdpa with row folded": "SDPA + row, folded",
+    "eager": "eager",
 }  # fmt: skip
 EXPAND = {"dpb triton": "Triton", "dpb cuda": "CUDA (csrc)", "limit: fill": "limit", "limit: sum": "limit",
           "eager": "eager"}  # fmt: skip
-CELL = ("dtype", "mask", "head_dim", "batch", "queries", "n", "direction")
+CELL = ("dtype", "mask", "head_dim", "batch", "group", "queries", "n", "direction")
 
 
 def _cells(records, key, wanted):

@@ -18,6 +18,7 @@ from bench import timing
 from bench.__main__ import cli
 from bench.attention import limits as attention_limits
 from bench.attention import providers as attention_providers
+from bench.decode import providers as decode_providers
 from bench.lines import read_lines
 from bench.report import tables
 
@@ -124,7 +125,7 @@ def _install(fake, monkeypatch):
     }
     for name, replacement in replacements.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
-    for module in (attention_limits, attention_providers):
+    for module in (attention_limits, attention_providers, decode_providers):
         monkeypatch.setattr(module, "sdpa_kernel", kernel)
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **more: autocast("cpu", *rest, **more))

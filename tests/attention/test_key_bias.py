@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from dpb_triton import bias_attention
 from dpb_triton.attention import torch_grid as attention_cpu_grid
+from dpb_triton.dispatch import why_not
 
 
 def mask(*rows):
@@ -263,3 +264,32 @@ def test_a_tangent_on_the_mask_is_not_lost():
     step = 1e-3
     expected = (attend(mask + step * tangent) - attend(mask - step * tangent)) / (2 * step)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("block", [16, 4096])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_ranges_of_the_keys(block, is_packed, monkeypatch, device):
+    """The kernels skip the hidden ends, and compute the first run of zeros as if there were no key bias."""
+    bias = pytest.importorskip("dpb_triton.attention.kernels.bias", reason="Triton is not installed")
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    monkeypatch.setattr(bias, "RANGE_BLOCK", block)
+    rows = {
+        "0" * 50: (0, 50, 0, 50),
+        "#" * 50: (50, 0, 50, 50),
+        "#" * 7 + "0" * 30 + "#" * 13: (7, 37, 7, 37),
+        "1" * 20 + "0" * 5 + "#" + "0" * 24: (0, 50, 20, 25),
+        "#1" * 17 + "#" * 15 + "0": (1, 50, 49, 50),
+        "1" * 49 + "#": (0, 49, 50, 50),
+        "n" * 33 + "0" * 17: (0, 50, 33, 50),
+        "0" + "1" * 49: (0, 50, 0, 1),
+        "0" * 16 + "1" + "0" * 33: (0, 50, 0, 16),
+    }
+    numbers = {"#": -torch.inf, "0": 0.0, "1": -3.0, "n": torch.nan}
+    key_bias = torch.tensor([[numbers[letter] for letter in row] for row in rows], device=device)
+    seqlens = None
+    if is_packed:
+        key_bias = key_bias.flatten()[None]
+        seqlens = torch.tensor([[0, 1, 50 * row, 50, 0] for row in range(len(rows))], dtype=torch.int32, device=device)
+    _, ranges = bias.pad_key_bias(key_bias, seqlens)
+    assert list(map(tuple, ranges.tolist())) == list(rows.values())

@@ -21,6 +21,7 @@ class Inputs(NamedTuple):
 
     bias: object  # (heads, width), the padded table; in backward (2, heads, width), the table and then its mirror
     key_bias: object  # (batch, j + 2 * KEY_PADDING)
+    key_ranges: object  # (batch entries or packed sequences, 4), see `KeyRanges`
     seqlens: object  # (sequences, 5)
     seed: object  # (1,)
     rows: object = None  # (batch, heads, i, 4), in backward
@@ -113,6 +114,15 @@ class Span(NamedTuple):
     offset: object
     left: object
     right: object
+
+
+class KeyRanges(NamedTuple):
+    """What the key bias hides of a sequence's keys, and where it is 0."""
+
+    seen: object  # all keys outside [seen, unseen) are hidden
+    unseen: object
+    zero: object  # the key bias is 0 in [zero, nonzero), the first such run
+    nonzero: object
 
 
 class Matrix(NamedTuple):

@@ -74,9 +74,9 @@ def backward(dout, dlse, query, key, value, table, key_bias, out, state, seqlens
 
     query, key, value, dout, out = (whole_rows(tensor) for tensor in (query, key, value, dout, out))
     rows, row_strides, bias, zero = launch_prologue(dout, dlse, out, state, table, signed, reach)
-    key_bias = None if key_bias is None else pad_key_bias(key_bias)
+    key_bias, key_ranges = (None, None) if key_bias is None else pad_key_bias(key_bias, seqlens)
     sequences = batch if seqlens is None else seqlens.shape[0]
-    inputs = Inputs(bias, key_bias, seqlens, seed, rows)
+    inputs = Inputs(bias, key_bias, key_ranges, seqlens, seed, rows)
     strides = (stride for tensor in (query, key, value, dout) for stride in tensor.stride()[:3])
     layout = BackwardLayout(heads, heads // kv_heads, *strides, *row_strides)
     counts = longest_query, longest_key, offset, left or 0, right or 0, zero, bias.shape[2], sequences

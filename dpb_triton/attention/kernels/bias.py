@@ -5,7 +5,9 @@
     bias         h | 0 … 0 b2 b1 b0 b1 b2 b3 0 … 0      by y - x - offset, times log2(e); column `zero` is distance 0
     key bias     b | -inf … -inf k0 k1 … k(j-1) -inf …  times log2(e)
 
-A program owns a block of columns of one head (table) or of one batch entry (key bias). Bytes: O(n).
+A program owns a block of columns of one head (table) or of one batch entry (key bias). One more program for each batch
+entry finds the ranges of its keys (`KeyRanges`): blocks of keys that are all hidden are skipped, and blocks whose key
+bias is 0 are computed as if there were none. So padding costs nothing in the loops over whole tiles. Bytes: O(n).
 """
 
 import torch
@@ -21,6 +23,7 @@ from .tiles import KEY_PADDING, LOG2E
 # and one more that a tile may prefetch (`tiles.prefetch`).
 PADDING = 384
 BIAS_BLOCK = 1024
+RANGE_BLOCK = 4096  # keys that one program reads at once, to find their ranges
 
 
 @triton.jit
@@ -71,26 +74,68 @@ def pad_bias(table, signed, reach):
     return bias, -lowest
 
 
-@triton.jit(do_not_specialize=["j", "width"])
-def _key_bias_kernel(key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLOCK: tl.constexpr):
-    index = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _copy_key_bias(block, index, key_bias_ptr, padded_ptr, j, width, stride_b, stride_y, BLOCK: tl.constexpr):
+    column = block * BLOCK + tl.arange(0, BLOCK)
     y = column - KEY_PADDING
     is_key = (y >= 0) & (y < j)
     value = tl.load(key_bias_ptr + index * stride_b + y.to(tl.int64) * stride_y, mask=is_key, other=float("-inf"))
     tl.store(padded_ptr + index * width + column, value * LOG2E, mask=column < width)
 
 
-def pad_key_bias(key_bias):
-    """(batch, width): log2(e) * key_bias, with -inf on both sides, where a tile reaches beyond the keys."""
+@triton.jit
+def _write_ranges(index, ptr, ranges_ptr, j, stride_y, BLOCK: tl.constexpr):
+    """Write the KeyRanges of a sequence, whose key bias begins at ptr."""
+    none = tl.zeros([], tl.int32)
+    seen, unseen, zero, nonzero = none + j, none, none + j, none + j
+    for first in range(0, j, BLOCK):
+        y = first + tl.arange(0, BLOCK)
+        value = tl.load(ptr + y.to(tl.int64) * stride_y, mask=y < j, other=float("-inf"))
+        is_seen = value != float("-inf")
+        seen = tl.minimum(seen, tl.min(tl.where(is_seen, y, j), 0))
+        unseen = tl.maximum(unseen, tl.max(tl.where(is_seen, y + 1, 0), 0))
+        zero = tl.minimum(zero, tl.min(tl.where(value == 0, y, j), 0))
+        nonzero = tl.minimum(nonzero, tl.min(tl.where((value != 0) & (y > zero) & (y < j), y, j), 0))
+    ranges_ptr += 4 * index
+    tl.store(ranges_ptr, seen)
+    tl.store(ranges_ptr + 1, unseen)
+    tl.store(ranges_ptr + 2, zero)
+    tl.store(ranges_ptr + 3, nonzero)
+
+
+@triton.jit(do_not_specialize=["j", "width", "blocks", "copies", "stride_b"])
+def _key_bias_kernel(key_bias_ptr, padded_ptr, seqlens_ptr, ranges_ptr, j, width, blocks, copies, stride_b, stride_y,
+                     IS_PACKED: tl.constexpr, BLOCK: tl.constexpr, RANGE_BLOCK: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < copies:
+        _copy_key_bias(pid % blocks, (pid // blocks).to(tl.int64), key_bias_ptr, padded_ptr, j, width, stride_b,
+                       stride_y, BLOCK)  # fmt: skip
+    else:
+        index = (pid - copies).to(tl.int64)
+        if IS_PACKED:
+            first, count = tl.load(seqlens_ptr + index * 5 + 2).to(tl.int64), tl.load(seqlens_ptr + index * 5 + 3)
+            _write_ranges(index, key_bias_ptr + first * stride_y, ranges_ptr, count, stride_y, RANGE_BLOCK)
+        else:
+            _write_ranges(index, key_bias_ptr + index * stride_b, ranges_ptr, j, stride_y, RANGE_BLOCK)
+
+
+def pad_key_bias(key_bias, seqlens):
+    """(padded (batch, width), key_ranges): log2(e) * key_bias between columns of -inf, where a tile may reach.
+
+    key_ranges (batch entries or packed sequences, 4), int32: the `KeyRanges`.
+    """
     batch, j = key_bias.shape
+    sequences = batch if seqlens is None else seqlens.shape[0]
     width = j + 2 * KEY_PADDING.value
     padded_bias = empty((batch, width), torch.float32, key_bias.device)
+    ranges = empty((sequences, 4), torch.int32, key_bias.device)
+    blocks = cdiv(width, BIAS_BLOCK)
     launch(
-        _key_bias_kernel, (cdiv(width, BIAS_BLOCK), batch),
-        key_bias, padded_bias, j, width, *key_bias.stride(), BLOCK=BIAS_BLOCK,
+        _key_bias_kernel, (blocks * batch + sequences,),
+        key_bias, padded_bias, seqlens, ranges, j, width, blocks, blocks * batch, *key_bias.stride(),
+        IS_PACKED=seqlens is not None, BLOCK=BIAS_BLOCK, RANGE_BLOCK=RANGE_BLOCK,
     )  # fmt: skip
-    return padded_bias
+    return padded_bias, ranges
 
 
 settle(globals())

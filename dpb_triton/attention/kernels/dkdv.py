@@ -32,6 +32,7 @@ from .tiles import (
     is_kept,
     is_wide,
     key_bias_of,
+    key_ranges_of,
     load_bias,
     load_key_bias,
     load_rows,
@@ -76,7 +77,7 @@ class OwnKeys(NamedTuple):
     first_y: object
     key: object  # [BLOCK_N, BLOCK_D], unless it is read in chunks
     value: object  # [BLOCK_N, BLOCK_V], likewise
-    key_bias: object  # [BLOCK_N]
+    key_bias_ptr: object
     key_rows: object  # Matrix, for chunks
     value_rows: object
     query_rows: object  # Matrix
@@ -93,7 +94,7 @@ def _of_head(own, head, layout, width, i):
     """Move `own`, which points to the queries of the first head, to those of `head`; i: the longest sequence's."""
     query_rows = Matrix(own.query_rows.source + head * layout.qh, own.query_rows.rows, own.query_rows.stride)
     dout_rows = Matrix(own.dout_rows.source + head * layout.dh, own.dout_rows.rows, own.dout_rows.stride)
-    return OwnKeys(own.y, own.first_y, own.key, own.value, own.key_bias, own.key_rows, own.value_rows, query_rows,
+    return OwnKeys(own.y, own.first_y, own.key, own.value, own.key_bias_ptr, own.key_rows, own.value_rows, query_rows,
                    dout_rows, own.rows_ptr + 4 * head * layout.rh, own.bias_ptr + head * width, own.seed_ptr,
                    (own.first_row + head) * i, own.threshold)  # fmt: skip
 
@@ -118,8 +119,8 @@ def _add_queries(dk, dv, dkey_bias, own, first_x, span, scores, config: tl.const
         prefetch(own.rows_ptr + 4 * tl.cast(first_x + BLOCK_M, tl.int64), 4 * BLOCK_M)
     bias = load_bias((own.bias_ptr + first_x + tl.arange(0, BLOCK_N))[:, None] + tl.arange(0, BLOCK_M)[None, :])
     s, slope = add_bias(kq, bias, scores, config.HAS_SOFTCAP)
-    if config.HAS_KEY_BIAS:
-        s += own.key_bias[:, None]
+    if config.HAS_KEY_BIAS and IS_MASKED:
+        s += load_key_bias(own.key_bias_ptr, own.first_y, BLOCK_N, True)[:, None]
     e = tl.exp2(s - largest[None, :])
     if is_wide(config.BLOCK_V, config.PRECISION):
         dp = dot_of_rows(own.value_rows, own.first_y, own.dout_rows, first_x, BLOCK_N, BLOCK_M, config.VALUE_DIM,
@@ -167,6 +168,14 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
     enter, inside, outside, leave, _ = visible_blocks(
         first_y, swapped(span), config.HAS_RIGHT, config.HAS_LEFT, BLOCK_N, BLOCK_M
     )
+    if config.HAS_KEY_BIAS:
+        ranges = key_ranges_of(inputs.key_ranges, index, span, True)
+        after = tl.minimum(first_y + BLOCK_N, span.j)
+        is_hidden = (after <= ranges.seen) | (first_y >= ranges.unseen)  # then their gradients are 0
+        leave = tl.where(is_hidden, enter, leave)
+        # only the loop over edges adds the key bias
+        outside = tl.where(is_hidden | (first_y < ranges.zero) | (after > ranges.nonzero), inside, outside)
+        inside, outside = tl.minimum(inside, leave), tl.minimum(outside, leave)
 
     row = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64)
     key_rows = matrix_of(key_ptr, row, kv_head, span.first_key, span.j, layout.kb, layout.kh, layout.ky)
@@ -174,17 +183,17 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
     query_rows = matrix_of(query_ptr, row, 0, span.first_query, span.i, layout.qb, layout.qh, layout.qx)
     dout_rows = matrix_of(dout_ptr, row, 0, span.first_query, span.i, layout.db, layout.dh, layout.dx)
     y = first_y + (BLOCK_N - 1 - tl.arange(0, BLOCK_N))
-    key, value, key_bias = y, y, y
+    key, value, key_bias_ptr = y, y, y
     if not is_wide(config.BLOCK_D, config.PRECISION):
         key = load_rows(key_rows, first_y, BLOCK_N, config.HEAD_DIM, config.BLOCK_D, True, True)
     if not is_wide(config.BLOCK_V, config.PRECISION):
         value = load_rows(value_rows, first_y, BLOCK_N, config.VALUE_DIM, config.BLOCK_V, True, True)
     if config.HAS_KEY_BIAS:
-        key_bias = load_key_bias(key_bias_of(inputs.key_bias, row, j, span.first_key), first_y, BLOCK_N, True)
+        key_bias_ptr = key_bias_of(inputs.key_bias, row, j, span.first_key)
     # The mirror follows the tables of all heads. Its column width - 1 - zero - (y - x - offset) holds y - x - offset.
     mirror = tl.cast(layout.heads, tl.int64) * width + (width - 1 - zero + span.offset - first_y - (BLOCK_N - 1))
     seed_ptr = inputs.seed if config.HAS_DROPOUT else inputs.bias  # a returned tuple must not hold None
-    own = OwnKeys(y, first_y, key, value, key_bias, key_rows, value_rows, query_rows, dout_rows,
+    own = OwnKeys(y, first_y, key, value, key_bias_ptr, key_rows, value_rows, query_rows, dout_rows,
                   inputs.rows + 4 * (row * layout.rb + span.first_query), inputs.bias + mirror, seed_ptr,
                   index.to(tl.int64) * layout.heads, threshold)  # fmt: skip
 
@@ -208,7 +217,8 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, g
         tl.store(repair_ptr + pid, has_nan(dk, y < span.j) | has_nan(dv, y < span.j))
 
     if config.HAS_KEY_BIAS:  # a hidden key has gradient 0, whatever its pairs hold
-        is_seen = key_bias != float("-inf")
+        # loaded here again: in registers over all loops it would make them spill
+        is_seen = tl.load(key_bias_ptr + y) != float("-inf")
         dk, dv = tl.where(is_seen[:, None], dk, 0.0), tl.where(is_seen[:, None], dv, 0.0)
         dkey_bias = tl.where(is_seen, dkey_bias, 0.0)
     to = gradient_layout

@@ -19,6 +19,7 @@ from .launch import launch_with_repair
 from .tiles import (
     FLAGS,
     add_bias,
+    clip_blocks,
     dot,
     dot_add,
     dot_of_pairs,
@@ -30,6 +31,7 @@ from .tiles import (
     is_kept,
     is_wide,
     key_bias_of,
+    key_ranges_of,
     load_bias,
     load_key_bias,
     load_rows,
@@ -89,7 +91,7 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
         prefetch(own.bias_ptr + first_y + (BLOCK_M + BLOCK_N - 1), BLOCK_N)
     bias = load_bias((own.bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, slope = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
-    if config.HAS_KEY_BIAS:
+    if config.HAS_KEY_BIAS and IS_MASKED:
         key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
     e = tl.exp2(s - own.largest[:, None])
@@ -113,10 +115,6 @@ def _add_keys(dq, own, first_y, span, scores, config: tl.constexpr, IS_MASKED: t
         ds = tl.where(mask, ds, 0.0)
         if config.IS_REPAIR:
             return dot_of_pairs(narrow(ds, key.dtype), key, mask, dq, BLOCK_N)
-    elif config.HAS_KEY_BIAS and config.IS_REPAIR:
-        ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
-        is_seen = tl.load(own.key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
-        key = tl.where(is_seen[:, None], key, 0.0)
     return dot_add(narrow(ds, key.dtype), key, dq, config)
 
 
@@ -138,6 +136,9 @@ def _program(pid, query_ptr, key_ptr, value_ptr, dout_ptr, inputs, repair_ptr, d
     enter, inside, outside, leave, end = visible_blocks(
         first_x, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if config.HAS_KEY_BIAS:
+        ranges = key_ranges_of(inputs.key_ranges, index, span, True)
+        enter, inside, outside, leave, end = clip_blocks(enter, inside, outside, leave, end, ranges, BLOCK_N)
 
     row, kv_head = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64), head // layout.group
     query_rows = matrix_of(query_ptr, row, head, span.first_query, span.i, layout.qb, layout.qh, layout.qx)

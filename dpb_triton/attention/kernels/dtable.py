@@ -36,6 +36,7 @@ from .tiles import (
     is_kept,
     is_wide,
     key_bias_of,
+    key_ranges_of,
     load_bias,
     load_key_bias,
     load_state,
@@ -123,7 +124,7 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
         )
         qk = dot(queries.query, tl.trans(key), config)
     s, _ = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
-    if config.HAS_KEY_BIAS:
+    if config.HAS_KEY_BIAS and IS_MASKED:
         key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
         s += key_bias[None, :]
     e = tl.exp2(s - queries.largest[:, None])  # [BLOCK_M, BLOCK_N]
@@ -139,7 +140,7 @@ def _add_window(acc, bias, own, queries, first_y, span, scores, config: tl.const
     ds = e * (dp * queries.inverse[:, None] - queries.delta[:, None])
     if IS_MASKED:  # a select, not a product with a mask: ds may be NaN or Inf beyond the queries and the keys
         ds = tl.where((x < span.i)[:, None] & ((y >= 0) & (y < span.j))[None, :], ds, 0.0)
-    if config.HAS_KEY_BIAS:
+    if config.HAS_KEY_BIAS and IS_MASKED:
         ds = tl.where((key_bias != float("-inf"))[None, :], ds, 0.0)
     return acc + ds
 
@@ -255,10 +256,11 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
         )
 
         # the steps [enter, leave) at which the window meets a key, and [inside, outside) at which it is all inside
-        enter = tl.cdiv(tl.maximum(1 - WIDTH - start, 0), BLOCK_M)
-        leave = tl.cdiv(tl.minimum(tl.maximum(span.j - start, 0), span.i), BLOCK_M)
-        inside = tl.cdiv(tl.maximum(-start, 0), BLOCK_M)
-        outside = tl.minimum(tl.maximum(span.j - start - WIDTH + BLOCK_M, 0), span.i) // BLOCK_M
+        ranges = key_ranges_of(inputs.key_ranges, index, span, config.HAS_KEY_BIAS)
+        enter = tl.cdiv(tl.maximum(ranges.seen + 1 - WIDTH - start, 0), BLOCK_M)
+        leave = tl.cdiv(tl.minimum(tl.maximum(ranges.unseen - start, 0), span.i), BLOCK_M)
+        inside = tl.cdiv(tl.maximum(ranges.zero - start, 0), BLOCK_M)
+        outside = tl.minimum(tl.maximum(ranges.nonzero - start - WIDTH + BLOCK_M, 0), span.i) // BLOCK_M
         enter = tl.maximum(enter, first_step)
         leave = tl.maximum(tl.minimum(leave, first_step + chunk_steps), enter)
         inside = tl.minimum(tl.maximum(inside, enter), leave)

@@ -49,6 +49,7 @@ from .tiles import (
     FLAGS,
     LN2,
     add_bias,
+    clip_blocks,
     dot,
     dot_add,
     dot_of_pairs,
@@ -60,6 +61,7 @@ from .tiles import (
     is_kept,
     is_wide,
     key_bias_of,
+    key_ranges_of,
     load_bias,
     load_key_bias,
     load_rows,
@@ -107,16 +109,13 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
         prefetch(own.bias_ptr + first_y + (BLOCK_M + BLOCK_N - 1), BLOCK_N)
     bias = load_bias((own.bias_ptr + first_y + tl.arange(0, BLOCK_M))[:, None] + tl.arange(0, BLOCK_N)[None, :])
     s, _ = add_bias(qk, bias, scores, config.HAS_SOFTCAP)
-    if config.HAS_KEY_BIAS:
-        key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
-        s += key_bias[None, :]
     if IS_MASKED:
         mask = is_allowed(own.x, first_y, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_N)
         if config.HAS_KEY_BIAS:
+            key_bias = load_key_bias(own.key_bias_ptr, first_y, BLOCK_N, False)
+            s += key_bias[None, :]
             mask = mask & (key_bias != float("-inf"))[None, :]
         s = tl.where(mask, s, float("-inf"))
-    elif config.HAS_KEY_BIAS and config.IS_REPAIR:
-        s = tl.where((key_bias != float("-inf"))[None, :], s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
     # a row that has seen no key yet, or only scores of -inf, needs any finite number
@@ -133,9 +132,6 @@ def _attend(acc, m_i, l_i, own, first_y, span, scores, config: tl.constexpr, IS_
     if IS_MASKED and config.IS_REPAIR:
         acc = dot_of_pairs(p, value, mask, acc * alpha[:, None], BLOCK_N)
     else:
-        if config.HAS_KEY_BIAS and config.IS_REPAIR:
-            is_seen = tl.load(own.key_bias_ptr + first_y + tl.arange(0, BLOCK_N)) != float("-inf")
-            value = tl.where(is_seen[:, None], value, 0.0)
         acc = dot_add(p, value, acc * alpha[:, None], config)
     return acc, m_new, l_i
 
@@ -158,6 +154,9 @@ def _program(pid, query_ptr, key_ptr, value_ptr, inputs, repair_ptr, outputs, la
     enter, inside, outside, leave, end = visible_blocks(
         first_x, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_M, BLOCK_N
     )
+    if config.HAS_KEY_BIAS:
+        ranges = key_ranges_of(inputs.key_ranges, index, span, True)
+        enter, inside, outside, leave, end = clip_blocks(enter, inside, outside, leave, end, ranges, BLOCK_N)
 
     row, kv_head = (index if not config.IS_PACKED else 0) + tl.full([], 0, tl.int64), head // layout.group
     query_rows = matrix_of(query_ptr, row, head, span.first_query, span.i, layout.qb, layout.qh, layout.qx)
@@ -248,7 +247,7 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
         launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, outputs, out_layout)
         return out, lse, state
     bias, zero = pad_bias(table, signed, (least, largest))
-    key_bias = None if key_bias is None else pad_key_bias(key_bias)
+    key_bias, key_ranges = (None, None) if key_bias is None else pad_key_bias(key_bias, seqlens)
     may_describe = is_describable((key, value), seqlens)
     tile = Tile(*blocks) if blocks else blocks_of("forward", query, value, dropout_p > 0, may_describe)
     described = describe((key, value), tile.block_n, seqlens) if tile.is_described else None
@@ -259,7 +258,7 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
     launch_with_repair(
         _forward_kernel, cdiv(longest_query, tile.block_m) * sequences * heads, config, tile,
-        (query, *(described or (key, value)), Inputs(bias, key_bias, seqlens, seed)),
+        (query, *(described or (key, value)), Inputs(bias, key_bias, key_ranges, seqlens, seed)),
         (outputs, Layout(heads, heads // kv_heads, *strides), out_layout, longest_query, longest_key, offset, left or 0,
          right or 0, zero, bias.shape[1], sequences, scores, threshold),
     )  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ...launching.keys import settle
 from ...launching.launch import IS_INTERPRETED
-from .arguments import Dropout, Matrix, Span
+from .arguments import Dropout, KeyRanges, Matrix, Span
 
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -343,6 +343,28 @@ def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexp
     leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
     inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)
     outside = tl.minimum(tl.maximum(whole_end // BLOCK_N, inside), leave)
+    return enter, inside, outside, leave, end
+
+
+@triton.jit
+def key_ranges_of(ranges_ptr, index, span, HAS_KEY_BIAS: tl.constexpr):
+    """The KeyRanges of a batch entry or packed sequence; without a key bias all keys are seen and have 0."""
+    if HAS_KEY_BIAS:
+        ptr = ranges_ptr + 4 * index
+        return KeyRanges(tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3))
+    else:
+        none = tl.zeros([], tl.int32)
+        return KeyRanges(none, none + span.j, none, none + span.j)
+
+
+@triton.jit
+def clip_blocks(enter, inside, outside, leave, end, ranges, BLOCK_N: tl.constexpr):
+    """The result of `visible_blocks` without blocks of hidden keys; blocks with a key bias are no longer inside."""
+    end = tl.minimum(end, ranges.unseen)
+    enter = tl.maximum(enter, ranges.seen // BLOCK_N)
+    leave = tl.maximum(tl.minimum(leave, tl.cdiv(ranges.unseen, BLOCK_N)), enter)
+    inside = tl.minimum(tl.maximum(inside, tl.maximum(tl.cdiv(ranges.zero, BLOCK_N), enter)), leave)
+    outside = tl.minimum(tl.maximum(tl.minimum(outside, ranges.nonzero // BLOCK_N), inside), leave)
     return enter, inside, outside, leave, end
 
 

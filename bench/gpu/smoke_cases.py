@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from dpb_triton import bias_attention, bias_attention_varlen, expand_bias, reference
+from dpb_triton import bias_attention, bias_attention_paged, bias_attention_varlen, expand_bias, reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GRADIENTS = ("dq", "dk", "dv", "dtable")
@@ -64,6 +64,12 @@ def attention(device, n, *, dtype=BF16, head_dim=64, kv_heads=None, **options):
     return _compared(ours, partial(reference.attention, **options), inputs, dtype)
 
 
+def masked(device, n, **options):
+    """A batch whose sequences end at other lengths."""
+    ends = torch.tensor([n, n // 2 + 5], device=device)
+    return attention(device, n, key_padding_mask=torch.arange(n, device=device) >= ends[:, None], **options)
+
+
 def repeated(device, n, **options):
     """A call that is repeated from a recording (launching/replay.py), with other tensors than the recorded ones."""
     for _ in range(3):
@@ -107,6 +113,41 @@ def varlen(device, n, *, has_mask=False):
         return torch.cat(outs)
 
     return _compared(packed, alone, inputs, BF16)
+
+
+def step(device, n, *, i=1, head_dim=128, kv_heads=2, has_mask=False, **options):
+    """The last i of n positions against all keys, as in decoding."""
+    n = max(n, 256)  # fewer keys would go to the ordinary kernel
+    sizes = {"head_dim": head_dim, "heads": 8, "kv_heads": kv_heads}
+    query, key, value, table, _ = _attention_inputs(device, n, dtype=BF16, **sizes)
+    query = query[:, :, n - i :]
+    if has_mask:
+        hidden = torch.rand(2, n, device=device) < 0.3
+        value = value.masked_fill(hidden[:, None, :, None], float("nan"))  # must not matter
+        options["key_padding_mask"] = hidden
+    ours = bias_attention(query, key, value, table, enable_gqa=True, backend="triton", **options)
+    inputs = query, key, value.nan_to_num(), table
+    exact = reference.attention(*(x.double() for x in inputs), enable_gqa=True, **options)
+    return {"out": (ours, exact, reference.attention(*inputs, enable_gqa=True, **options))}
+
+
+def paged(device, n, *, page):
+    """Two sequences of other lengths over a cache whose pages are scattered."""
+    blocks = -(-n // page)
+    query, pages = _randn(2, 8, 1, 128, device=device, dtype=BF16), torch.randperm(2 * blocks, device=device)
+    pools = [_randn(2 * blocks, page, 2, 128, device=device, dtype=BF16) for _ in range(2)]
+    table, lengths = _randn(8, n, device=device), (n, n // 2 + 1)
+    seqlens, block_table = (torch.tensor(lengths, dtype=torch.int32, device=device), pages.view(2, blocks).int())
+    ours = bias_attention_paged(query, *pools, table, block_table, seqlens, enable_gqa=True, backend="triton")
+    results = []
+    for dtype in (torch.float64, BF16):
+        outs = []
+        for b, length in enumerate(lengths):
+            rows = [pool[pages.view(2, -1)[b]].flatten(0, 1)[:length].transpose(0, 1)[None].to(dtype) for pool in pools]
+            curve = table.double() if dtype == torch.float64 else table
+            outs.append(reference.attention(query[b : b + 1].to(dtype), *rows, curve, enable_gqa=True))
+        results.append(torch.cat(outs))
+    return {"out": (ours, *results)}
 
 
 def _captured(call):
@@ -162,8 +203,15 @@ CASES = {
     "attention bf16 dropout": dropout,
     "attention bf16 varlen": varlen,
     "attention bf16 varlen, key mask": partial(varlen, has_mask=True),
+    "attention bf16 d64, key mask": partial(masked, is_causal=True),
     "attention bf16 d64, repeated": repeated,
     "attention bf16 d128, repeated": partial(repeated, head_dim=128),
+    "step bf16": step,
+    "step bf16 d64, one head a key head": partial(step, head_dim=64, kv_heads=8),
+    "step bf16, key mask": partial(step, has_mask=True),
+    "chunk bf16": partial(step, i=8, is_causal=True, window=(100, 0)),
+    "step bf16, pages of 16": partial(paged, page=16),
+    "step bf16, pages of 256": partial(paged, page=256),
     "graph forward": partial(graph, is_training=False),
     "graph training": partial(graph, is_training=True),
     "csrc fp32": partial(expand, dtype=FP32, j=512, backend="cuda"),

@@ -19,9 +19,10 @@ from quick import slow
 ROOT = Path(__file__).parents[2]
 ATTENTION = {"_bias_kernel", "_forward_kernel", "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel",
              "_fold_dtable_kernel"}  # fmt: skip
+STEP = ATTENTION - {"_bias_kernel", "_forward_kernel"} | {"_decode_kernel", "_merge_kernel"}
 EXPAND = {"_expand_kernel", "_reduce_kernel", "_fold_kernel"}
 # These cases launch every kernel, and fill tuple fields that are None elsewhere. `make test-full` runs all cases.
-QUICK = ("causal", "causal, described", "key mask", "packed, window, dropout", "expand")
+QUICK = ("causal", "causal, described", "key mask", "packed, window, dropout", "step", "step, paged", "expand")
 CASES = [name if name in QUICK else slow(name) for name in launch_worker.CASES]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the other tests launch on it")
@@ -54,9 +55,11 @@ def _python_path():
 def test_the_driver_is_given_what_the_call_says(results, case):
     found = results["cases"][case]
     assert found["error"] is None, found["error"]
-    expected = EXPAND if case.startswith("expand") else ATTENTION
+    expected = EXPAND if case.startswith("expand") else STEP if case.startswith("step") else ATTENTION
+    expected = {"_decode_kernel", "_merge_kernel"} if case == "step, paged" else expected
     assert set(found["launched"]) == expected | ({"_key_bias_kernel"} if "key mask" in case else set())
     both = {"expand", "reduce"} if case.startswith("expand") else {"forward", "backward"}
+    both = {"paged"} if case == "step, paged" else both
     assert {function for function, _ in found["repeated"]} == both
     # a call that rounds its result or copies its input with torch is never repeated
     never = {"expand, bfloat16": {"reduce"}, "expand, columns": {"reduce"}, "causal, copied": both,

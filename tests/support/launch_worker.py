@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import fake_cuda
-from dpb_triton import bias_attention, bias_attention_varlen, expand_bias
+from dpb_triton import bias_attention, bias_attention_paged, bias_attention_varlen, expand_bias
 from dpb_triton.attention import kernels
 from dpb_triton.attention.kernels import backward as attention_backward
 from dpb_triton.attention.kernels import blocks
@@ -135,7 +135,7 @@ def check(kernel, grid, args, constants, compiled, launch):
 
 
 def is_pointer(name):
-    return name.endswith("_ptr") or name.startswith(("inputs.", "outputs.", "gradients.", "read."))
+    return name.endswith("_ptr") or name.startswith(("inputs.", "outputs.", "gradients.", "read.", "partial."))
 
 
 def is_float(name):
@@ -358,6 +358,17 @@ def packed(watch, *, heads=4, kv_heads=2, head_dim=64, mask=None, **options):
     out.backward(torch.zeros_like(out))
 
 
+def paged(watch, *, heads=4, kv_heads=2, page=16):
+    """A step of two sequences over a cache of ten pages."""
+    query = torch.randn(2, heads, 1, 64, dtype=torch.bfloat16)
+    pools = (torch.randn(10, page, kv_heads, 64, dtype=torch.bfloat16) for _ in range(2))
+    pages, lengths = torch.arange(10, dtype=torch.int32).view(2, 5), torch.tensor([40, 70], dtype=torch.int32)
+    table = torch.randn(heads, 5 * page)
+    watch.expected = {"PAGE": page, "pages": 10, "layout.kb": page * kv_heads * 64, "layout.ky": kv_heads * 64}
+    bias_attention_paged(query, *pools, table, pages, lengths, enable_gqa=True, backend="triton")
+    watch.expected = {}
+
+
 def expand(watch, *, i=100, j=128, signed=False, dtype=torch.float32, makes_columns=False):
     """Expand and reduce; with `makes_columns`, reduce gets a transposed tensor."""
     n = max(i, j)
@@ -392,6 +403,10 @@ CASES = {
     "added key mask": (attention, {"mask": torch.float32, "kv_heads": 2, "j": 130}),
     "packed, window, dropout": (packed, {"window": (30, 0), "dropout_p": 0.1}),
     "packed, key mask": (packed, {"is_causal": True, "mask": torch.float32}),
+    "step": (attention, {"i": 1, "j": 200, "kv_heads": 1, "head_dim": 128}),
+    "step, key mask": (attention, {"i": 1, "j": 201, "kv_heads": 2, "mask": torch.bool, "value_dim": 40}),
+    "step, paged": (paged, {}),
+    "step of a chunk": (attention, {"i": 16, "j": 200, "kv_heads": 1, "is_causal": True, "window": (100, 0)}),
     "head_dim 40": (attention, {"is_causal": True, "head_dim": 40}),
     "head_dim 128": (attention, {"is_causal": True, "head_dim": 128, "kv_heads": 1}),
     "head_dim 256, value_dim 32": (attention, {"is_causal": True, "head_dim": 256, "value_dim": 32}),

@@ -114,7 +114,8 @@ def bias_attention(
             (batch, head, x, y), so every backend drops the same weights. Backward computes the mask again.
         key_padding_mask: (batch, j), as `torch.nn.MultiheadAttention` takes it. bool: True for a key that no query
             sees. Floating: added to the key's scores after softcap, in float32; -inf hides the key, and the mask has
-            a gradient. If you know the lengths, `bias_attention_varlen` saves the work of hidden keys.
+            a gradient. Hidden keys at the ends of a sequence cost no work; padded queries do, and
+            `bias_attention_varlen` saves it.
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
         return_lse: also return the logarithm of the softmax's denominator, differentiable. Merging the results of key
             shards needs it.

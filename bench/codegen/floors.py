@@ -36,6 +36,8 @@ def limit(record):
     if (record["arch"], record["dtype"]) != ("sm_90", "bf16") or not record["layout"].endswith(" causal"):
         return None, None
     version, width = record["triton"], record["constants"]["HEAD_DIM"]
+    if record["constants"]["BLOCK_V"] != record["constants"]["BLOCK_D"]:
+        return None, None
     if record["kernel"] == "_dkdv_kernel":
         most = _DKDV.get(version, {}).get(width)
         return most, _DKDV_WAITS if most else None

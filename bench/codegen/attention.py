@@ -14,7 +14,7 @@ TRAINED = {
     "softcap": {"softcap": 30.0},
     "varlen": {"is_packed": True},
     "mask": {"has_mask": True},
-    "qkv": {"is_projection": True},  # query, key and value are slices of one (batch, length, 3 * heads * head_dim)
+    "qkv": {"is_projection": True},  # query, key and value are slices of one projection
 }
 OPTIONS = TRAINED | {
     "3 heads": {"heads": 3},  # rows of 40 or 72 elements then have a stride that is a multiple of 8, not of 16
@@ -24,7 +24,10 @@ OPTIONS = TRAINED | {
 
 
 def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
-    """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}."""
+    """Launch the forward pass, in the layout (batch, length, heads, head_dim); `blocks`: {kernel: its constants}.
+
+    options: of `_arguments`; value_dim is head_dim unless they say otherwise.
+    """
     from dpb_triton.attention.kernels import forward as attention_forward
 
     query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
@@ -53,7 +56,7 @@ def launch_backward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     query, key, value, table, key_bias, *arguments = _arguments(dtype, head_dim, i, j, **options)
     state = torch.empty((2, *query.shape[:3]), device="meta")
     dlse = state[0] if options.get("dropout_p") else None
-    out = _rows(dtype, *query.shape)
+    out = _rows(dtype, *query.shape[:3], value.shape[3])
     inputs = query, key, value, table, key_bias
     needs = False, True, True, True, False
     attention_backward.backward(out, dlse, *inputs, out, state, *arguments, *needs, blocks=blocks)
@@ -66,15 +69,17 @@ def _rows(dtype, batch, heads, length, head_dim):
 
 
 def _arguments(dtype, head_dim, i, j, is_causal=True, window=None, softcap=0.0, dropout_p=0.0, group=1,
-               is_packed=False, is_projection=False, has_mask=False, heads=8):  # fmt: skip
+               is_packed=False, is_projection=False, has_mask=False, heads=8, value_dim=None):  # fmt: skip
     import torch
 
     batch = 1 if is_packed else 2
-    query = _rows(dtype, batch, heads, i, head_dim)
-    key = value = _rows(dtype, batch, heads // group, j, head_dim)
+    dims = head_dim, head_dim, value_dim or head_dim
+    lengths_heads = (i, heads), (j, heads // group), (j, heads // group)
+    query, key, value = (_rows(dtype, batch, h, n, dim) for dim, (n, h) in zip(dims, lengths_heads, strict=True))
     if is_projection:
-        packed = torch.empty((batch, i, 3, heads, head_dim), dtype=dtype, device="meta")
-        query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
+        packed = torch.empty((batch, i, heads * sum(dims)), dtype=dtype, device="meta")
+        parts = packed.split([heads * dim for dim in dims], 2)
+        query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
     table = torch.empty((heads, max(i, j)), device="meta")
     key_bias = torch.empty((batch, j), device="meta") if has_mask else None
     seqlens = torch.empty((4, 5), dtype=torch.int32, device="meta") if is_packed else None

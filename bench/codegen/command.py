@@ -94,6 +94,8 @@ def _more(constants):
 @click.option("--layout", "layouts", multiple=True,
               help="By its name in the table: aligned, ragged, …, 'd64 causal'. Default: all.")  # fmt: skip
 @click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Head widths of attention.")
+@click.option("--value-dim", "value_dims", multiple=True, type=click.IntRange(1, 256),
+              help="Widths of the values, each with every --head-dim. Default: the head's width.")  # fmt: skip
 @click.option("--options", multiple=True, type=click.Choice(list(attention.OPTIONS)),
               help="Option sets of attention.")  # fmt: skip
 @click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="KERNEL=M,N,WARPS,STAGES[,1[,BANDS]]",
@@ -108,8 +110,8 @@ def _more(constants):
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all records there.")
 @click.option("--list-broken", "is_listing", is_flag=True, help="Print the lines that exceptions.txt would need.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")
-def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_full, shapes, block, is_csrc, jobs, path,
-            is_listing, check):  # fmt: skip
+def codegen(archs, dtypes, ops, layouts, head_dims, value_dims, options, tiles, only, is_full, shapes, block, is_csrc,
+            jobs, path, is_listing, check):  # fmt: skip
     """Compile the kernels offline for each GPU; show registers, spills, and the accesses of the interior loop."""
     if is_csrc and nvcc() is None:
         raise click.UsageError("--csrc needs nvcc: set CUDA_HOME or put it on PATH")
@@ -117,8 +119,8 @@ def codegen(archs, dtypes, ops, layouts, head_dims, options, tiles, only, is_ful
         records = compile_cuda(archs, jobs)
     else:
         matrix = cases(
-            archs, dtypes, ops, layouts, shapes, block, head_dims=head_dims, options=options, tiles=tiles,
-            only=[f"_{name}_kernel" for name in only], is_full=is_full,
+            archs, dtypes, ops, layouts, shapes, block, head_dims=head_dims, value_dims=value_dims, options=options,
+            tiles=tiles, only=[f"_{name}_kernel" for name in only], is_full=is_full,
         )  # fmt: skip
         if not matrix:
             raise click.UsageError(f"--layout: none of the chosen kernels has {', '.join(layouts)}")

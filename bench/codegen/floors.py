@@ -43,7 +43,7 @@ def limit(record):
     if record["layout"] == "d64 mask":
         unmasked = _UNMASKED.get(version, {}).get(record["kernel"])
         return unmasked and unmasked / 32 * _MASK_ROOM, None
-    if not record["layout"].endswith(" causal"):
+    if not record["layout"].endswith(" causal") or record["constants"]["BLOCK_V"] != record["constants"]["BLOCK_D"]:
         return None, None
     if record["kernel"] == "_dkdv_kernel":
         most = _DKDV.get(version, {}).get(width)

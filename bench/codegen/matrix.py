@@ -106,7 +106,8 @@ OPS = {
     "decode": Op(attention.launch_forward, _DECODING, {}),  # with so few queries, forward takes another kernel
 }
 ATTENTION = ("attention", "attention backward")
-HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96)
+HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96, 160, 192)
+PAIRS = ((64, 128), (128, 64), (192, 128), (40, 80))  # head_dim and value_dim; (192, 128) is DeepSeek's
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Case:
     @property
     def family(self):
         """Cases of one family share kernels: one process compiles them."""
-        return self.op, self.dtype, self.arch, self.options.get("head_dim")
+        return self.op, self.dtype, self.arch, self.options.get("head_dim"), self.options.get("value_dim")
 
 
 def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=None, **attention_options):
@@ -146,42 +147,47 @@ def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=N
 
 
 def _attention_matrix(is_full):
-    """(head_dim, option set, dtype, whether for every arch) of each launch: sm_90 in depth, others the plain sets.
+    """((head_dim, value_dim), option set, dtype, whether for every arch) of each launch.
 
-    The short matrix has every option set at two head_dims, and every head_dim with one option set. Without sm_90, the
-    other archs are compiled in depth too.
+    sm_90 is compiled in depth, other archs with the plain sets; without sm_90 they are compiled in depth too. The short
+    matrix has every option set at two head_dims, and every pair of dims with one option set.
     """
     for head_dim in HEAD_DIMS:
         for name in attention.TRAINED:
             is_plain = head_dim in (64, 128, 256) and name in (("causal", "full") if is_full else ("causal",))
             if is_full or is_plain or name == "causal" or head_dim in (64, 128):
-                yield head_dim, name, "bf16", is_plain or (head_dim, name) == (64, "mask")
-    yield from ((head_dim, "3 heads", "bf16", False) for head_dim in (40, 72))
-    yield 64, "causal", "fp32", True
-    yield 128, "causal", "fp32", is_full
-    yield 256, "causal", "fp32", is_full
+                yield (head_dim, head_dim), name, "bf16", is_plain or (head_dim, name) == (64, "mask")
+    yield from ((dims, "causal", "bf16", False) for dims in PAIRS)
+    yield from (((head_dim, head_dim), "3 heads", "bf16", False) for head_dim in (40, 72))
+    yield (64, 64), "causal", "fp32", True
+    yield (128, 128), "causal", "fp32", is_full
+    yield (256, 256), "causal", "fp32", is_full
     if is_full:
-        yield from ((head_dim, name, "fp16", False) for head_dim in HEAD_DIMS for name in ("causal", "full"))
-        yield from ((head_dim, "full", "fp32", True) for head_dim in (64, 128, 256))
+        yield from (((d, d), name, "fp16", False) for d in HEAD_DIMS for name in ("causal", "full"))
+        yield from (((d, d), "full", "fp32", True) for d in (64, 128, 256))
 
 
-def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=(), options=(), tiles=None, only=(),
-                    is_full=False):  # fmt: skip
-    """The matrix, or what `head_dims`, `options` (names) and `dtypes` ask for; `tiles`: {kernel: its constants}."""
+def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=(), value_dims=(), options=(), tiles=None,
+                    only=(), is_full=False):  # fmt: skip
+    """The matrix, or what `head_dims`, `value_dims`, `options` (names) and `dtypes` ask for.
+
+    tiles: {kernel: its constants}.
+    """
     entries = [
-        (head_dim, name, dtype, arch)
-        for head_dim, name, dtype, is_for_all in _attention_matrix(is_full)
+        (dims, name, dtype, arch)
+        for dims, name, dtype, is_for_all in _attention_matrix(is_full)
         for arch in archs
         if arch == "sm_90" or is_for_all or "sm_90" not in archs
     ]
-    if head_dims or options or dtypes:
-        entries = itertools.product(head_dims or (64, 128, 256), options or ("causal",), dtypes or ("bf16",), archs)
+    if head_dims or value_dims or options or dtypes:
+        asked = [(d, v) for d in head_dims or (64, 128, 256) for v in value_dims or (d,)]
+        entries = itertools.product(asked, options or ("causal",), dtypes or ("bf16",), archs)
     found = []
-    for head_dim, name, dtype, arch in entries:
-        layout = f"d{head_dim} {name}"
+    for (head_dim, value_dim), name, dtype, arch in entries:
+        layout = f"d{head_dim} {name}" if value_dim == head_dim else f"d{head_dim}v{value_dim} {name}"
         if layouts and layout not in layouts:
             continue
-        chosen = {"head_dim": head_dim, **attention.OPTIONS[name]}
+        chosen = {"head_dim": head_dim, "value_dim": value_dim, **attention.OPTIONS[name]}
         chosen |= {"blocks": tiles} if tiles else {}
         sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
         found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]

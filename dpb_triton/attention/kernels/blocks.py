@@ -58,15 +58,19 @@ BLOCKS = {
     "hopper": {
         "forward": ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
         "forward described": ((64, 64, 4, 2), Tile(128, 128, 8, 3, prefetches=True)),
-        "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (32, 32, 4, 1)),
+        "dkdv": ((64, 64, 4, 2), (32, 128, 8, 3), (64, 32, 8, 2)),
         "dkdv dropout": ((32, 64, 4, 2),),  # the hash needs registers
         "dkdv narrow": (Tile(32, 64, 4, 3, registers=168),),
+        "dkdv half narrow": (None, (32, 64, 4, 2), (16, 64, 4, 2)),
+        "dkdv uneven": (None, (32, 64, 4, 2)),
+        "dkdv causal padded": (None, Tile(64, 128, 8, 4, prefetches=True)),
         "dkdv causal": ((64, 64, 4, 2), Tile(64, 128, 8, 3, prefetches=True)),
         "dq": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
         "dq described": ((64, 64, 4, 2), Tile(64, 64, 4, 2, prefetches=True)),
         "dtable": ((64, 64, 4, 2), Tile(64, 128, 8, 2, prefetches=True), (16, 32, 4, 1)),
         "dtable dropout": ((64, 64, 8, 2), (64, 64, 8, 2)),
-        "dtable described": ((64, 64, 4, 3),),
+        "dtable described padded": (None, (64, 128, 8, 2)),
+        "dtable described": ((64, 64, 4, 3), None, (64, 64, 4, 1)),
         "dtable narrow": ((64, 64, 4, 3),),
         "dtable narrow described": (Tile(64, 64, 4, 3, registers=168),),
     },
@@ -132,15 +136,18 @@ def generation():
 def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_causal=False):
     """The Tile of "forward", "dkdv", "dq" or "dtable", from the first row that fits the call."""
     rows = (FLOAT32 if query.dtype == torch.float32 else BLOCKS)[generation()]
-    width = max(padded(query.shape[3]), padded(value.shape[3]))
+    dims = query.shape[3], value.shape[3]
+    narrower, width = sorted(map(padded, dims))
     column = 0 if width <= 64 else 1 if width <= 128 else 2
-    is_narrow = width <= 32
+    is_narrow, is_padded = width <= 32, any(dim != padded(dim) for dim in dims)
     kinds = {
         "dropout": has_dropout, "narrow described": is_narrow and is_describable, "narrow": is_narrow,
-        "causal": is_causal, "described": is_describable and not is_narrow,
+        "half narrow": narrower <= 32, "uneven": narrower < width, "causal padded": is_causal and is_padded,
+        "causal": is_causal, "described padded": is_describable and is_padded and not is_narrow,
+        "described": is_describable and not is_narrow,
     }  # fmt: skip
     for kind, is_asked in kinds.items():
         row = rows.get(f"{kernel} {kind}", ()) if is_asked else ()
-        if column < len(row):
-            return Tile(*row[column])._replace(is_described=kind.endswith("described"))
+        if column < len(row) and row[column]:
+            return Tile(*row[column])._replace(is_described="described" in kind)
     return Tile(*rows[kernel][column])

@@ -313,6 +313,8 @@ def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOC
                IS_REVERSED: tl.constexpr):  # fmt: skip
     """Store a tile as `load_rows` loads one, rounded to the matrix' dtype."""
     index = tl.arange(0, COUNT)
+    if BLOCK > 128:  # otherwise the masks of the rows that were loaded stay in registers for the whole loop
+        index = opaque(index)
     if IS_REVERSED:
         index = COUNT - 1 - index
     offs_d = tl.arange(0, BLOCK)

@@ -25,6 +25,17 @@ GROUPS = (1, 8)
 MOST_MIB = {"cpu": 1024, "cuda": 2**17}  # of keys and values, where --seq does not ask for more
 
 
+def _tiles(context, parameter, words):
+    """[((BLOCK_M, BLOCK_N, warps, stages), programs or None)] of the option's words."""
+    found = []
+    for word in words:
+        numbers = [int(number) for number in word.split(",") if number.isdecimal() and int(number)]
+        if len(numbers) != word.count(",") + 1 or len(numbers) not in (4, 5):
+            raise click.BadParameter(f"expected M,N,WARPS,STAGES or M,N,WARPS,STAGES,PROGRAMS, got {word!r}")
+        found.append((tuple(numbers[:4]), numbers[4] if len(numbers) == 5 else None))
+    return found
+
+
 @click.command()
 @shared_options(tuple(PEERS), tuple(PEERS), BACKENDS, HEADS,
                 "1024, 8192, 65536 on a CPU, if keys and values fit in 1 GiB; 1024, 4096, 16384, 65536 on a GPU",
@@ -36,7 +47,9 @@ MOST_MIB = {"cpu": 1024, "cuda": 2**17}  # of keys and values, where --seq does 
 @click.option("--group", "groups", multiple=True, type=click.IntRange(1), default=GROUPS, show_default=True,
               help="Query heads of a key head.")  # fmt: skip
 @click.option("--head-dim", type=click.IntRange(1, 256), help="Default: 64, or 128 on a GPU.")
-def decode(common, queries, batches, groups, head_dim):
+@click.option("--tile", "tiles", multiple=True, callback=_tiles, metavar="M,N,WARPS,STAGES[,PROGRAMS]",
+              help="Also Triton's kernel with these constants.")  # fmt: skip
+def decode(common, queries, batches, groups, head_dim, tiles):
     """Time a decoding step, few queries against many keys, against SDPA with and without a bias, and a copy.
 
     The module's step is the one with its kept table, in eval mode. On a GPU, backend "torch" is measured only if
@@ -57,7 +70,7 @@ def decode(common, queries, batches, groups, head_dim):
     head_dim = head_dim or HEAD_DIM[device]
     environment = describe(device)
     click.echo(one_line(environment))
-    found, absent = providers(device, common.peers, common.backends)
+    found, absent = providers(device, common.peers, common.backends, tiles)
     shapes = []
     for dtype in common.dtypes:
         for n in lengths:

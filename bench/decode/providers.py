@@ -13,6 +13,7 @@ folded        the query heads of a key head are rows of one product, so their ke
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,8 +110,24 @@ def _module(step, backend):
     return step.module.attention(step.query, step.key, step.value, **step.options, backend=backend)
 
 
-def providers(device, peers, backends):
-    """([Provider] that can run here, {name: reason} of the others)."""
+def _with_constants(step, tile, programs):
+    """Triton's kernel with other launch constants than its own. The host takes longer than in a user's call."""
+    from dpb_triton.attention.kernels import decode, forward
+    from dpb_triton.attention.kernels.blocks import Tile
+
+    (i, head_dim), keys = step.query.shape[2:], step.key.shape[2]
+    with mock.patch.multiple(decode, tile_of=lambda *_: Tile(*tile), PROGRAMS=programs or decode.PROGRAMS):
+        return forward.forward.__wrapped__(  # a repeated call would repeat its constants
+            step.query, step.key, step.value, step.table, None, None, None, i, keys, keys - i, False, None,
+            0 if step.options["is_causal"] else None, head_dim**-0.5, 0.0, 0.0,
+        )[0]  # fmt: skip
+
+
+def providers(device, peers, backends, tiles=()):
+    """([Provider] that can run here, {name: reason} of the others).
+
+    tiles: ((BLOCK_M, BLOCK_N, warps, stages), programs or None), each one more provider where Triton can be measured.
+    """
     absent = {backend: reason for backend in backends if (reason := why_not_measured(backend, device))}
     found = [PEERS[name] for name in PEERS if name in peers]
     for backend in backends:
@@ -118,6 +135,13 @@ def providers(device, peers, backends):
             found.append(Provider(f"dpb {backend}", partial(_ours, backend=backend), backend))
             module = partial(_module, backend=backend)
             found.append(Provider(f"dpb {backend} module", module, backend, is_module=True))
+    reason = why_not_measured("triton", device) if tiles else None
+    for tile, programs in tiles:
+        name = f"tile {','.join(map(str, (*tile, programs) if programs else tile))}"
+        if reason:
+            absent[name] = reason
+        else:
+            found.append(Provider(name, partial(_with_constants, tile=tile, programs=programs), "triton"))
     return found, absent
 
 

@@ -69,8 +69,9 @@ def phases(device, tiny=False):
     materialised = ("eager", "sdpa with bias")
     flex = ("flex fixed table", "flex trained table")
     # the launches are recorded on a CPU, whose defaults are other ones
-    decoder = ("--heads", "32", "--head-dim", "128", *_words("--batch", (1, 16)), *_words("--group", (1, 8)))
+    decoder = ("--heads", "32", "--head-dim", "128", *_words("--group", (1, 8)))
     rows = ("sdpa with row", "sdpa with row folded")
+    tiles = ("16,64,4,2", "16,64,4,4", "16,128,4,2", "16,32,4,5", "16,64,2,3", "16,64,4,3,1024", "16,64,4,3,4096")
     return [
         Phase("smoke", 40, "every kernel once, checked against float64", (
             _smoke(device, *(("--tiny",) if tiny else ())),
@@ -102,7 +103,10 @@ def phases(device, tiny=False):
             bench("attention", 2, *bf16, "--mask", "padded", "--mask", "full", lengths=(8192,), peers=("none",)),
         )),
         Phase("decode", 40, "one query of 1 and 16 sequences against 4k to 64k keys, with and without grouped heads", (
-            bench("decode", 1, *bf16, *decoder, lengths=(16384, 65536, 4096), peers=rows, heads=False),
+            bench("decode", 1, *bf16, *decoder, *_words("--batch", (1, 16)), lengths=(16384, 65536, 4096), peers=rows,
+                  heads=False),
+            bench("decode", 0.5, *bf16, *decoder, "--batch", "16", *_words("--tile", () if tiny else tiles),
+                  lengths=(16384,), peers=("none",), heads=False),
         )),
         Phase("float32", 50, "float32's errors and times", (
             bench("attention", 1, *fp32, lengths=(4096,), peers=materialised),

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.attention import providers as attention_providers  # noqa: E402
 from bench.decode import command as bench_decode  # noqa: E402
+from bench.decode import providers as decode_providers  # noqa: E402
 from bench.decode.cells import Cells, Shape, step_of  # noqa: E402
 from bench.decode.providers import PEERS, Provider, limits_of, providers  # noqa: E402
 from bench.report import tables  # noqa: E402
@@ -49,6 +50,28 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     for name in ("batch", "group", "us", "x eager", "x SDPA with row", "GB/s", "of the limit"):
         assert f" {name} |" in header
     assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("shape", [replace(SHAPE, n=300), replace(SHAPE, n=300, queries=3)], ids=str)
+def test_a_tile_is_one_more_provider(shape, monkeypatch):
+    """It computes the definition, with its own constants, and leaves the library's own in place."""
+    decode = pytest.importorskip("dpb_triton.attention.kernels.decode", reason="Triton is not installed")
+    own, launched, launch = decode.tile_of, [], decode.launch
+    monkeypatch.setattr(decode_providers, "why_not_measured", lambda backend, device: None)
+    monkeypatch.setattr(decode, "launch", lambda *args, **kwargs: launched.append(kwargs) or launch(*args, **kwargs))
+    tiles = [((16, 32, 2, 4), None), ((16, 16, 4, 2), 1)]
+    found, absent = providers("cpu", [], [], tiles)
+    assert ([provider.name for provider in found], absent) == (["tile 16,32,2,4", "tile 16,16,4,2,1"], {})
+    for provider, ((_, block_n, warps, _), _) in zip(found, tiles, strict=True):
+        assert Cells(shape, "cpu").wrong("step", provider) is None
+        assert (launched[-2]["config"].BLOCK_N, launched[-2]["num_warps"]) == (block_n, warps)
+    assert decode.tile_of is own and decode.PROGRAMS > 1
+
+
+@pytest.mark.parametrize("word", ["16,64,4", "16,64,4,x", "16,64,0,3", "16,64,4,3,1,1"])
+def test_a_wrong_tile(word):
+    done = CliRunner().invoke(cli, [*QUICK, "--tile", word])
+    assert done.exit_code == 2 and "expected M,N,WARPS,STAGES" in done.output
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -118,8 +141,8 @@ def test_defaults(where, monkeypatch):
     def run(make, shapes, found, result, common):
         seen.update(shapes=shapes, found=found, absent=result["absent"], setting=result["setting"])
 
-    def known(device, peers, backends):
-        seen.update(peers=tuple(peers), backends=tuple(backends))
+    def known(device, peers, backends, tiles):
+        seen.update(peers=tuple(peers), backends=tuple(backends), tiles=tiles)
         return [], {}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: where == "cuda")
@@ -143,6 +166,7 @@ def test_defaults(where, monkeypatch):
     assert all("--seq 65536 measures it" in reason for reason in seen["absent"].values())
     assert seen["peers"] == DEFAULT_PEERS + (("flex",) if where == "cuda" else ())
     assert seen["backends"] == {"cpu": ("torch", "triton"), "cuda": ("triton",)}[where]
+    assert seen["tiles"] == []
     assert CliRunner().invoke(cli, ["decode", "--seq", "65536", "--peer", "flex"]).exit_code == 0
     assert len(seen["shapes"]) == 8 and not seen["absent"] and seen["peers"] == ("flex",)
     assert CliRunner().invoke(cli, ["decode", "--smoke", "--heads", "6"]).exit_code == 0

@@ -106,6 +106,7 @@ HIDDEN = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("number", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_numbers(name, number, attend, device):
@@ -157,6 +158,30 @@ def test_token_by_token(attend, device):
         rows.append(attend(query[:, :, x:y], key[:, :, :y], value[:, :, :y], table, **options))
         x = y
     torch.testing.assert_close(torch.cat(rows, 2), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_far_apart(dim, attend, device):
+    """Addresses beyond element 2^31: of batch entries, heads, keys."""
+    sizes = [{"batch": 34, "heads": 1}, {"heads": 34}, {"heads": 2}][dim]
+    case = Case(**sizes, i=2, j=40, head_dim=8, dtype=torch.bfloat16)
+    query, key, value, table, *_ = case.draw(device)
+    near = attend(query, key, value, table, is_causal=True)
+    far = attend(query, *(attention_oracle.far_apart(x, dim) for x in (key, value)), table, is_causal=True)
+    assert torch.equal(near, far)
+    if dim < 2:
+        assert torch.equal(near, attend(attention_oracle.far_apart(query, dim), key, value, table, is_causal=True))
+
+
+@pytest.mark.parametrize("big", [2**31 - 1, 2**33, 2**62])
+def test_bounds_beyond_int32(big, attend, device):
+    query, key, value, table, *_ = Case(i=3, j=90, spare=9).draw(device)
+    whole = attend(query, key, value, table)
+    torch.testing.assert_close(attend(query, key, value, table, window=(big, big)), whole)
+    causal = attend(query, key, value, table, is_causal=True)
+    torch.testing.assert_close(attend(query, key, value, table, window=(big, 0)), causal)
+    assert not attend(query, key, value, table, window=(3, 3), offset=big).any()
+    assert not attend(query, key, value, table, window=(3, 3), offset=-big).any()
 
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 90), st.integers(1, 2), st.sampled_from([1, 2, 6]))

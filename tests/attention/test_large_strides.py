@@ -9,23 +9,10 @@ from functools import partial
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case
+from attention_oracle import Case, far_apart
 from quick import slow
 
 from dpb_triton import bias_attention, dispatch
-
-FAR = 1 << 26  # 34 rows reach beyond element 2^31
-
-
-def far_apart(tensor, dim):
-    """The same numbers, with neighbours in dimension `dim` 2^26 elements apart."""
-    shape, strides, size = tensor.shape, [0] * tensor.dim(), 1
-    for k in reversed(range(tensor.dim())):
-        if k != dim % tensor.dim():
-            strides[k], size = size, size * shape[k]
-    strides[dim] = FAR
-    memory = torch.empty(FAR * (shape[dim] - 1) + size, dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(shape, strides).copy_(tensor)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import re
 
+import attention_oracle
 import pytest
 import torch
 
@@ -68,6 +69,23 @@ def test_float64(device):
     out = bias_attention_paged(*arguments, enable_gqa=True)
     key, value = (x.transpose(0, 1)[None] for x in rows[0])
     torch.testing.assert_close(out, bias_attention(arguments[0], key, value, arguments[3], enable_gqa=True))
+
+
+@pytest.mark.parametrize("big", [2**31 - 1, 2**62])
+def test_a_window_without_end(big, attention_backend, device):
+    arguments, _ = draw([33, 100], i=3, device=device)
+    options = {"enable_gqa": True, "backend": attention_backend}
+    expected = bias_attention_paged(*arguments, is_causal=True, **options)
+    torch.testing.assert_close(bias_attention_paged(*arguments, window=(big, 0), **options), expected)
+
+
+def test_pages_far_apart(attention_backend, device):
+    """Addresses beyond element 2^31."""
+    arguments, _ = draw([33, 500], page=16, device=device)
+    assert len(arguments[1]) > 34
+    near = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
+    arguments[1:3] = [attention_oracle.far_apart(pool, 0) for pool in arguments[1:3]]
+    assert torch.equal(near, bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend))
 
 
 def test_under_compile(attention_backend, device):

@@ -202,6 +202,20 @@ def lay_out(shape, layout, generator, dtype, device):
     return view.copy_(randn(*shape))
 
 
+FAR = 1 << 26  # 34 rows reach beyond element 2^31
+
+
+def far_apart(tensor, dim):
+    """The same numbers, with neighbours in dimension `dim` 2^26 elements apart."""
+    shape, strides, size = tensor.shape, [0] * tensor.dim(), 1
+    for k in reversed(range(tensor.dim())):
+        if k != dim % tensor.dim():
+            strides[k], size = size, size * shape[k]
+    strides[dim] = FAR
+    memory = torch.empty(FAR * (shape[dim] - 1) + size, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(shape, strides).copy_(tensor)
+
+
 def draw_table(case, generator, dtype):
     offset = case.j - case.i if case.options.get("offset") is None else case.options["offset"]
     n = max(case.i + offset, case.j - offset, 1) + case.spare

@@ -31,7 +31,8 @@ ARROWS = """
 INSIDE = {
     "attention": "paged api key_bias checks autograd flops ops torch_paged torch_path torch_grid torch_products "
     "kernels",
-    "attention/kernels": "forward paged decode backward dkdv dq dtable prologue launch bias blocks tiles arguments",
+    "attention/kernels": "paged forward decode merge backward dkdv dq dtable prologue launch bias blocks tiles "
+    "arguments",
     "distributed": "context_parallel tensor_parallel ring",
     "expand": "api autograd ops torch_path triton_kernels",
     "integrations": "transformers",

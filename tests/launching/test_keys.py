@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="the test reads Triton's cache keys")
 
 ROOT = Path(__file__).parents[2]
-ATTENTION = ("forward", "backward", "dkdv", "dq", "dtable", "prologue", "bias")
+ATTENTION = ("forward", "decode", "merge", "backward", "dkdv", "dq", "dtable", "prologue", "bias")
 MODULES = ("expand.triton_kernels", *(f"attention.kernels.{name}" for name in ATTENTION))
 # Each order gets its own process, forked from one that has imported torch and Triton but none of the kernels.
 KEYS = """
@@ -44,7 +44,7 @@ def keys(*orders):
 
 def test_the_order_of_first_use_does_not_matter():
     expected, *others = keys(MODULES, *([first, *reversed(MODULES)] for first in MODULES[1:]))
-    assert sum(name.endswith("_kernel") for name in expected) == 11
+    assert sum(name.endswith("_kernel") for name in expected) == 13
     assert len(others) == len(MODULES) - 1
     for found in others:
         assert {name for name in expected if found[name] != expected[name]} == set()

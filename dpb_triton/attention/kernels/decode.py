@@ -5,12 +5,12 @@
     rows      [ block | block | block ][ block | block | block ][ block | edge ]
     = all queries of            |                |                |
       all heads that            v                v                v
-      share a key head      (m, l, acc)      (m, l, acc)      (m, l, acc)      partial results; `_merge_kernel` merges
+      share a key head      (m, l, acc)      (m, l, acc)      (m, l, acc)      partial results, for `merge.py`
 
 `forward.py` has one program per block of queries and head. With one query it would fill neither a tile nor the GPU, and
 it would read a key once for each query head that shares the key. Here a program owns (split, key head, batch entry):
 it reads its keys and values once, for BLOCK_M rows. Row r holds query r % i of the group's head r // i.
-The number of splits depends on the shape alone, and `_merge_kernel` adds them in a fixed order: the same bits in every
+The number of splits depends on the shape alone, and `merge.py` adds them in a fixed order: the same bits in every
 run. Splits count from the first key that any query sees, so with a window they cover only the window.
 Bytes: keys and values once. This is the roof; a tile has little work. So the bias comes from the table itself, not from
 a padded copy, which would cost as much as the keys of two heads. It is loaded one block ahead, like the key bias.
@@ -23,18 +23,17 @@ Numerics: as in `forward.py`; partial results are float32.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from ...launching.keys import settle
 from ...launching.launch import cdiv
-from ...launching.replay import empty, launch
+from ...launching.replay import launch
 from .arguments import Span
 from .blocks import Tile, generation, padded
 from .launch import config_of
+from .merge import empty_partial, launch_merge
 from .tiles import (
-    LN2,
     LOG2E,
     add_bias,
     dot,
@@ -56,7 +55,6 @@ PROGRAMS, LEAST_SPLIT = 2048, 256
 # Bytes of keys and values in a block: two are in flight while a third is computed. Two programs share a multiprocessor
 # of NVIDIA (72 KiB each), three a compute unit of AMD, whose 64 KiB hold one block of each at a time.
 BLOCK_BYTES = {"nvidia": 1 << 15, "amd": 1 << 14}
-MERGE_SPLITS = 8  # splits whose partial results are in flight together
 
 
 class CacheInputs(NamedTuple):
@@ -67,14 +65,6 @@ class CacheInputs(NamedTuple):
     seqlens: object  # (sequences, 5)
     pages: object  # (batch, blocks) of a paged cache: the page of each block of keys
     lengths: object  # (batch,), the keys of each sequence of a paged cache
-
-
-class Partial(NamedTuple):
-    """Pointers to the partial results: of each row (batch, heads, i) and split."""
-
-    acc: object  # (batch, heads, i, splits, value_dim)
-    largest: object  # (batch, heads, i, splits)
-    total: object
 
 
 class CacheLayout(NamedTuple):
@@ -196,13 +186,13 @@ def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: t
     HAS_KEY_BIAS: tl.constexpr = config.HAS_KEY_BIAS
     bias, key_bias = biases
     y = first_y + tl.arange(0, BLOCK_N)
-    key = _load_cache(own.key_ptr, own, first_y, layout.kb, layout.ky, y, BLOCK_N, config.HEAD_DIM,
-                      config.BLOCK_D, IS_MASKED, False, PAGE)  # fmt: skip
     is_seen = y
     if HAS_KEY_BIAS:
         # loaded again, and not by tl.load, as in `load_index`
         at = tl.minimum(y, own.end - 1).to(tl.int64) * layout.uy
         is_seen = load_bias(own.key_bias_ptr + at) != float("-inf")
+    key = _load_cache(own.key_ptr, own, first_y, layout.kb, layout.ky, is_seen, BLOCK_N, config.HEAD_DIM,
+                      config.BLOCK_D, IS_MASKED, HAS_KEY_BIAS, PAGE)  # fmt: skip
     value = _load_cache(own.value_ptr, own, first_y, layout.vb, layout.vy, is_seen, BLOCK_N,
                         config.VALUE_DIM, config.BLOCK_V, IS_MASKED, HAS_KEY_BIAS, PAGE)  # fmt: skip
     s, _ = add_bias(dot(own.query, tl.trans(key), config), bias * LOG2E, scores, config.HAS_SOFTCAP)
@@ -313,49 +303,6 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
              mask=is_row[:, None] & (offs_v < config.VALUE_DIM))  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "i", "splits"])
-def _merge_kernel(partial, seqlens_ptr, outputs, layout, heads, i, splits, IS_PACKED: tl.constexpr,
-                  VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Merge the splits of one row. Grid: the rows (batch, heads, i)."""
-    row = tl.program_id(0).to(tl.int64)
-    place = row * splits
-    x, head, index = row % i, row // i % heads, row // i // heads
-    if IS_PACKED:
-        if x >= tl.load(seqlens_ptr + index * 5 + 1):
-            return
-        index, x = tl.full([], 0, tl.int64), x + tl.load(seqlens_ptr + index * 5).to(tl.int64)
-    s = tl.arange(0, BLOCK)
-    offs_v = tl.arange(0, BLOCK_V)[None, :]
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for first in range(0, splits, BLOCK):
-        is_split = first + s < splits
-        largest = tl.maximum(largest, tl.load(partial.largest + place + first + s, mask=is_split, other=float("-inf")))
-    m = tl.max(largest, 0)
-    reference = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    for first in range(0, splits, BLOCK):
-        is_split = first + s < splits
-        own = tl.load(partial.largest + place + first + s, mask=is_split, other=float("-inf"))
-        sums = tl.load(partial.total + place + first + s, mask=is_split, other=0.0)
-        weight = tl.exp2(own - reference)
-        total += weight * sums
-        mask = (sums != 0)[:, None] & (offs_v < VALUE_DIM)  # an empty split has stored no acc
-        rows = tl.load(partial.acc + (place + first + s)[:, None] * VALUE_DIM + offs_v, mask=mask, other=0.0)
-        acc += weight[:, None] * rows
-    l = tl.sum(total, 0)  # noqa: E741
-    is_empty = l == 0
-    divisor = tl.where(is_empty, 1.0, l)
-    out = tl.sum(acc, 0)[None, :] / divisor
-    m = tl.where(l == l, m, l)  # the maximum of scores that include a NaN is arbitrary
-    ptrs = outputs.out + (index * layout.ob + head * layout.oh + x * tl.cast(layout.ox, tl.int64)) + offs_v
-    tl.store(ptrs, narrow(out, outputs.out.dtype.element_ty), mask=offs_v < VALUE_DIM)
-    place = index * layout.lb + head * layout.lh + x
-    tl.store(outputs.lse + place, tl.where(is_empty, float("-inf"), (m + tl.log2(divisor)) * LN2))
-    tl.store(outputs.state + place, m)
-    tl.store(outputs.state + layout.s + place, l)
-
-
 def is_decoding(longest_query, longest_key, dropout_p):
     """Whether `launch_decode` serves a call."""
     return longest_query <= MOST_QUERIES and longest_key >= LEAST_KEYS and dropout_p == 0
@@ -364,8 +311,8 @@ def is_decoding(longest_query, longest_key, dropout_p):
 def tile_of(rows, query, value):
     """The Tile for `rows` rows per key head.
 
-    A block of more rows would need more registers than there are; then several programs read the same keys, most of
-    them from the L2 cache. `python -m bench codegen --kernel decode` shows that these tiles spill nothing.
+    More rows than a block holds go to several programs, which read the same keys, mostly from the L2 cache: a larger
+    block would need more registers than there are. `python -m bench codegen --kernel decode` finds no spill in these.
     """
     is_amd = generation() == "cdna"
     width, size = max(padded(query.shape[3]), padded(value.shape[3])), query.element_size()
@@ -374,7 +321,6 @@ def tile_of(rows, query, value):
         return Tile(16, block_n, 4, 2)
     if rows > 16:
         return Tile(32, block_n, 8, 3)
-    # without a bound ptxas takes 168 registers, so that three programs fit, and spills
     # without a bound ptxas takes 168 registers, for a third program, and spills
     return Tile(16, block_n, 4, 3, registers=248 if size == 2 else 0)
 
@@ -387,7 +333,7 @@ def splits_of(programs, visible, block_n):
 
 
 def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, outputs, out_layout, *,
-                  pages=None, lengths=None, tile=None):  # fmt: skip
+                  pages=None, lengths=None):  # fmt: skip
     """Write `outputs`. query, key, value: of `whole_rows`; kind: `launch.kind_of`.
 
     counts: (longest query, longest key, offset, left, right, sequences). A paged cache has `pages` (batch, blocks) and
@@ -397,12 +343,12 @@ def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, s
     i, j, offset, left, right, batch = counts
     heads, kv_heads = query.shape[1], key.shape[1]
     group, value_dim = heads // kv_heads, value.shape[3]
-    tile = tile or tile_of(group * i, query, value)
+    tile = tile_of(group * i, query, value)
     config = config_of(kind, tile)
     visible = j if left is None or right is None else max(min(j, i + left + right), 1)
     splits, split_keys = splits_of(cdiv(group * i, tile.block_m) * batch * kv_heads, visible, tile.block_n)
     rows = batch, heads, i, splits
-    partial = Partial(*(empty(size, torch.float32, query.device) for size in ((*rows, value_dim), rows, rows)))
+    partial = empty_partial(rows, value_dim, query.device)
     strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
     key_bias_strides = key_bias.stride() if key_bias is not None else (0, 0)
     layout = CacheLayout(heads, group, *strides, table.stride(1), key_bias_strides[1])
@@ -415,10 +361,7 @@ def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, s
         batch, n, splits, split_keys, *row_strides, key.shape[0], scores, config=config, SIGNED=signed,
         PAGE=0 if pages is None else key.shape[2], **tile.options,
     )  # fmt: skip
-    launch(
-        _merge_kernel, (i * heads * batch,), partial, seqlens, outputs, out_layout, heads, i, splits,
-        IS_PACKED=seqlens is not None, VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK=MERGE_SPLITS, num_warps=4,
-    )  # fmt: skip
+    launch_merge(partial, seqlens, outputs, out_layout, rows, value_dim)
 
 
 settle(globals())

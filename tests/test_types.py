@@ -69,6 +69,7 @@ def parameters(function, without=()):
     [
         dpb_triton.bias_attention,
         dpb_triton.bias_attention_varlen,
+        dpb_triton.bias_attention_paged,
         dpb_triton.context_parallel_attention,
         reference.attention,
         DynamicPositionBias.attention,
@@ -113,6 +114,7 @@ from dpb_triton import (
     ExpandBias,
     MultiheadAttention,
     bias_attention,
+    bias_attention_paged,
     bias_attention_varlen,
     expand_bias,
     plot_bias,
@@ -149,6 +151,7 @@ reveal_type(bias_attention(q, k, v, table))  # is Tensor
 reveal_type(bias_attention(q, k, v, table, return_lse=True))  # is tuple[Tensor, Tensor]
 reveal_type(bias_attention(q, k, v, table, return_lse=position_bias.signed))  # is Tensor | tuple[Tensor, Tensor]
 reveal_type(bias_attention_varlen(q[0], k[0], v[0], table, starts, starts))  # is Tensor
+reveal_type(bias_attention_paged(q, k, v, table, starts, starts, return_lse=True))  # is tuple[Tensor, Tensor]
 reveal_type(reference.attention(q, k, v, table, return_lse=True))  # is tuple[Tensor, Tensor]
 reveal_type(expand_bias(table, 4, 4, backend="cpp"))  # is Tensor
 reveal_type(ExpandBias.apply(table, 4, 4, 0))  # is Tensor
@@ -163,6 +166,7 @@ bias_attention(q, k, v)  # wrong
 bias_attention(q, k, v, table, True)  # wrong
 bias_attention(q, k, v, table, return_lse=True).sum()  # wrong
 bias_attention(q, k, v, table, causal=True)  # wrong
+bias_attention_paged(q, k, v, table, starts)  # wrong
 position_bias.attention(q, k, v, table)  # wrong
 position_bias.attention(q, k, v, signed=True)  # wrong
 position_bias.attention(q, k, v, dropout=0.1)  # wrong

@@ -129,7 +129,9 @@ def bias_attention_paged(
     return (out, lse) if return_lse else out
 
 
-def _check_blocks(query, key_pages, table, block_table, seqlens_k, call):
+def _check_blocks(
+    query: Tensor, key_pages: Tensor, table: Tensor, block_table: Tensor, seqlens_k: Tensor, call: Call
+) -> None:
     batch, _, i, _ = query.shape
     pages, page, *_ = key_pages.shape
     check_int32("block_table", block_table, query, 2)

@@ -29,7 +29,7 @@ ARROWS = """
     tracing
 """
 INSIDE = {
-    "attention": "api key_bias checks autograd flops ops torch_path torch_grid torch_products kernels",
+    "attention": "api key_bias checks autograd flops ops torch_path torch_decode torch_grid torch_products kernels",
     "attention/kernels": "forward backward dkdv dq dtable prologue launch bias blocks tiles arguments",
     "distributed": "context_parallel tensor_parallel ring",
     "expand": "api autograd ops torch_path triton_kernels",

@@ -30,6 +30,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from . import torch_decode
 from . import torch_products as products
 from .torch_grid import Grid
 
@@ -57,9 +58,18 @@ def forward(
         return is_sure
 
     with torch.no_grad(), torch._C._DisableAutocast():  # autocast would round the products inside
-        is_sure = attend(is_plain, selects=not is_at_hand)
-        if is_at_hand and (not is_sure or products.has_nan(out)):
-            attend(False, selects=True)
+        is_decoded = (
+            seqlens is None
+            and not dropout_p
+            and torch_decode.is_served(query, key)
+            and torch_decode.decode(
+                query, key, value, table, key_bias, offset, signed, left, right, scale, softcap, out, lse
+            )
+        )
+        if not is_decoded:
+            is_sure = attend(is_plain, selects=not is_at_hand)
+            if is_at_hand and (not is_sure or products.has_nan(out)):
+                attend(False, selects=True)
         # flash attention returns only lse; this pair (largest, sum) means the same
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
     return out, lse, state

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""A decoding step in plain torch on the CPU: few queries against many keys, forward only.
+
+    rows: member * i + x                     keys ->
+    q of a key head's group  [#]   @   [ k^T of the key head ]   + bias (rows, keys)   -> softmax -> @ v
+
+Reading the keys once is the limit, so the query heads that share a key head become the rows of one product. The bias is
+small here, O(heads * i * j), and it exists as a whole. This module serves calls without doubt only: its result may be
+wrong if it holds a NaN, or if a row sees no key. Then `decode` returns False, and `torch_path.py` computes the call
+again in its ordinary way.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from . import torch_products as products
+from .torch_grid import TILE
+
+MOST_QUERIES = 16
+# Keys per split: two blocks of torch's flash attention. 2 splits of 512 keys gain as much as their merge costs.
+SPLIT = 1024
+# Elements of key or value that are float32 at a time, 1 MiB: malloc uses that memory again, without page faults.
+CHUNK = 1 << 18
+
+
+def is_served(query, key):
+    """Whether `decode` may serve a dense call of these sizes; dropout is not served."""
+    _, heads, i, _ = query.shape
+    return 0 < i <= MOST_QUERIES and heads * i * key.shape[2] <= TILE and products.is_at_hand(query)
+
+
+def decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap, out, lse):
+    """Write `out` and `lse` of one sequence or of a dense batch; return whether they are right."""
+    batch, heads, i, _ = query.shape
+    j = key.shape[2]
+    first = 0 if left is None else max(0, offset - left)
+    end = j if right is None else min(j, offset + i + right)
+    if key_bias is not None and first < end:
+        key_bias, first, end = _seen(key_bias, first, end)
+    if first >= end or batch == 0:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return True
+    if end - first < j:
+        key, value, j, offset = key[:, :, first:end], value[:, :, first:end], end - first, offset - first
+    kv_heads = key.shape[1]
+    bias = _bias(table, i, j, offset, signed, left, right).view(1, kv_heads, -1, j)
+    q = query.reshape(batch, kv_heads, -1, query.shape[3]) if kv_heads < heads else query
+    results = out.view(batch, kv_heads, -1, out.shape[3]) if i == 1 else out.unflatten(1, (kv_heads, -1))
+    sums = lse.view(batch, kv_heads, -1)
+    # scores of one batch element number at most TILE
+    step = TILE // (heads * i * j)
+    for b in range(0, batch, step):
+        part = slice(b, b + step)
+        bias_part = bias if key_bias is None else bias + key_bias[part, None, None]
+        tensors = q[part], key[part], value[part]
+        if softcap or key.shape[3] != value.shape[3] or _is_product(q, key, value):
+            o, log_sum = _products(*tensors, bias_part, scale, softcap)
+        else:
+            o, log_sum = _flash(*tensors, bias_part, scale)
+        results[part].copy_(o if i == 1 else o.unflatten(2, (-1, i)))
+        sums[part].copy_(log_sum)
+    # Flash attention gives 0 as lse of a row without a key.
+    return bool(lse.all()) and not products.has_nan(out)
+
+
+def _seen(key_bias, first, end):
+    """(key_bias, first, end) of the seen keys in [first, end): hidden keys are cut off at both ends.
+
+    The bias is None if it is 0 for the keys that are left.
+    """
+    seen = (key_bias[:, first:end] != -torch.inf).any(0).nonzero()
+    if seen.numel() == 0:
+        return None, first, first
+    first, end = first + seen[0].item(), first + seen[-1].item() + 1
+    key_bias = key_bias[:, first:end]
+    return key_bias if key_bias.any() else None, first, end
+
+
+def _bias(table, i, j, offset, signed, left, right):
+    """The bias (heads, i, j) with -inf outside the bounds; for one query it may be a view of the table.
+
+    Row x is a slice of one row per head, the table from the largest distance to the smallest.
+    """
+    smallest, largest = offset - j + 1, offset + i - 1
+    low = smallest if right is None else max(smallest, -right)
+    high = largest if left is None else min(largest, left)
+    if signed:
+        zero = table.shape[1] // 2
+        row = table[:, zero + low : zero + high + 1].flip(1)
+    elif low >= 0:
+        row = table[:, low : high + 1].flip(1)
+    elif high <= 0:
+        row = table[:, -high : 1 - low]
+    else:
+        row = torch.cat([table[:, 1 : high + 1].flip(1), table[:, : 1 - low]], 1)
+    if low > smallest or high < largest:
+        row = F.pad(row, (largest - high, low - smallest), value=-torch.inf)
+    return row if i == 1 else row.unfold(1, j, 1).index_select(1, torch.arange(i - 1, -1, -1))
+
+
+def _is_product(q, key, value):
+    """Whether two products and a softmax beat torch's flash attention.
+
+    They do so for one row and keys beyond a cache, because flash attention then makes a product per 512 keys: 8 key
+    heads, head_dim 64, float32, two threads of an AMD EPYC (Zen 4): 0.58 against 0.69 ms for 8,192 keys, 8.4 against
+    11.6 ms for 65,536; 92 against 96 us for 1,024. With more rows flash attention is the faster one. 2-byte types stay
+    with flash attention, because the products would round the scores. The products also need the batch and the heads
+    as one dimension.
+    """
+    return (
+        q.shape[2] == 1
+        and q.dtype.itemsize >= 4
+        and key.shape[:3].numel() > 1 << 14
+        and all(tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1) for tensor in (key, value))
+    )
+
+
+def _products(q, k, v, bias, scale, softcap):
+    """(out (batch, kv_heads, rows, value_dim), lse (batch, kv_heads, rows)) from matrix products."""
+    batch, kv_heads, rows, _ = q.shape
+    shape = batch, kv_heads, rows, k.shape[2]
+    q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    dtype = bias.dtype
+    if q.dtype == dtype:
+        s = torch.bmm(q, k.mT)
+    else:
+        q = q.to(dtype)
+        s = torch.cat([torch.bmm(q, part.to(dtype).mT) for part in _chunks(k)], 2)
+    s = s.view(shape)
+    if softcap:
+        s.mul_(scale / softcap).tanh_()
+        scale = softcap
+    s = torch.add(bias, s, alpha=scale, out=s)
+    largest = s.amax(3)
+    p = torch._softmax(s, 3, False, out=s)
+    lse = largest - p.amax(3).log_()  # the largest p is 1 / sum exp(s - largest)
+    p = p.flatten(0, 1)
+    if v.dtype == dtype:
+        o = torch.bmm(p, v)
+    else:
+        parts = _chunks(v)
+        o = p.new_zeros((*p.shape[:2], v.shape[2]))
+        for p_part, part in zip(p.split(parts[0].shape[1], 2), parts, strict=True):
+            o.baddbmm_(p_part, part.to(dtype))
+    return o.view(*shape[:3], -1), lse
+
+
+def _chunks(tensor):
+    """Cut (n, keys, dim) along the keys."""
+    n, _, dim = tensor.shape
+    return tensor.split(max(64, CHUNK // (n * dim)), 1)
+
+
+def _flash(q, k, v, bias, scale):
+    """The same from torch's flash attention. bias: (batch or 1, kv_heads, rows, keys)."""
+    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    rows = q.shape[2]
+    if rows == 1 and q.dtype.itemsize < 4:
+        # Only from two rows on does the product of 2-byte types use vectors. 8 key heads, 8,192 keys, head_dim 64 in
+        # bfloat16 take 1.9 instead of 8 ms on two threads of an AMD EPYC (Zen 4).
+        q, bias = q.expand(-1, -1, 2, -1).contiguous(), bias.expand(-1, -1, 2, -1)
+    splits = _splits(q, k)
+    if splits > 1:
+        o, lse = _split_flash(q, k, v, bias, scale, splits)
+    else:
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+    return o[:, :, :rows], lse[:, :, :rows]
+
+
+def _splits(q, k):
+    """Into how many parts the keys are cut, so that every thread has work.
+
+    Torch's flash attention takes blocks of 32 rows to its threads. The splits become its heads, so the batch or the
+    heads must be 1.
+    """
+    batch, kv_heads, rows, _ = q.shape
+    if batch > 1 and kv_heads > 1:
+        return 1
+    blocks = batch * kv_heads * -(-rows // 32)
+    threads = torch.get_num_threads()
+    return max(1, min(threads // math.gcd(threads, blocks), k.shape[2] // SPLIT)) if blocks < threads else 1
+
+
+def _split_flash(q, k, v, bias, scale, splits):
+    """Attend to each of the splits alone, then merge them in a fixed order. lse is 0 if a row sees no key of a split.
+
+    All splits have one length and one distance. So they overlap if the number of keys is no multiple of `splits`, and
+    -inf hides the overlap's keys in all splits but the last.
+    """
+    shape, dtype = q.shape, q.dtype
+    q, k, v, bias = (tensor[0] if shape[0] == 1 else tensor[:, 0] for tensor in (q, k, v, bias))
+    n, rows, dim = q.shape
+    j = k.shape[1]
+    step = j // splits
+    length = j - step * (splits - 1)
+    k, v = (
+        tensor.as_strided((n, splits, length, dim), (tensor.stride(0), step * tensor.stride(1), tensor.stride(1), 1))
+        for tensor in (k, v)
+    )
+    bias = bias.as_strided(
+        (bias.shape[0], splits, rows, length), (bias.stride(0), step * bias.stride(2), bias.stride(1), bias.stride(2))
+    )
+    if length > step:
+        bias = bias.contiguous()
+        bias[:, :-1, :, step:] = -torch.inf
+    q = q.unsqueeze(1).expand(-1, splits, -1, -1)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
+    )
+    o, is_sure = o.transpose(1, 2), lse.all()  # o in the order of its memory
+    lse = lse.transpose(1, 2)
+    weight = torch._softmax(lse, 2, False)
+    merged = torch.bmm(weight.reshape(n * rows, 1, splits), o.reshape(n * rows, splits, dim).to(lse.dtype))
+    # The largest weight is exp(largest - lse).
+    lse = (lse.amax(2) - weight.amax(2).log_()).mul_(is_sure)
+    return merged.to(dtype).view(shape), lse.view(shape[:3])

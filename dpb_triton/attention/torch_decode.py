@@ -5,11 +5,11 @@
     q of a key head's group  [#]   @   [ k^T of the key head ]   + bias (rows, keys)   -> softmax -> @ v
 
 Reading the keys once is the limit, so the query heads that share a key head become the rows of one product. The bias is
-small here, O(heads * i * j), and it exists as a whole. This module serves calls without doubt only: its result may be
-wrong if it holds a NaN, or if a row sees no key. Then `decode` returns False, and `torch_path.py` computes the call
-again in its ordinary way.
+small here, O(heads * i * j), and it exists as a whole. A result may be wrong if it holds a NaN or if a row sees no key.
+Then `decode` returns None, and `torch_path.py` computes the call in its ordinary way.
 """
 
+import functools
 import math
 
 import torch
@@ -21,8 +21,22 @@ from .torch_grid import TILE
 MOST_QUERIES = 16
 # Keys per split: two blocks of torch's flash attention. 2 splits of 512 keys gain as much as their merge costs.
 SPLIT = 1024
+# Keys of all key heads, from which on products serve one row: `_is_product` says why.
+MANY_KEYS = 1 << 14
 # Elements of key or value that are float32 at a time, 1 MiB: malloc uses that memory again, without page faults.
 CHUNK = 1 << 18
+
+# The dispatch keys that have nothing to do here: autograd, the tracking of views, and autocast, which would round.
+_ABOVE = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+)
+# 0, 1 + lse * log2(e), 0: the largest score and the sum, (2, batch, heads, i)
+_STATE = {
+    dtype: torch.tensor([[0.0, 1.0], [math.log2(math.e), 0.0]], dtype=dtype, device="cpu").view(2, 2, 1, 1, 1)
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 def is_served(query, key):
@@ -31,39 +45,50 @@ def is_served(query, key):
     return 0 < i <= MOST_QUERIES and heads * i * key.shape[2] <= TILE and products.is_at_hand(query)
 
 
-def decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap, out, lse):
-    """Write `out` and `lse` of one sequence or of a dense batch; return whether they are right."""
+def decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap):
+    """(out, lse, state) as `torch_path.forward` returns them, or None if they may be wrong.
+
+    Beside the products of a small step, each operation of torch counts: 3 to 4 us, because the step has just filled the
+    caches with keys.
+    """
     batch, heads, i, _ = query.shape
-    j = key.shape[2]
-    first = 0 if left is None else max(0, offset - left)
-    end = j if right is None else min(j, offset + i + right)
-    if key_bias is not None and first < end:
-        key_bias, first, end = _seen(key_bias, first, end)
-    if first >= end or batch == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return True
-    if end - first < j:
-        key, value, j, offset = key[:, :, first:end], value[:, :, first:end], end - first, offset - first
-    kv_heads = key.shape[1]
-    bias = _bias(table, i, j, offset, signed, left, right).view(1, kv_heads, -1, j)
-    q = query.reshape(batch, kv_heads, -1, query.shape[3]) if kv_heads < heads else query
-    results = out.view(batch, kv_heads, -1, out.shape[3]) if i == 1 else out.unflatten(1, (kv_heads, -1))
-    sums = lse.view(batch, kv_heads, -1)
-    # scores of one batch element number at most TILE
-    step = TILE // (heads * i * j)
-    for b in range(0, batch, step):
-        part = slice(b, b + step)
-        bias_part = bias if key_bias is None else bias + key_bias[part, None, None]
-        tensors = q[part], key[part], value[part]
+    j, kv_heads = key.shape[2], key.shape[1]
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+        first = 0 if left is None else max(0, offset - left)
+        end = j if right is None else min(j, offset + i + right)
+        if key_bias is not None and first < end:
+            key_bias, first, end = _seen(key_bias, first, end)
+        if first >= end or batch == 0:
+            return None
+        if end - first < j:
+            key, value, j, offset = key[:, :, first:end], value[:, :, first:end], end - first, offset - first
+        q = query.reshape(batch, kv_heads, -1, query.shape[3]) if kv_heads < heads else query
+        bias = _bias(table, i, j, offset, signed, left, right).view(1, kv_heads, -1, j)
         if softcap or key.shape[3] != value.shape[3] or _is_product(q, key, value):
-            o, log_sum = _products(*tensors, bias_part, scale, softcap)
+            attend = functools.partial(_products, softcap=softcap)
         else:
-            o, log_sum = _flash(*tensors, bias_part, scale)
-        results[part].copy_(o if i == 1 else o.unflatten(2, (-1, i)))
-        sums[part].copy_(log_sum)
-    # Flash attention gives 0 as lse of a row without a key.
-    return bool(lse.all()) and not products.has_nan(out)
+            attend = _flash
+        step = TILE // (heads * i * j)  # batch elements, so that at most TILE scores exist
+        if batch <= step:
+            bias = bias if key_bias is None else bias + key_bias[:, None, None]
+            o, lse = attend(q, key, value, bias, scale)
+        else:
+            parts = []
+            for b in range(0, batch, step):
+                part = slice(b, b + step)
+                bias_of_part = bias if key_bias is None else bias + key_bias[part, None, None]
+                parts.append(attend(q[part], key[part], value[part], bias_of_part, scale))
+            o, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if i > 1:  # to (batch, i, heads, value_dim), the order of the memory
+            o = o.unflatten(2, (-1, i)).permute(0, 3, 1, 2, 4).reshape(batch, i, heads, -1)
+        dim = o.shape[3]
+        out = o.contiguous().as_strided((batch, heads, i, dim), (i * heads * dim, dim, heads * dim, 1))
+        lse = lse.contiguous().as_strided((batch, heads, i), (heads * i, i, 1))
+        # Flash attention gives 0 as lse of a row without a key. For a few numbers a list is faster than an operation.
+        is_sure = 0.0 not in lse.view(-1).tolist() if lse.numel() <= 64 else lse.all()
+        if not is_sure or products.has_nan(out):
+            return None
+        return out, lse, torch.addcmul(*_STATE[lse.dtype], lse)
 
 
 def _seen(key_bias, first, end):
@@ -113,12 +138,12 @@ def _is_product(q, key, value):
     return (
         q.shape[2] == 1
         and q.dtype.itemsize >= 4
-        and key.shape[:3].numel() > 1 << 14
-        and all(tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1) for tensor in (key, value))
+        and key.shape[0] * key.shape[1] * key.shape[2] > MANY_KEYS
+        and all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (key, value))
     )
 
 
-def _products(q, k, v, bias, scale, softcap):
+def _products(q, k, v, bias, scale, *, softcap):
     """(out (batch, kv_heads, rows, value_dim), lse (batch, kv_heads, rows)) from matrix products."""
     batch, kv_heads, rows, _ = q.shape
     shape = batch, kv_heads, rows, k.shape[2]
@@ -145,7 +170,7 @@ def _products(q, k, v, bias, scale, softcap):
         o = p.new_zeros((*p.shape[:2], v.shape[2]))
         for p_part, part in zip(p.split(parts[0].shape[1], 2), parts, strict=True):
             o.baddbmm_(p_part, part.to(dtype))
-    return o.view(*shape[:3], -1), lse
+    return o.to(v.dtype).view(*shape[:3], -1), lse
 
 
 def _chunks(tensor):
@@ -169,7 +194,7 @@ def _flash(q, k, v, bias, scale):
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )
-    return o[:, :, :rows], lse[:, :, :rows]
+    return (o, lse) if rows == q.shape[2] else (o[:, :, :rows], lse[:, :, :rows])
 
 
 def _splits(q, k):

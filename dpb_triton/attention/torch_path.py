@@ -40,6 +40,10 @@ def forward(
     softcap, dropout_p,
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
+    if seqlens is None and not dropout_p and torch_decode.is_served(query, key):
+        found = torch_decode.decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap)
+        if found is not None:
+            return found
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     is_at_hand = products.is_at_hand(query)
     # torch's own flash attention on the CPU has no softcap, has another dropout, and needs value_dim == head_dim
@@ -58,18 +62,9 @@ def forward(
         return is_sure
 
     with torch.no_grad(), torch._C._DisableAutocast():  # autocast would round the products inside
-        is_decoded = (
-            seqlens is None
-            and not dropout_p
-            and torch_decode.is_served(query, key)
-            and torch_decode.decode(
-                query, key, value, table, key_bias, offset, signed, left, right, scale, softcap, out, lse
-            )
-        )
-        if not is_decoded:
-            is_sure = attend(is_plain, selects=not is_at_hand)
-            if is_at_hand and (not is_sure or products.has_nan(out)):
-                attend(False, selects=True)
+        is_sure = attend(is_plain, selects=not is_at_hand)
+        if is_at_hand and (not is_sure or products.has_nan(out)):
+            attend(False, selects=True)
         # flash attention returns only lse; this pair (largest, sum) means the same
         state = torch.stack([lse * math.log2(math.e), torch.ones_like(lse)])
     return out, lse, state

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A decoding step in plain torch on the CPU: few queries against many keys, forward only.
 
-    rows: member * i + x                     keys ->
+    rows: member * i + (i - 1 - x)           keys ->
     q of a key head's group  [#]   @   [ k^T of the key head ]   + bias (rows, keys)   -> softmax -> @ v
 
 Reading the keys once is the limit, so the query heads that share a key head become the rows of one product. The bias is
@@ -62,8 +62,13 @@ def decode(query, key, value, table, key_bias, offset, signed, left, right, scal
             return None
         if end - first < j:
             key, value, j, offset = key[:, :, first:end], value[:, :, first:end], end - first, offset - first
-        q = query.reshape(batch, kv_heads, -1, query.shape[3]) if kv_heads < heads else query
-        bias = _bias(table, i, j, offset, signed, left, right).view(1, kv_heads, -1, j)
+        bias = _row(table, i, j, offset, signed, left, right)
+        q = query
+        if i > 1:  # with the queries reversed, the bias is a view of overlapping rows
+            bias, q = bias.unfold(1, j, 1), query.flip(2)
+        bias = bias.reshape(1, kv_heads, -1, j)
+        if kv_heads < heads:
+            q = q.reshape(batch, kv_heads, -1, query.shape[3])
         if softcap or key.shape[3] != value.shape[3] or _is_product(q, key, value):
             attend = functools.partial(_products, softcap=softcap)
         else:
@@ -80,7 +85,8 @@ def decode(query, key, value, table, key_bias, offset, signed, left, right, scal
                 parts.append(attend(q[part], key[part], value[part], bias_of_part, scale))
             o, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if i > 1:  # to (batch, i, heads, value_dim), the order of the memory
-            o = o.unflatten(2, (-1, i)).permute(0, 3, 1, 2, 4).reshape(batch, i, heads, -1)
+            o = o.unflatten(2, (-1, i)).permute(0, 3, 1, 2, 4).reshape(batch, i, heads, -1).flip(1)
+            lse = lse.unflatten(2, (-1, i)).flip(3)
         dim = o.shape[3]
         out = o.contiguous().as_strided((batch, heads, i, dim), (i * heads * dim, dim, heads * dim, 1))
         lse = lse.contiguous().as_strided((batch, heads, i), (heads * i, i, 1))
@@ -104,26 +110,26 @@ def _seen(key_bias, first, end):
     return key_bias if key_bias.any() else None, first, end
 
 
-def _bias(table, i, j, offset, signed, left, right):
-    """The bias (heads, i, j) with -inf outside the bounds; for one query it may be a view of the table.
+def _row(table, i, j, offset, signed, left, right):
+    """(heads, i + j - 1): the table from the largest distance to the smallest, -inf outside the bounds.
 
-    Row x is a slice of one row per head, the table from the largest distance to the smallest.
+    Query x has the slice of j elements that starts at i - 1 - x. The result may be a view of the table.
     """
     smallest, largest = offset - j + 1, offset + i - 1
     low = smallest if right is None else max(smallest, -right)
     high = largest if left is None else min(largest, left)
     if signed:
         zero = table.shape[1] // 2
-        row = table[:, zero + low : zero + high + 1].flip(1)
+        row = table.narrow(1, zero + low, high - low + 1).flip(1)
     elif low >= 0:
-        row = table[:, low : high + 1].flip(1)
+        row = table.narrow(1, low, high - low + 1).flip(1)
     elif high <= 0:
-        row = table[:, -high : 1 - low]
+        row = table.narrow(1, -high, high - low + 1)
     else:
         row = torch.cat([table[:, 1 : high + 1].flip(1), table[:, : 1 - low]], 1)
     if low > smallest or high < largest:
         row = F.pad(row, (largest - high, low - smallest), value=-torch.inf)
-    return row if i == 1 else row.unfold(1, j, 1).index_select(1, torch.arange(i - 1, -1, -1))
+    return row
 
 
 def _is_product(q, key, value):

@@ -19,12 +19,16 @@ from . import torch_products as products
 from .torch_grid import TILE
 
 MOST_QUERIES = 16
-# Keys per split: two blocks of torch's flash attention. 2 splits of 512 keys gain as much as their merge costs.
-SPLIT = 1024
+# Keys per split: with fewer, the merge (50 us) costs more than it gains.
+SPLIT = 8192
+# Keys from which on the rows are cut into parts: with fewer, the host's work costs more than it gains.
+PARTS = 1536
 # Keys of all key heads, from which on products serve one row: `_is_product` says why.
 MANY_KEYS = 1 << 14
 # Elements of key or value that are float32 at a time, 1 MiB: malloc uses that memory again, without page faults.
 CHUNK = 1 << 18
+
+_aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # The dispatch keys that have nothing to do here: autograd, the tracking of views, and autocast, which would round.
 _ABOVE = (
@@ -42,7 +46,7 @@ _STATE = {
 def is_served(query, key):
     """Whether `decode` may serve a dense call of these sizes; dropout is not served."""
     _, heads, i, _ = query.shape
-    return 0 < i <= MOST_QUERIES and heads * i * key.shape[2] <= TILE and products.is_at_hand(query)
+    return 0 < i <= MOST_QUERIES and heads * (i - 1) * key.shape[2] <= TILE and products.is_at_hand(query)
 
 
 def decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap):
@@ -69,11 +73,13 @@ def decode(query, key, value, table, key_bias, offset, signed, left, right, scal
         bias = bias.reshape(1, kv_heads, -1, j)
         if kv_heads < heads:
             q = q.reshape(batch, kv_heads, -1, query.shape[3])
-        if softcap or key.shape[3] != value.shape[3] or _is_product(q, key, value):
+        step = max(1, TILE // (heads * i * j))  # batch elements, so that at most TILE scores exist
+        is_flat = _is_flat(key) and _is_flat(value)
+        if softcap or key.shape[3] != value.shape[3] or (is_flat and _is_product(q, key)):
             attend = functools.partial(_products, softcap=softcap)
+            step = step if is_flat else 1
         else:
             attend = _flash
-        step = TILE // (heads * i * j)  # batch elements, so that at most TILE scores exist
         if batch <= step:
             bias = bias if key_bias is None else bias + key_bias[:, None, None]
             o, lse = attend(q, key, value, bias, scale)
@@ -129,24 +135,24 @@ def _row(table, i, j, offset, signed, left, right):
         row = torch.cat([table[:, 1 : high + 1].flip(1), table[:, : 1 - low]], 1)
     if low > smallest or high < largest:
         row = F.pad(row, (largest - high, low - smallest), value=-torch.inf)
-    return row
+    return row if row.stride(1) == 1 else row.contiguous()
 
 
-def _is_product(q, key, value):
+def _is_flat(tensor):
+    """Whether batch and heads are one dimension in memory, as torch.bmm needs them; else it would copy the tensor."""
+    batch, heads = tensor.shape[:2]
+    return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
+
+
+def _is_product(q, key):
     """Whether two products and a softmax beat torch's flash attention.
 
     They do so for one row and keys beyond a cache, because flash attention then makes a product per 512 keys: 8 key
     heads, head_dim 64, float32, two threads of an AMD EPYC (Zen 4): 0.58 against 0.69 ms for 8,192 keys, 8.4 against
     11.6 ms for 65,536; 92 against 96 us for 1,024. With more rows flash attention is the faster one. 2-byte types stay
-    with flash attention, because the products would round the scores. The products also need the batch and the heads
-    as one dimension.
+    with flash attention, because the products would round the scores.
     """
-    return (
-        q.shape[2] == 1
-        and q.dtype.itemsize >= 4
-        and key.shape[0] * key.shape[1] * key.shape[2] > MANY_KEYS
-        and all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (key, value))
-    )
+    return q.shape[2] == 1 and q.dtype.itemsize >= 4 and key.shape[:3].numel() > MANY_KEYS
 
 
 def _products(q, k, v, bias, scale, *, softcap):
@@ -193,60 +199,68 @@ def _flash(q, k, v, bias, scale):
         # Only from two rows on does the product of 2-byte types use vectors. 8 key heads, 8,192 keys, head_dim 64 in
         # bfloat16 take 1.9 instead of 8 ms on two threads of an AMD EPYC (Zen 4).
         q, bias = q.expand(-1, -1, 2, -1).contiguous(), bias.expand(-1, -1, 2, -1)
-    splits = _splits(q, k)
+    shape, (parts, splits) = q.shape, _cuts(q, k)
     if splits > 1:
         o, lse = _split_flash(q, k, v, bias, scale, splits)
     else:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
-        )
-    return (o, lse) if rows == q.shape[2] else (o[:, :, :rows], lse[:, :, :rows])
+        if parts > 1:
+            height, j = shape[2] // parts, k.shape[2]
+            q, bias = _slices(q, parts, height, height), _slices(bias, parts, height, height)
+            k, v = _slices(k, parts, 0, j), _slices(v, parts, 0, j)
+        o, lse = _aten_flash(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    if parts * splits > 1:
+        o, lse = o.reshape(shape), lse.reshape(shape[:3])
+    return (o, lse) if rows == shape[2] else (o[:, :, :rows], lse[:, :, :rows])
 
 
-def _splits(q, k):
-    """Into how many parts the keys are cut, so that every thread has work.
+def _slices(tensor, count, step, length):
+    """(1, n, rows, dim) or (n, 1, rows, dim) -> (n, count, length, dim): slices of rows, `step` rows apart."""
+    n, strides = max(tensor.shape[:2]), tensor.stride()
+    own = strides[0 if tensor.shape[1] == 1 else 1]
+    return tensor.as_strided((n, count, length, tensor.shape[3]), (own, step * strides[2], strides[2], strides[3]))
 
-    Torch's flash attention takes blocks of 32 rows to its threads. The splits become its heads, so the batch or the
-    heads must be 1.
+
+def _cuts(q, k):
+    """(parts of the rows, splits of the keys) so that every thread has work; at most one of them is above 1.
+
+    Torch's flash attention takes blocks of 32 rows to its threads. Parts and splits become its heads, so the batch or
+    the heads must be 1. Parts read the same keys, which is good while a cache holds them, and they need no merge. One
+    key head, head_dim 64, float32, two threads of an AMD EPYC (Zen 4), uncut / two parts of 4 rows / two splits: 63 /
+    43 / 108 us for 1,024 keys, 595 / 452 / 410 for 16,384, 5,967 / 5,486 / 3,705 for 65,536. A product of 4 rows in
+    2-byte types takes as long as one of 8, so these have no parts.
     """
     batch, kv_heads, rows, _ = q.shape
-    if batch > 1 and kv_heads > 1:
-        return 1
-    blocks = batch * kv_heads * -(-rows // 32)
-    threads = torch.get_num_threads()
-    return max(1, min(threads // math.gcd(threads, blocks), k.shape[2] // SPLIT)) if blocks < threads else 1
+    threads, blocks = torch.get_num_threads(), batch * kv_heads * -(-rows // 32)
+    if blocks >= threads or (batch > 1 and kv_heads > 1):
+        return 1, 1
+    wanted = threads // math.gcd(threads, blocks)
+    splits = min(wanted, k.shape[2] // SPLIT)
+    if splits > 1:
+        return 1, splits
+    parts = math.gcd(wanted, rows)
+    return (parts if q.dtype.itemsize >= 4 and rows // parts >= 4 and k.shape[2] >= PARTS else 1), 1
 
 
 def _split_flash(q, k, v, bias, scale, splits):
-    """Attend to each of the splits alone, then merge them in a fixed order. lse is 0 if a row sees no key of a split.
+    """(out (n, rows, dim), lse (n, rows)): attend to each of the splits alone, then merge them in a fixed order.
 
-    All splits have one length and one distance. So they overlap if the number of keys is no multiple of `splits`, and
-    -inf hides the overlap's keys in all splits but the last.
+    lse is 0 if a row sees no key of a split. All splits have one length and one distance. So they overlap if the number
+    of keys is no multiple of `splits`, and -inf hides the overlap's keys in all splits but the last.
     """
-    shape, dtype = q.shape, q.dtype
-    q, k, v, bias = (tensor[0] if shape[0] == 1 else tensor[:, 0] for tensor in (q, k, v, bias))
-    n, rows, dim = q.shape
-    j = k.shape[1]
+    _, _, rows, dim = q.shape
+    j = k.shape[2]
     step = j // splits
     length = j - step * (splits - 1)
-    k, v = (
-        tensor.as_strided((n, splits, length, dim), (tensor.stride(0), step * tensor.stride(1), tensor.stride(1), 1))
-        for tensor in (k, v)
-    )
-    bias = bias.as_strided(
-        (bias.shape[0], splits, rows, length), (bias.stride(0), step * bias.stride(2), bias.stride(1), bias.stride(2))
-    )
+    bias = _slices(bias.mT, splits, step, length).mT
     if length > step:
         bias = bias.contiguous()
         bias[:, :-1, :, step:] = -torch.inf
-    q = q.unsqueeze(1).expand(-1, splits, -1, -1)
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=scale
-    )
-    o, is_sure = o.transpose(1, 2), lse.all()  # o in the order of its memory
-    lse = lse.transpose(1, 2)
+    q, k, v = _slices(q, splits, 0, rows), _slices(k, splits, step, length), _slices(v, splits, step, length)
+    o, lse = _aten_flash(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    is_sure = lse.all()
+    o, lse = o.transpose(1, 2), lse.transpose(1, 2)  # to (n, rows, splits), for o the order of its memory
     weight = torch._softmax(lse, 2, False)
-    merged = torch.bmm(weight.reshape(n * rows, 1, splits), o.reshape(n * rows, splits, dim).to(lse.dtype))
+    merged = torch.bmm(weight.reshape(-1, 1, splits), o.reshape(-1, splits, dim).to(lse.dtype))
     # The largest weight is exp(largest - lse).
     lse = (lse.amax(2) - weight.amax(2).log_()).mul_(is_sure)
-    return merged.to(dtype).view(shape), lse.view(shape[:3])
+    return merged.to(q.dtype), lse

@@ -5,8 +5,8 @@
 
 `torch_grid.py` cuts the pairs into tiles and makes their bias. Forward passes the bias to torch's own flash attention
 as a view of overlapping rows. So nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms on one CPU instead of
-248 (expand, then SDPA). One extra column of query and key holds the key bias.
-`torch_decode.py` serves up to 16 queries. Torch's kernels do not serve softcap, dropout, other devices and backward. These compute the scores of one tile at a
+248 (expand, then SDPA). One extra column of query and key holds the key bias. Up to 16 queries go to `torch_decode.py`.
+Torch's kernels do not serve softcap, dropout, other devices and backward. These compute the scores of one tile at a
 time: matrix products, and a few passes between them. A tile's scores start as its bias, dpb_triton::expand of a slice
 of the band, and the product is added to them. dpb_triton::reduce sums the bias gradient along the diagonals, so the
 table's gradient needs no scatter.

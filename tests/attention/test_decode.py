@@ -136,6 +136,13 @@ def test_extreme_tables(table, i, attention_backend, device):
     check(attend(attention_backend), Case(heads=4, kv_heads=2, i=i, j=43, table=table, spare=3), device)
 
 
+@pytest.mark.parametrize("offset", [None, -4, 12], ids=str)
+def test_layouts_of_the_table(offset, i, attention_backend, device):
+    query, key, value, table = Case(heads=4, i=i, j=39, spare=2, options={"offset": offset}).draw(device)[:4]
+    for laid_out in (table.mT.contiguous().mT, table.repeat_interleave(2, 1)[:, ::2], table[:1].expand(table.shape)):
+        oracle(attend(attention_backend), (query, key, value, laid_out), torch.float32, offset=offset)
+
+
 def test_one_key_for_all(i, attention_backend, device):
     """Keys and values of stride 0."""
     query, key, value, table = Case(heads=4, i=i, j=39, options={"offset": 21}).draw(device)[:4]
@@ -179,11 +186,13 @@ def threads(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("split", [900, 8192])
 @ON_TORCH
-def test_many_keys(case, dtype, threads, monkeypatch, attention_backend, device):
-    """The splits of the keys depend on the number of threads."""
+def test_many_keys(case, dtype, threads, split, monkeypatch, attention_backend, device):
+    """The cuts of the rows and of the keys depend on the number of threads."""
+    monkeypatch.setattr(torch_decode, "SPLIT", split)
     monkeypatch.setattr(torch_decode, "CHUNK", 1 << 14)
-    for i in (1, 3):
+    for i in (1, 4):
         check(attend(attention_backend), Case(**vars(case) | {"i": i, "dtype": dtype}), device)
 
 

@@ -22,7 +22,7 @@ MOST_QUERIES = 16
 # Keys per split: with fewer, the merge (50 us) costs more than it gains.
 SPLIT = 8192
 # Keys from which on the rows are cut into parts: with fewer, the host's work costs more than it gains.
-PARTS = 1536
+PARTS = 1024
 # Keys of all key heads, from which on products serve one row: `_is_product` says why.
 MANY_KEYS = 1 << 14
 # Elements of key or value that are float32 at a time, 1 MiB: malloc uses that memory again, without page faults.

@@ -29,8 +29,8 @@ ARROWS = """
     tracing
 """
 INSIDE = {
-    "attention": "paged api key_bias checks autograd flops ops torch_paged torch_path torch_grid torch_products "
-    "kernels",
+    "attention": "paged api key_bias checks autograd flops ops torch_paged torch_path torch_decode "
+    "torch_grid torch_products kernels",
     "attention/kernels": "paged forward decode merge backward dkdv dq dtable prologue launch bias blocks tiles "
     "arguments",
     "distributed": "context_parallel tensor_parallel ring",

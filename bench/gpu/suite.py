@@ -26,6 +26,7 @@ CHOSEN = (
     "attention/test_integers.py",
     "attention/test_properties.py",
     "attention/test_nan.py",
+    "attention/test_decode.py",
     "attention/test_large_strides.py",
     "attention/test_autograd.py",
     "attention/test_training.py",

@@ -86,7 +86,7 @@ OPS = {
     "attention backward": Op(attention.launch_backward, {}, {}),
 }
 ATTENTION = ("attention", "attention backward")
-HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96, 160, 192)
+HEAD_DIMS = (64, 128, 256, 32, 40, 72, 80, 96, 160, 192)
 PAIRS = ((64, 128), (128, 64), (192, 128), (40, 80))  # head_dim and value_dim; (192, 128) is DeepSeek's
 
 

@@ -45,4 +45,4 @@ def line(record, what, amount):
     """The line that would allow this amount."""
     kernel = record["kernel"].removeprefix("_").removesuffix("_kernel")
     row = record["triton"], record["arch"], record["dtype"], record["layout"], kernel, what, f"{amount:g}"
-    return "  ".join(f"{word:<{width}}" for word, width in zip(row, (17, 6, 5, 15, 7, 18, 0), strict=True)).rstrip()
+    return "  ".join(f"{word:<{width}}" for word, width in zip(row, (17, 6, 5, 12, 7, 18, 0), strict=True)).rstrip()

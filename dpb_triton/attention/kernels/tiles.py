@@ -295,14 +295,14 @@ def dot_of_rows(x, first_x, y, first_y, M: tl.constexpr, N: tl.constexpr, DIM: t
 
 
 @triton.constexpr_function
-def hides_rows(dim, block):
+def hides_rows(dim, block, dtype):
     """Whether `store_rows` hides its rows from the compiler, which otherwise keeps the masks of the rows it loaded.
 
     The masks fill up to 16 registers for the whole loop. Rows wider than 128 then spill, and on sm_80 all padded rows.
-    Elsewhere hidden rows cost spills: dkdv of padded rows on sm_90, dq on sm_100.
+    Elsewhere hidden rows cost spills: dkdv of padded rows and of float32 on sm_90, dq on sm_100.
     """
     is_hopper, is_blackwell = tl.target_info.cuda_capability_geq(9), tl.target_info.cuda_capability_geq(10)
-    return not is_blackwell and (block > 128 or (dim < block and not is_hopper))
+    return dtype != tl.float32 and not is_blackwell and (block > 128 or (dim < block and not is_hopper))
 
 
 @triton.jit
@@ -310,7 +310,7 @@ def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOC
                IS_REVERSED: tl.constexpr):  # fmt: skip
     """Store a tile as `load_rows` loads one, rounded to the matrix' dtype."""
     index = tl.arange(0, COUNT)
-    if hides_rows(DIM, BLOCK):
+    if hides_rows(DIM, BLOCK, matrix.source.dtype.element_ty):
         index = opaque(index)
     if IS_REVERSED:
         index = COUNT - 1 - index

@@ -59,7 +59,7 @@ def set_tiles(is_described):
             if kind[-1:] == ["described"] and not is_described:
                 del rows[name]
             elif kernel != "dkdv":
-                rows[name] = tuple(Tile(*tile)._replace(is_described=is_described) for tile in row)
+                rows[name] = tuple(tile and Tile(*tile)._replace(is_described=is_described) for tile in row)
 
 
 def the_calls(device, dtype, *, heads, seq, head_dim):

@@ -117,10 +117,13 @@ def _memory(record, counts):
 
 
 def _row_vectors(record):
-    """16-byte vectors that a thread loads from the streamed rows: one side of the tile; for dtable both sides."""
+    """16-byte vectors that a thread loads from the streamed rows: one side of the tile; for dtable both sides.
+
+    A block of fewer vectors than threads counts as none: Triton spreads it over all threads in narrower vectors.
+    """
     c = record["constants"]
     rows = dict.fromkeys(("_forward_kernel", "_dq_kernel", "_decode_kernel"), c["BLOCK_N"])
     rows["_dkdv_kernel"] = c["BLOCK_M"]
     count = rows.get(record["kernel"], c["BLOCK_M"] + keys_of(record))
     size = 4 if record["dtype"] == "fp32" else 2
-    return count * (c["BLOCK_D"] + c["BLOCK_V"]) * size / 16 / record["threads"]
+    return sum(count * c[width] * size // 16 // record["threads"] for width in ("BLOCK_D", "BLOCK_V"))

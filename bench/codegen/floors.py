@@ -13,17 +13,17 @@ _SHORTEST = {
     "3.6.0": {
         (64, "_forward_kernel"): 362 / 32, (64, "_dq_kernel"): 324 / 32, (64, "_dtable_kernel"): 353 / 32,
         (128, "_forward_kernel"): 597 / 64, (128, "_dq_kernel"): 359 / 32, (128, "_dtable_kernel"): 382 / 32,
-        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 474 / 8, (256, "_dtable_kernel"): 286 / 4,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 474 / 8, (256, "_dtable_kernel"): 432 / 32,
     },
     "3.7.1": {
         (64, "_forward_kernel"): 362 / 32, (64, "_dq_kernel"): 324 / 32, (64, "_dtable_kernel"): 353 / 32,
         (128, "_forward_kernel"): 597 / 64, (128, "_dq_kernel"): 359 / 32, (128, "_dtable_kernel"): 382 / 32,
-        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 290 / 4,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 437 / 32,
     },
     "3.8.0": {
         (64, "_forward_kernel"): 364 / 32, (64, "_dq_kernel"): 326 / 32, (64, "_dtable_kernel"): 353 / 32,
         (128, "_forward_kernel"): 599 / 64, (128, "_dq_kernel"): 361 / 32, (128, "_dtable_kernel"): 382 / 32,
-        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 270 / 4,
+        (256, "_forward_kernel"): 535 / 32, (256, "_dq_kernel"): 476 / 8, (256, "_dtable_kernel"): 441 / 32,
     },
 }  # fmt: skip
 _ROOM = 1.05

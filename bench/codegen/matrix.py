@@ -106,7 +106,7 @@ OPS = {
     "decode": Op(attention.launch_forward, _DECODING, {}),  # with so few queries, forward takes another kernel
 }
 ATTENTION = ("attention", "attention backward")
-HEAD_DIMS = (64, 128, 256, 40, 72, 80, 96, 160, 192)
+HEAD_DIMS = (64, 128, 256, 32, 40, 72, 80, 96, 160, 192)
 PAIRS = ((64, 128), (128, 64), (192, 128), (40, 80))  # head_dim and value_dim; (192, 128) is DeepSeek's
 
 

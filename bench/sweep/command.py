@@ -32,7 +32,7 @@ def constants_of(group):
     rows, column = (FLOAT32 if dtype == "fp32" else BLOCKS)[GENERATIONS[arch]], WIDTHS.index(width)
     for kind in ("causal", "described"):  # the rows that serve a dense causal batch
         row = rows.get(f"{kernel} {kind}", ())
-        if column < len(row):
+        if column < len(row) and row[column]:
             return Candidate.of(kernel, Tile(*row[column])._replace(is_described=kind == "described"))
     return Candidate.of(kernel, Tile(*rows[kernel][column]))
 

@@ -65,6 +65,19 @@ def test_small_tiles(name, tiles, set_tiles, device):
     check(partial(bias_attention, backend="triton"), CASES[name], device)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"),
+    [(40, 40), (72, 72), (80, 80), (96, 96), (160, 160), (192, 192), (64, 128), (128, 24), (192, 128), (16, 256)],
+)
+def test_widths_that_are_padded_or_differ(head_dim, value_dim, device):
+    """With the tiles of `blocks.py`, which has rows for such widths, and lengths that are multiples of nothing."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    case = Case(heads=1, i=67, j=71, head_dim=head_dim, value_dim=value_dim, dtype=torch.bfloat16, layout="transposed",
+                options={"is_causal": True})  # fmt: skip
+    check(partial(bias_attention, backend="triton"), case, device)
+
+
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_rows_by_descriptors(name, monkeypatch, device):
     """The results are right, and the kernels use descriptors where the case allows them."""
@@ -124,7 +137,7 @@ def test_constants_fit_the_kernels():
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
             kernel = kernel.split()[0]
-            for row in widths:
+            for row in filter(None, widths):
                 tile = blocks.Tile(*row)
                 assert tile.block_m + tile.bands * tile.block_n <= 256
                 assert 2 * tile.block_m <= prologue.ROW_PADDING
@@ -137,7 +150,7 @@ def test_a_tile_may_bound_the_registers():
     assert blocks.Tile(64, 32, 4, 2, registers=168).options["maxnreg"] == 168
     for generation in ("ampere", "cdna"):
         rows = itertools.chain(*blocks.BLOCKS[generation].values(), *blocks.FLOAT32[generation].values())
-        assert not any(blocks.Tile(*row).registers for row in rows)
+        assert not any(blocks.Tile(*row).registers for row in rows if row)
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2, 5, 7, 64, 1000])
@@ -172,9 +185,9 @@ class TestWhichRowServes:
     def hopper(self, monkeypatch):
         monkeypatch.setattr(blocks, "generation", lambda: "hopper")
 
-    def tile(self, kernel, dim, dtype=torch.bfloat16, **options):
-        query = torch.empty(1, 1, 1, dim, dtype=dtype)
-        return blocks.blocks_of(kernel, query, query, **options)
+    def tile(self, kernel, dim, dtype=torch.bfloat16, value_dim=None, **options):
+        query, value = (torch.empty(1, 1, 1, d, dtype=dtype) for d in (dim, value_dim or dim))
+        return blocks.blocks_of(kernel, query, value, **options)
 
     @pytest.mark.parametrize("dim", [33, 64, 65, 128])
     def test_descriptors_where_there_may_be_some(self, dim):
@@ -186,7 +199,28 @@ class TestWhichRowServes:
     @pytest.mark.parametrize("dim", [16, 32, 129, 256])
     def test_narrow_and_wide_heads_come_by_pointers(self, dim):
         assert not any(self.tile(k, dim, is_describable=True).is_described for k in ("forward", "dq", "dkdv"))
-        assert self.tile("dtable", dim, is_describable=True).is_described == (dim <= 32)
+        assert self.tile("dtable", dim, is_describable=True).is_described
+
+    @pytest.mark.parametrize("dims", [(72, 72), (128, 72), (40, 128)])
+    def test_padded_heads_have_rows_of_their_own(self, dims):
+        head_dim, value_dim = dims
+        tile = self.tile("dtable", head_dim, value_dim=value_dim, is_describable=True)
+        assert tile.is_described and not self.tile("dtable", 128, is_describable=True).is_described
+        assert not self.tile("dtable", head_dim, value_dim=value_dim).is_described
+        assert self.tile("dkdv", 72, is_causal=True) != self.tile("dkdv", 128, is_causal=True)
+        assert self.tile("dkdv", 72) == self.tile("dkdv", 128)
+
+    def test_uneven_heads_have_rows_of_their_own(self):
+        rows = blocks.BLOCKS["hopper"]
+        for dims, kind in (
+            ((64, 128), "uneven"), ((96, 40), "uneven"), ((128, 24), "half narrow"), ((16, 256), "half narrow"),
+        ):  # fmt: skip
+            column = 1 if max(dims) <= 128 else 2
+            for head_dim, value_dim in (dims, dims[::-1]):
+                tile = self.tile("dkdv", head_dim, value_dim=value_dim, is_causal=True)
+                assert tile == blocks.Tile(*rows[f"dkdv {kind}"][column]), dims
+        assert self.tile("dkdv", 192, value_dim=128) == blocks.Tile(*rows["dkdv"][2])
+        assert self.tile("dkdv", 48, value_dim=20) == blocks.Tile(*rows["dkdv"][0])
 
     def test_narrow_heads_have_rows_of_their_own(self):
         assert self.tile("dkdv", 32) == blocks.Tile(*blocks.BLOCKS["hopper"]["dkdv narrow"][0])

@@ -4,6 +4,7 @@
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the command needs the extra `bench`")
 
 from bench.codegen import exceptions  # noqa: E402
+from bench.codegen.attention import KERNELS  # noqa: E402
 from bench.codegen.attention_promises import broken_lines, findings  # noqa: E402
-from bench.codegen.matrix import cases  # noqa: E402
+from bench.codegen.matrix import ATTENTION, HEAD_DIMS, attention_cases, cases  # noqa: E402
 from bench.codegen.products import blocks_a_multiprocessor  # noqa: E402
 from bench.codegen.promises import broken  # noqa: E402
+from bench.codegen.run import compile_all  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 # The forward kernel of head_dim 64 on sm_90: a tile of 128 x 64, 64 scores a thread.
@@ -176,16 +179,40 @@ def test_blocks_a_multiprocessor(change, blocks):
 
 def test_options_that_people_train_with_are_in_the_matrix():
     """sm_90 has all options at head_dim 64 and 128, and every head_dim; all pairs if is_full. Others: plain sets."""
-    for is_full, head_dims in ((False, (64, 128)), (True, (40, 64, 72, 80, 96, 128, 256))):
+    for is_full, head_dims in ((False, (64, 128)), (True, HEAD_DIMS)):
         layouts = {(case.op, case.layout) for case in cases(["sm_90"], is_full=is_full)}
         for op in ("attention", "attention backward"):
             for name in ("causal", "full", "dropout", "gqa", "window", "softcap", "varlen", "qkv"):
                 assert {(op, f"d{head_dim} {name}") for head_dim in head_dims} <= layouts
-            assert {(op, f"d{head_dim} causal") for head_dim in (40, 72, 80, 96, 256)} <= layouts
+            assert {(op, f"d{head_dim} causal") for head_dim in (32, 40, 72, 80, 96, 160, 192, 256)} <= layouts
+            assert {(op, f"d{pair} causal") for pair in ("64v128", "128v64", "192v128", "40v80")} <= layouts
             assert {(op, "d40 3 heads"), (op, "d72 3 heads")} <= layouts
     for arch in ("sm_80", "sm_100", "gfx942"):
         layouts = {case.layout for case in cases([arch], ops=["attention"])}
         assert {"d64 causal", "d128 causal", "d256 causal"} <= layouts
+
+
+@pytest.mark.slow
+def test_head_dims_that_nobody_listed_keep_the_promises():
+    """One multiple of 8 for each padded width, drawn among the unlisted; the exceptions are those of a listed one."""
+    draw = random.Random(15)
+    of_width = {32: 32, 40: 64, 72: 128, 160: 256}  # listed head_dim: its padded width
+    drawn = {
+        draw.choice([d for d in range(width // 2 + 8, width, 8) if d not in HEAD_DIMS]): listed
+        for listed, width in of_width.items()
+    }
+    records = compile_all(
+        [
+            case
+            for op in ATTENTION
+            for case in attention_cases(op, ["sm_90"], head_dims=drawn, options=("causal",), dtypes=("bf16",))
+        ],
+        jobs=2,
+    )
+    assert len([record for record in records if record["kernel"] in KERNELS]) == 4 * len(drawn)
+    for record in records:
+        listed = drawn[record["options"]["head_dim"]]
+        assert broken(record | {"layout": f"d{listed} causal"}) == [], (record["layout"], record["kernel"])
 
 
 def run(*arguments):

@@ -12,7 +12,10 @@ exception: (64, 64, 4, 1) for float32's dtable is 8% faster but spills 154 times
 
 A word after the kernel's name limits a row to some calls: "dropout"; "narrow", heads up to 32 wide; "causal", dense
 batches with as many key heads as query heads, causality and no other option; "described", dense batches whose rows
-tensor descriptors (TMA) load, with heads wider than 32 unless the name says "narrow".
+tensor descriptors (TMA) load, with heads wider than 32 unless the name says "narrow"; "padded", a head_dim or value_dim
+that is no power of two; "uneven", head_dim and value_dim that are padded to different widths; "half narrow", uneven
+ones of which one is up to 32 wide. None: no such row for this width. The rows for padded and uneven heads, and Hopper's
+dkdv and dtable of heads wider than 128, were chosen by what the compiler makes of them: no spill, few instructions.
 """
 
 from typing import NamedTuple
@@ -47,12 +50,16 @@ class Tile(NamedTuple):
         return options | {"maxnreg": self.registers} if self.registers else options
 
 
-# {generation: {kernel: tiles for heads up to (64, 128, 256) wide, or for the first of these widths}}, 2-byte types
+# {generation: {kernel: tiles for heads up to (64, 128, 256) wide, or for some of these widths}}, 2-byte types
 BLOCKS = {
     "ampere": {
         "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
         "dkdv": ((32, 64, 4, 2), (64, 64, 8, 2), (64, 16, 4, 2)),
+        "dkdv half narrow": (None, (16, 64, 4, 2)),
+        "dkdv uneven": (None, (64, 32, 4, 2)),
         "dq": ((32, 128, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+        "dq half narrow": (None, (64, 64, 4, 2)),
+        "dq uneven": (None, (32, 64, 4, 2)),
         "dtable": ((32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 1)),
     },
     "hopper": {
@@ -69,7 +76,7 @@ BLOCKS = {
         "dq described": ((64, 64, 4, 2), Tile(64, 64, 4, 2, prefetches=True)),
         "dtable": ((64, 64, 4, 2), Tile(64, 128, 8, 2, prefetches=True), (16, 32, 4, 1)),
         "dtable dropout": ((64, 64, 8, 2), (64, 64, 8, 2)),
-        "dtable described padded": (None, (64, 128, 8, 2)),
+        "dtable padded described": (None, (64, 128, 8, 2)),
         "dtable described": ((64, 64, 4, 3), None, (64, 64, 4, 1)),
         "dtable narrow": ((64, 64, 4, 3),),
         "dtable narrow described": (Tile(64, 64, 4, 3, registers=168),),
@@ -77,6 +84,7 @@ BLOCKS = {
     "blackwell": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
         "dkdv": ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+        "dkdv half narrow": (None, None, (32, 64, 4, 2)),
         "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
         "dtable": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1)),
     },
@@ -143,11 +151,11 @@ def blocks_of(kernel, query, value, has_dropout=False, is_describable=False, is_
     kinds = {
         "dropout": has_dropout, "narrow described": is_narrow and is_describable, "narrow": is_narrow,
         "half narrow": narrower <= 32, "uneven": narrower < width, "causal padded": is_causal and is_padded,
-        "causal": is_causal, "described padded": is_describable and is_padded and not is_narrow,
+        "causal": is_causal, "padded described": is_describable and is_padded and not is_narrow,
         "described": is_describable and not is_narrow,
     }  # fmt: skip
     for kind, is_asked in kinds.items():
         row = rows.get(f"{kernel} {kind}", ()) if is_asked else ()
         if column < len(row) and row[column]:
-            return Tile(*row[column])._replace(is_described="described" in kind)
+            return Tile(*row[column])._replace(is_described=kind.endswith("described"))
     return Tile(*rows[kernel][column])

@@ -308,12 +308,23 @@ def dot_of_rows(x, first_x, y, first_y, M: tl.constexpr, N: tl.constexpr, DIM: t
     return acc
 
 
+@triton.constexpr_function
+def hides_rows(dim, block, dtype):
+    """Whether `store_rows` hides its rows from the compiler, which otherwise keeps the masks of the rows it loaded.
+
+    The masks fill up to 16 registers for the whole loop. Rows wider than 128 then spill, and on sm_80 all padded rows.
+    Elsewhere hidden rows cost spills: dkdv of padded rows and of float32 on sm_90, dq on sm_100.
+    """
+    is_hopper, is_blackwell = tl.target_info.cuda_capability_geq(9), tl.target_info.cuda_capability_geq(10)
+    return dtype != tl.float32 and not is_blackwell and (block > 128 or (dim < block and not is_hopper))
+
+
 @triton.jit
 def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
                IS_REVERSED: tl.constexpr):  # fmt: skip
     """Store a tile as `load_rows` loads one, rounded to the matrix' dtype."""
     index = tl.arange(0, COUNT)
-    if BLOCK > 128:  # otherwise the masks of the rows that were loaded stay in registers for the whole loop
+    if hides_rows(DIM, BLOCK, matrix.source.dtype.element_ty):
         index = opaque(index)
     if IS_REVERSED:
         index = COUNT - 1 - index

@@ -184,10 +184,11 @@ def attention_cases(op, archs, dtypes=(), layouts=(), shapes=(), *, head_dims=()
         entries = itertools.product(asked, options or ("causal",), dtypes or ("bf16",), archs)
     found = []
     for (head_dim, value_dim), name, dtype, arch in entries:
-        layout = f"d{head_dim} {name}" if value_dim == head_dim else f"d{head_dim}v{value_dim} {name}"
+        widths = {"head_dim": head_dim} | ({"value_dim": value_dim} if value_dim != head_dim else {})
+        layout = f"d{'v'.join(map(str, widths.values()))} {name}"
         if layouts and layout not in layouts:
             continue
-        chosen = {"head_dim": head_dim, "value_dim": value_dim, **attention.OPTIONS[name]}
+        chosen = widths | attention.OPTIONS[name]
         chosen |= {"blocks": tiles} if tiles else {}
         sizes = {f"{layout} {i} x {j}": {"i": i, "j": j} for i, j in shapes} or {layout: {}}
         found += [Case(op, full, dtype, arch, chosen | size, False, tuple(only)) for full, size in sizes.items()]

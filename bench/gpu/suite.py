@@ -26,7 +26,6 @@ CHOSEN = (
     "attention/test_integers.py",
     "attention/test_properties.py",
     "attention/test_nan.py",
-    "attention/test_decode.py",
     "attention/test_large_strides.py",
     "attention/test_autograd.py",
     "attention/test_training.py",
@@ -48,6 +47,7 @@ TRACED = "a trace holds torch's operators, and none of this library's"
 LEFT_OUT = {  # by pattern
     "attention/test_bad_input.py": BEFORE,
     "attention/test_reference.py": NO_KERNEL,
+    "attention/test_decode.py": NO_KERNEL,
     "expand/test_bad_input.py": BEFORE,
     "bench/test_*.py": OWN_PROCESSES,
     "csrc/test_csrc.py": OFFLINE,

@@ -11,7 +11,6 @@ import torch
 from attention_oracle import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quick import slow_but
 
 from dpb_triton import bias_attention, reference
 from dpb_triton.attention import torch_decode
@@ -54,11 +53,8 @@ OPTIONS = {
     "float mask": {"key_padding_mask": torch.linspace(-3, 3, 2 * J).view(2, J), "window": (30, 0)},
     "float mask with -inf": {"key_padding_mask": torch.linspace(-3, 3, 2 * J).view(2, J).masked_fill(RIGHT, -INF)},
 }
-# the kernels' interpreter is slow
-QUICK = ("plain", "causal within the cache", "window, some queries see nothing", "softcap", "float mask with -inf")
 
-
-ON_TORCH = pytest.mark.parametrize("attention_backend", ["torch"])  # a GPU's suite leaves these out
+pytestmark = pytest.mark.parametrize("attention_backend", ["torch"])  # test_decode_kernel.py has Triton's
 
 
 def attend(backend):
@@ -89,19 +85,11 @@ def check(function, case, device):
 
 @pytest.fixture(params=(1, 2, 5, 16))
 def i(request, attention_backend, device):
-    if attention_backend == "triton" and device == "cpu" and request.param not in (1, 5):
-        pytest.skip("the interpreter is slow")
     return request.param
 
 
-@pytest.mark.parametrize("options", slow_but(QUICK, OPTIONS))
-def test_options(options, i, attention_backend, device):
-    check(attend(attention_backend), Case(batch=2, heads=4, kv_heads=2, i=i, j=J, options=options), device)
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@ON_TORCH
-def test_options_torch(options, attention_backend, device):
+def test_options(options, attention_backend, device):
     for i in (1, 2, 5, 16):
         check(attend(attention_backend), Case(batch=2, heads=3, kv_heads=1, i=i, j=J, options=options), device)
 
@@ -109,8 +97,6 @@ def test_options_torch(options, attention_backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_dtypes_and_groups(group, dtype, i, attention_backend, device):
-    if dtype == torch.float64 and attention_backend == "triton":
-        pytest.skip("only backend torch serves float64")
     for batch, options in ((1, {}), (2, {"is_causal": True, "softcap": 3.0})):
         case = Case(batch=batch, heads=2 * group, kv_heads=2, i=i, j=67, dtype=dtype, options=options)
         check(attend(attention_backend), case, device)
@@ -187,7 +173,6 @@ def threads(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LONG.values(), ids=LONG)
 @pytest.mark.parametrize("split", [900, 8192])
-@ON_TORCH
 def test_many_keys(case, dtype, threads, split, monkeypatch, attention_backend, device):
     """The cuts of the rows and of the keys depend on the number of threads."""
     monkeypatch.setattr(torch_decode, "SPLIT", split)
@@ -196,17 +181,6 @@ def test_many_keys(case, dtype, threads, split, monkeypatch, attention_backend, 
         check(attend(attention_backend), Case(**vars(case) | {"i": i, "dtype": dtype}), device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", LONG.values(), ids=LONG)
-def test_many_keys_on_triton(case, dtype, device):
-    if device == "cpu":
-        pytest.skip("the interpreter is slow")
-    for i in (1, 3):
-        check(attend("triton"), Case(**vars(case) | {"i": i, "dtype": dtype}), device)
-
-
-@ON_TORCH
 def test_a_large_batch_is_cut(monkeypatch, attention_backend, device):
     monkeypatch.setattr(torch_decode, "TILE", 4 * 2 * 61)
     for options in ({}, {"key_padding_mask": torch.rand(5, 61) < 0.3}, {"softcap": 2.0}):
@@ -215,7 +189,6 @@ def test_a_large_batch_is_cut(monkeypatch, attention_backend, device):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("group", [1, 2])
-@ON_TORCH
 def test_products(group, batch, monkeypatch, attention_backend, device):
     """The route of many keys and one row, on few keys."""
     monkeypatch.setattr(torch_decode, "MANY_KEYS", 0)
@@ -247,7 +220,7 @@ def cases(draw):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(case=cases())
-def test_random_combinations_torch(case, device):
+def test_random_combinations(case, attention_backend, device):
     check(attend("torch"), case, device)
 
 
@@ -285,7 +258,6 @@ def test_token_by_token_equals_the_whole(group, options, chunk, attention_backen
                     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@ON_TORCH
 def test_an_unwritten_tail_takes_the_fast_way(i, monkeypatch, attention_backend, device):
     """Causality or a mask cuts off the tail before anything reads it."""
     query, key, value, table = Case(batch=2, heads=4, kv_heads=2, i=i, j=40, options={"offset": 9}).draw(device)[:4]
@@ -322,8 +294,7 @@ def test_nan(options, number, i, attention_backend, device):
 
 
 def test_the_same_bits(attention_backend, device):
-    j = 300 if attention_backend == "triton" and device == "cpu" else 5000
-    for case in (Case(heads=8, kv_heads=1, i=2, j=j), Case(heads=8, i=1, j=j, dtype=torch.bfloat16)):
+    for case in (Case(heads=8, kv_heads=1, i=2, j=5000), Case(heads=8, i=1, j=5000, dtype=torch.bfloat16)):
         tensors = case.draw(device)[:4]
         call = partial(attend(attention_backend), *tensors, enable_gqa=True, return_lse=True)
         first = call()

@@ -184,6 +184,23 @@ def test_bounds_beyond_int32(big, attend, device):
     assert not attend(query, key, value, table, window=(3, 3), offset=-big).any()
 
 
+LONG = {
+    "one": Case(batch=2, heads=4, i=1, j=700, dtype=torch.bfloat16, layout="transposed"),
+    "grouped": Case(heads=8, kv_heads=1, i=2, j=515, head_dim=40, dtype=torch.bfloat16, options={"is_causal": True}),
+    "two row blocks": Case(heads=3, kv_heads=1, i=16, j=300, options={"window": (200, 4)}),
+    "wide": Case(i=4, j=300, head_dim=136, value_dim=65, options={"is_causal": True}),
+    "signed": Case(heads=4, kv_heads=2, i=5, j=517, head_dim=64, options={"is_causal": True, "signed": True}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_its_own_constants(name, device):
+    """The launch constants and splits of a user's call."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    check(partial(bias_attention, backend="triton"), LONG[name], device)
+
+
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 90), st.integers(1, 2), st.sampled_from([1, 2, 6]))
 BOUND = st.none() | st.integers(0, 60)
 

@@ -115,11 +115,11 @@ def suffixes_of(served_by):
     return dict.fromkeys(("", *(SUFFIXES[backend] for backend in served_by)))
 
 
-def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cuda=None):
+def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cuda=None, on_cpu=None):
     """Define the operator `name`: once for the dispatcher's choice and once for each other suffix.
 
     fake: the fake kernel. by_torch, by_triton: the implementations. on_cuda: replaces by_triton for CUDA tensors if the
-    call names no backend.
+    call names no backend. on_cpu: by_torch as a function for direct calls, if csrc/ has no kernel for the CPU.
     """
     for suffix in suffixes_of(served_by):
         LIBRARY.define(name + suffix + schema)
@@ -130,6 +130,8 @@ def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cu
     LIBRARY.impl(name + "_triton", by_triton, "CompositeExplicitAutograd")
     for device_type in ("cpu", "cuda"):
         DIRECT[name + "_triton", device_type] = by_triton
+    if on_cpu is not None:
+        DIRECT[name, "cpu"] = DIRECT[name + "_torch", "cpu"] = on_cpu
     if has_triton():
         DIRECT[name, "cuda"] = on_cuda or by_triton
         LIBRARY.impl(name, DIRECT[name, "cuda"], "CUDA")

@@ -68,13 +68,22 @@ def _fake_backward(dout, dlse, query, key, value, table, *args):
     )
 
 
+def _direct(by_torch):
+    """`by_torch` for a caller that bypasses the dispatcher."""
+
+    def implementation(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return by_torch(*args)
+
+    return implementation
+
+
 def _on_cuda(by_torch, by_triton):
+    by_torch = _direct(by_torch)
+
     def implementation(tensor, *args):
-        if tensor.dtype != torch.float64:
-            return by_triton(tensor, *args)
         # The kernel would need another shape for float64 on tensor cores, so torch's products serve it.
-        with torch._C._AutoDispatchBelowAutograd():  # `dispatch.call` may bypass the dispatcher
-            return by_torch(tensor, *args)
+        return (by_torch if tensor.dtype == torch.float64 else by_triton)(tensor, *args)
 
     return implementation
 
@@ -86,5 +95,5 @@ for _name, _schema, _fake, _by_torch, _by_triton in (
 ):
     dispatch.define(
         _name, _schema, fake=_fake, by_torch=_by_torch, by_triton=_by_triton, served_by=BACKENDS,
-        on_cuda=_on_cuda(_by_torch, _by_triton),
+        on_cuda=_on_cuda(_by_torch, _by_triton), on_cpu=_direct(_by_torch),
     )  # fmt: skip

@@ -80,6 +80,8 @@ def test_keeps_its_promises(records, case):
         "expand": {"_expand_kernel"},
         "reduce": {"_reduce_kernel", "_fold_kernel"},
         "attention": {"_bias_kernel", "_forward_kernel"},
+        "decode": {"_decode_kernel", "_merge_kernel"},
+        "paged": {"_decode_kernel", "_merge_kernel"},
         "attention backward": {
             "_prologue_kernel", "_dkdv_kernel", "_dq_kernel", "_dtable_kernel", "_fold_dtable_kernel",
         },
@@ -89,7 +91,7 @@ def test_keeps_its_promises(records, case):
         assert record["spills"] <= allowed.get("spills", 0)
         if not case.arch.startswith("gfx"):  # AMD GPUs may spill into registers of another kind
             assert (record["stack"] == 0) == ("local" not in record["counts"]) == (record["spills"] == 0)
-        assert record["scalar_spills"] == 0 or "attention" in case.op
+        assert record["scalar_spills"] == 0 or case.op not in ("expand", "reduce")
         assert record["threads"] * record["registers"] <= 65536 * (2 if case.arch.startswith("gfx") else 1)
         assert "serialised" in allowed or not record["serialised"]
         if case.is_wide and record["kernel"] in STREAMS:

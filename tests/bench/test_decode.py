@@ -64,7 +64,7 @@ def test_a_tile_is_one_more_provider(shape, monkeypatch):
     assert ([provider.name for provider in found], absent) == (["tile 16,32,2,4", "tile 16,16,4,2,1"], {})
     for provider, ((_, block_n, warps, _), _) in zip(found, tiles, strict=True):
         assert Cells(shape, "cpu").wrong("step", provider) is None
-        assert (launched[-2]["config"].BLOCK_N, launched[-2]["num_warps"]) == (block_n, warps)
+        assert (launched[-1]["config"].BLOCK_N, launched[-1]["num_warps"]) == (block_n, warps)
     assert decode.tile_of is own and decode.PROGRAMS > 1
 
 

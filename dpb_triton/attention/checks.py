@@ -49,7 +49,15 @@ def check_call(
 ):  # fmt: skip
     """Check the arguments that all attention functions share. `layout` names the dimensions before head_dim."""
     check_heads(query, key, value, layout, enable_gqa)
-    n = check_attention_table(table, query, query.shape[layout.index("heads")], signed)
+    return check_options(
+        query, table, query.shape[layout.index("heads")], is_causal=is_causal, scale=scale, signed=signed,
+        window=window, softcap=softcap, return_lse=return_lse, backend=backend, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def check_options(query, table, heads, *, is_causal, scale, signed, window, softcap, return_lse, backend, dropout_p=0):
+    """The Call of a query whose own sizes are checked, and of its table."""
+    n = check_attention_table(table, query, heads, signed)
     check_flag("return_lse", return_lse)
     left, right = check_window(window, is_causal)
     numbers = check_scale(scale, query.shape[-1]), check_softcap(softcap), check_dropout(dropout_p)
@@ -166,11 +174,7 @@ def check_heads(query, key, value, layout, enable_gqa):
     """Check ranks, sizes, dtypes and devices of query, key and value. `layout` names the dimensions before head_dim."""
     names = (*layout, "head_dim")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, names)
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+        check_tensor_like(name, tensor, names, query)
         check_width(name, tensor)
     head = layout.index("heads")
     *_, head_dim = query.shape
@@ -183,6 +187,15 @@ def check_heads(query, key, value, layout, enable_gqa):
         wanted = ", ".join(map(str, (*key.shape[:-1], "value_dim")))
         raise ValueError(f"value must have the shape ({wanted}), as key of shape {_show(key)}, got {_show(value)}")
     check_shared_heads(heads, kv_heads, enable_gqa)
+
+
+def check_tensor_like(name, tensor, names, query):
+    """`check_tensor`, and the tensor has query's dtype and device."""
+    check_tensor(name, tensor, names)
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
 
 
 def check_width(name, tensor):

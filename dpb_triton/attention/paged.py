@@ -8,22 +8,11 @@ from einops import rearrange
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_flag, check_tensor, is_transformed
+from ..checks import check_tensor, is_transformed
 from ..reference import Window
 from ..tracing import is_in_onnx_export, is_tracing
 from .api import Backend
-from .checks import (
-    Call,
-    check_attention_backend,
-    check_attention_table,
-    check_int32,
-    check_reach,
-    check_scale,
-    check_shared_heads,
-    check_softcap,
-    check_width,
-    check_window,
-)
+from .checks import Call, check_int32, check_options, check_reach, check_shared_heads, check_tensor_like, check_width
 
 _POOL = ("pages", "page", "kv_heads", "head_dim")
 
@@ -93,11 +82,7 @@ def bias_attention_paged(
     tensors = query, key_pages, value_pages, table
     check_tensor("query", query, ("batch", "heads", "i", "head_dim"))
     for name, pool in (("key_pages", key_pages), ("value_pages", value_pages)):
-        check_tensor(name, pool, _POOL)
-        if pool.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {pool.dtype}")
-        if pool.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {pool.device}")
+        check_tensor_like(name, pool, _POOL, query)
         if pool.shape[1] < 1:
             raise ValueError(f"{name} must have pages of at least one key, got shape {(*pool.shape,)}")
     if key_pages.shape[:3] != value_pages.shape[:3]:
@@ -110,11 +95,10 @@ def bias_attention_paged(
     for name, tensor in (("query", query), ("value_pages", value_pages)):
         check_width(name, tensor)
     check_shared_heads(query.shape[1], key_pages.shape[2], enable_gqa)
-    n = check_attention_table(table, query, query.shape[1], signed)
-    check_flag("return_lse", return_lse)
-    left, right = check_window(window, is_causal)
-    numbers = check_scale(scale, query.shape[3]), check_softcap(softcap)
-    call = Call(check_attention_backend(backend, query), n, left, right, *numbers, 0.0)
+    call = check_options(
+        query, table, query.shape[1], is_causal=is_causal, scale=scale, signed=signed, window=window, softcap=softcap,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
     _check_blocks(query, key_pages, table, block_table, seqlens_k, call)
     if is_transformed(*tensors) or is_in_onnx_export() or (is_tracing() and not torch.compiler.is_compiling()):
         raise RuntimeError("bias_attention_paged supports neither torch.func transforms nor torch.jit.trace")
@@ -123,8 +107,8 @@ def bias_attention_paged(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, value = (rearrange(pool, "pages page h d -> pages h page d") for pool in (key_pages, value_pages))
     out, lse = dispatch.call(
-        "attention_paged", call.suffix, query, key, value, table.to(dtype), block_table, seqlens_k, signed, left, right,
-        call.scale, call.softcap,
+        "attention_paged", call.suffix, query, key, value, table.to(dtype), block_table, seqlens_k, signed, call.left,
+        call.right, call.scale, call.softcap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

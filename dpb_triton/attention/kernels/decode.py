@@ -31,7 +31,7 @@ from ...launching.launch import cdiv
 from ...launching.replay import launch
 from .arguments import Span
 from .blocks import Tile, generation, padded
-from .launch import config_of
+from .launch import config_of, layout_of
 from .merge import empty_partial, launch_merge
 from .tiles import (
     LOG2E,
@@ -39,11 +39,13 @@ from .tiles import (
     dot,
     dot_add,
     dot_of_pairs,
+    is_allowed,
     load_bias,
     load_index,
     narrow,
     row_ptrs,
     span_of,
+    visible_keys,
 )
 
 MOST_QUERIES = 16
@@ -67,26 +69,11 @@ class CacheInputs(NamedTuple):
     lengths: object  # (batch,), the keys of each sequence of a paged cache
 
 
-class CacheLayout(NamedTuple):
-    """Numbers of heads; strides in elements.
+class CacheSteps(NamedTuple):
+    """Strides in elements: one distance of the table, one key of the key bias."""
 
-    (batch, head, row) of query, key and value, where a paged cache has pages for its batch; one distance of the table;
-    one key of the key bias.
-    """
-
-    heads: int
-    group: int
-    qb: int
-    qh: int
-    qx: int
-    kb: int
-    kh: int
-    ky: int
-    vb: int
-    vh: int
-    vy: int
-    tn: int
-    uy: int
+    distance: int
+    key: int
 
 
 class OwnRows(NamedTuple):
@@ -100,7 +87,6 @@ class OwnRows(NamedTuple):
     pages: object  # the number of pages of a paged cache
     bias_ptrs: object  # [BLOCK_M], the table's row of each row's head, at distance 0
     key_bias_ptr: object
-    first: object  # of the program's keys
     end: object  # after the last key that any row sees
 
 
@@ -113,21 +99,6 @@ def _span(inputs, index, i, j, offset, left, right, config: tl.constexpr, PAGE: 
         return Span(zero, zero, none + i, length, length - i, left, right)
     else:
         return span_of(inputs.seqlens, index, i, j, offset, left, right, config.IS_PACKED)
-
-
-@triton.jit
-def _bounds(span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """(begin, whole_begin, whole_end, end): any query sees keys in [begin, end), each in [whole_begin, whole_end)."""
-    begin = tl.zeros([], tl.int32)
-    end = begin + span.j
-    whole_begin, whole_end = begin, end
-    if HAS_LEFT:
-        begin = tl.maximum(span.offset - span.left, 0)
-        whole_begin = tl.maximum(span.i - 1 + span.offset - span.left, 0)
-    if HAS_RIGHT:
-        end = tl.minimum(tl.maximum(span.i + span.offset + span.right, 0), span.j)
-        whole_end = tl.minimum(tl.maximum(1 + span.offset + span.right, 0), span.j)
-    return begin, whole_begin, whole_end, end
 
 
 @triton.jit
@@ -162,7 +133,7 @@ def _load_cache(ptr, own, first_y, page_stride, stride, is_seen, COUNT: tl.const
 
 
 @triton.jit
-def _biases(own, first_y, span, layout, n, config: tl.constexpr, SIGNED: tl.constexpr):
+def _biases(own, first_y, span, steps, n, config: tl.constexpr, SIGNED: tl.constexpr):
     """(bias [BLOCK_M, BLOCK_N], key bias [BLOCK_N]) of the keys first_y …; at masked pairs any numbers."""
     y = first_y + tl.arange(0, config.BLOCK_N)
     distance = own.x[:, None] + span.offset - y[None, :]
@@ -170,17 +141,17 @@ def _biases(own, first_y, span, layout, n, config: tl.constexpr, SIGNED: tl.cons
         distance = tl.minimum(tl.maximum(distance, 1 - n), n - 1)
     else:
         distance = tl.minimum(tl.abs(distance), n - 1)
-    bias = load_bias(own.bias_ptrs[:, None] + distance.to(tl.int64) * layout.tn)
+    bias = load_bias(own.bias_ptrs[:, None] + distance.to(tl.int64) * steps.distance)
     key_bias = y
     if config.HAS_KEY_BIAS:
         y = tl.minimum(y, span.j - 1)
-        key_bias = load_bias(own.key_bias_ptr + y.to(tl.int64) * layout.uy)
+        key_bias = load_bias(own.key_bias_ptr + y.to(tl.int64) * steps.key)
     return bias, key_bias
 
 
 @triton.jit
-def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: tl.constexpr, IS_MASKED: tl.constexpr,
-            PAGE: tl.constexpr):  # fmt: skip
+def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, steps, scores, config: tl.constexpr,
+            IS_MASKED: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Add a block of keys to acc [BLOCK_M, BLOCK_V], m_i [BLOCK_M] and l_i [BLOCK_M]."""
     BLOCK_N: tl.constexpr = config.BLOCK_N
     HAS_KEY_BIAS: tl.constexpr = config.HAS_KEY_BIAS
@@ -189,24 +160,19 @@ def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: t
     is_seen = y
     if HAS_KEY_BIAS:
         # loaded again, and not by tl.load, as in `load_index`
-        at = tl.minimum(y, own.end - 1).to(tl.int64) * layout.uy
+        at = tl.minimum(y, own.end - 1).to(tl.int64) * steps.key
         is_seen = load_bias(own.key_bias_ptr + at) != float("-inf")
     key = _load_cache(own.key_ptr, own, first_y, layout.kb, layout.ky, is_seen, BLOCK_N, config.HEAD_DIM,
                       config.BLOCK_D, IS_MASKED, HAS_KEY_BIAS, PAGE)  # fmt: skip
     value = _load_cache(own.value_ptr, own, first_y, layout.vb, layout.vy, is_seen, BLOCK_N,
                         config.VALUE_DIM, config.BLOCK_V, IS_MASKED, HAS_KEY_BIAS, PAGE)  # fmt: skip
     s, _ = add_bias(dot(own.query, tl.trans(key), config), bias * LOG2E, scores, config.HAS_SOFTCAP)
-    mask = (own.x >= 0)[:, None] & (y < own.end)[None, :]
     if HAS_KEY_BIAS:
-        s += (key_bias * LOG2E)[None, :]
-        mask = mask & (key_bias != float("-inf"))[None, :]
+        s = tl.where((key_bias != float("-inf"))[None, :], s + (key_bias * LOG2E)[None, :], float("-inf"))
     if IS_MASKED:
-        position = own.x[:, None] + span.offset
-        if config.HAS_LEFT:
-            mask = mask & (y[None, :] >= position - span.left)
-        if config.HAS_RIGHT:
-            mask = mask & (y[None, :] <= position + span.right)
-    if IS_MASKED or HAS_KEY_BIAS:
+        mask = is_allowed(own.x, first_y, span, config.HAS_LEFT, config.HAS_RIGHT, BLOCK_N)
+        if HAS_KEY_BIAS:
+            mask = mask & (key_bias != float("-inf"))[None, :]
         s = tl.where(mask, s, float("-inf"))
 
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -229,8 +195,8 @@ def _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config: t
 
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "batch", "n", "splits", "split_keys",
                                "table_stride", "key_bias_stride", "pages_stride", "pages"])  # fmt: skip
-def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j, offset, left, right, batch, n, splits,
-                   split_keys, table_stride, key_bias_stride, pages_stride, pages, scores, config: tl.constexpr,
+def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, steps, i, j, offset, left, right, batch, n,
+                   splits, split_keys, table_stride, key_bias_stride, pages_stride, pages, scores, config: tl.constexpr,
                    SIGNED: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     BLOCK_M: tl.constexpr = config.BLOCK_M
     BLOCK_N: tl.constexpr = config.BLOCK_N
@@ -247,7 +213,7 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
     x = rows % i
     span = _span(inputs, index, i, j, offset, left, right, config, PAGE)
     is_row = (rows < layout.group * i) & (x < span.i)
-    begin, whole_begin, whole_end, end = _bounds(span, config.HAS_LEFT, config.HAS_RIGHT)
+    begin, whole_begin, whole_end, end = visible_keys(0, span.i, span, config.HAS_LEFT, config.HAS_RIGHT)
     first = begin + split * split_keys
     place = ((index.to(tl.int64) * layout.heads + head) * i + x) * splits + split
     if first >= end:
@@ -265,7 +231,7 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
                     mask=is_row[:, None] & (offs_d < config.HEAD_DIM)[None, :], other=0.0)  # fmt: skip
     bias_ptrs = inputs.table + head * table_stride
     if SIGNED:
-        bias_ptrs += (n - 1).to(tl.int64) * layout.tn
+        bias_ptrs += (n - 1).to(tl.int64) * steps.distance
     entry = row if PAGE == 0 else tl.full([], 0, tl.int64)  # a paged cache has no batch
     key_ptr += entry * layout.kb + kv_head * layout.kh + span.first_key * layout.ky
     value_ptr += entry * layout.vb + kv_head * layout.vh + span.first_key * layout.vy
@@ -273,8 +239,8 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
     if PAGE > 0:
         pages_ptr = inputs.pages + row * pages_stride
     if config.HAS_KEY_BIAS:
-        key_bias_ptr = inputs.key_bias + (row * key_bias_stride + span.first_key * layout.uy)
-    own = OwnRows(query, x, key_ptr, value_ptr, pages_ptr, pages, bias_ptrs, key_bias_ptr, first, end)
+        key_bias_ptr = inputs.key_bias + (row * key_bias_stride + span.first_key * steps.key)
+    own = OwnRows(query, x, key_ptr, value_ptr, pages_ptr, pages, bias_ptrs, key_bias_ptr, end)
 
     # the blocks [0, blocks) of this split; each row sees all keys of those in [inside, outside)
     last = tl.minimum(first + split_keys, end)
@@ -286,14 +252,14 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, i, j,
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for edge in range(0, blocks - (outside - inside)):
         first_y = first + (edge if edge < inside else edge + (outside - inside)) * BLOCK_N
-        biases = _biases(own, first_y, span, layout, n, config, SIGNED)
-        acc, m_i, l_i = _attend(acc, m_i, l_i, own, biases, first_y, span, layout, scores, config, True, PAGE)
-    bias, key_bias = _biases(own, first + inside * BLOCK_N, span, layout, n, config, SIGNED)
+        biases = _biases(own, first_y, span, steps, n, config, SIGNED)
+        acc, m_i, l_i = _attend(acc, m_i, l_i, own, biases, first_y, span, layout, steps, scores, config, True, PAGE)
+    bias, key_bias = _biases(own, first + inside * BLOCK_N, span, steps, n, config, SIGNED)
     for k in range(inside, outside):
         first_y = first + k * BLOCK_N
-        next_bias, next_key_bias = _biases(own, first_y + BLOCK_N, span, layout, n, config, SIGNED)
-        acc, m_i, l_i = _attend(acc, m_i, l_i, own, (bias, key_bias), first_y, span, layout, scores, config, False,
-                                PAGE)  # fmt: skip
+        next_bias, next_key_bias = _biases(own, first_y + BLOCK_N, span, steps, n, config, SIGNED)
+        acc, m_i, l_i = _attend(acc, m_i, l_i, own, (bias, key_bias), first_y, span, layout, steps, scores, config,
+                                False, PAGE)  # fmt: skip
         bias, key_bias = next_bias, next_key_bias
 
     tl.store(partial.largest + place, m_i, mask=is_row)
@@ -332,9 +298,9 @@ def splits_of(programs, visible, block_n):
     return cdiv(visible, keys), keys
 
 
-def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, outputs, out_layout, *,
-                  pages=None, lengths=None):  # fmt: skip
-    """Write `outputs`. query, key, value: of `whole_rows`; kind: `launch.kind_of`.
+def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, results, *, pages=None,
+                  lengths=None):  # fmt: skip
+    """Write `results`: out, lse, state. query, key, value: of `whole_rows`; kind: of `launch.kind_of`.
 
     counts: (longest query, longest key, offset, left, right, sequences). A paged cache has `pages` (batch, blocks) and
     `lengths` (batch,), its key and value are (pages, kv_heads, page, dim), and its queries are the last of the keys.
@@ -349,19 +315,18 @@ def launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, s
     splits, split_keys = splits_of(cdiv(group * i, tile.block_m) * batch * kv_heads, visible, tile.block_n)
     rows = batch, heads, i, splits
     partial = empty_partial(rows, value_dim, query.device)
-    strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
     key_bias_strides = key_bias.stride() if key_bias is not None else (0, 0)
-    layout = CacheLayout(heads, group, *strides, table.stride(1), key_bias_strides[1])
-    # these grow with the keys, so they are not in the layout, whose values Triton specialises on
+    # these grow with the keys, so they are not in a tuple, whose values Triton specialises on
     row_strides = table.stride(0), key_bias_strides[0], pages.stride(0) if pages is not None else 0
     n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
     launch(
         _decode_kernel, (cdiv(group * i, tile.block_m) * splits * batch * kv_heads,), query, key, value,
-        CacheInputs(table, key_bias, seqlens, pages, lengths), partial, layout, i, j, offset, left or 0, right or 0,
-        batch, n, splits, split_keys, *row_strides, key.shape[0], scores, config=config, SIGNED=signed,
+        CacheInputs(table, key_bias, seqlens, pages, lengths), partial, layout_of(query, key, value),
+        CacheSteps(table.stride(1), key_bias_strides[1]), i, j, offset, left or 0, right or 0, batch, n,
+        splits, split_keys, *row_strides, key.shape[0], scores, config=config, SIGNED=signed,
         PAGE=0 if pages is None else key.shape[2], **tile.options,
     )  # fmt: skip
-    launch_merge(partial, seqlens, outputs, out_layout, rows, value_dim)
+    launch_merge(partial, seqlens, results, rows)
 
 
 settle(globals())

@@ -20,14 +20,13 @@ Deterministic: the order of every sum depends on the shape alone.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from ...launching.keys import settle
 from ...launching.launch import cdiv
-from ...launching.replay import empty, repeated
-from .arguments import Inputs, Layout, OutLayout, Outputs
+from ...launching.replay import repeated
+from .arguments import Inputs
 from .bias import pad_bias, pad_key_bias
 from .blocks import Tile, blocks_of
 from .decode import is_decoding, launch_decode
@@ -36,10 +35,12 @@ from .launch import (
     check_sizes,
     config_of,
     describe,
+    empty_results,
     is_describable,
     kind_of,
     launch_with_repair,
-    like,
+    layout_of,
+    outputs_of,
     precision_of,
     reach_of,
     scores_of,
@@ -228,11 +229,9 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     """
     check_sizes(query, key, value, table, longest_query, longest_key)
     batch, heads, i, _ = query.shape
-    kv_heads, j, value_dim = value.shape[1:]
+    j = key.shape[2]
     left, right = bounds_of(table, seqlens, i, j, offset, left, right)
-    out = like(query, value_dim)
-    lse = empty((batch, heads, i), torch.float32, query.device)
-    state = empty((2, batch, heads, i), torch.float32, query.device)
+    results = out, lse, state = empty_results(query, value.shape[3])
     least, largest = reach_of(table, seqlens, i, j, offset, signed, left, right)
     if query.numel() == 0 or longest_query == 0 or j == 0 or least > largest:
         return out.zero_(), lse.fill_(float("-inf")), state.fill_(float("-inf"))
@@ -241,11 +240,10 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
     sequences = batch if seqlens is None else seqlens.shape[0]
     kind = kind_of(query, value, key_bias, seqlens, left, right, softcap, dropout_p)
     scores, threshold = scores_of(scale, softcap, dropout_p)
-    outputs, out_layout = Outputs(out, lse, state), OutLayout(*out.stride()[:3], *lse.stride()[:2], state.stride(0))
     if blocks is None and is_decoding(longest_query, longest_key, dropout_p):
         counts = longest_query, longest_key, offset, left, right, sequences
-        launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, outputs, out_layout)
-        return out, lse, state
+        launch_decode(query, key, value, table, key_bias, seqlens, counts, signed, scores, kind, results)
+        return results
     bias, zero = pad_bias(table, signed, (least, largest))
     key_bias, key_ranges = (None, None) if key_bias is None else pad_key_bias(key_bias, seqlens)
     may_describe = is_describable((key, value), seqlens)
@@ -255,14 +253,14 @@ def forward(query, key, value, table, key_bias, seqlens, seed, longest_query, lo
         kind, tile, IS_DESCRIBED=bool(described),
         NEEDS_REPAIR=left is not None or right is not None or key_bias is not None,
     )  # fmt: skip
-    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
+    outputs, out_layout = outputs_of(*results)
     launch_with_repair(
         _forward_kernel, cdiv(longest_query, tile.block_m) * sequences * heads, config, tile,
         (query, *(described or (key, value)), Inputs(bias, key_bias, key_ranges, seqlens, seed)),
-        (outputs, Layout(heads, heads // kv_heads, *strides), out_layout, longest_query, longest_key, offset, left or 0,
-         right or 0, zero, bias.shape[1], sequences, scores, threshold),
+        (outputs, layout_of(query, key, value), out_layout, longest_query, longest_key, offset, left or 0, right or 0,
+         zero, bias.shape[1], sequences, scores, threshold),
     )  # fmt: skip
-    return out, lse, state
+    return results
 
 
 settle(globals())

@@ -5,7 +5,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...launching.replay import empty, launch
-from .arguments import Config, Scores
+from .arguments import Config, Layout, OutLayout, Outputs, Scores
 from .blocks import generation, padded
 from .tiles import LOG2E
 
@@ -25,6 +25,23 @@ def like(tensor, dim=None):
     dim = last if dim is None else dim
     strides = max(length, 1) * heads * dim, dim, heads * dim, 1
     return empty((batch, heads, length, dim), tensor.dtype, tensor.device, strides)
+
+
+def empty_results(query, value_dim):
+    """Uninitialised (out, lse, state), as `attention/ops.py` describes them."""
+    lse = empty(query.shape[:3], torch.float32, query.device)
+    return like(query, value_dim), lse, empty((2, *lse.shape), torch.float32, query.device)
+
+
+def outputs_of(out, lse, state):
+    """(Outputs, OutLayout) of a forward kernel's results."""
+    return Outputs(out, lse, state), OutLayout(*out.stride()[:3], *lse.stride()[:2], state.stride(0))
+
+
+def layout_of(query, key, value):
+    """The Layout of a forward kernel's inputs."""
+    heads, strides = query.shape[1], (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
+    return Layout(heads, heads // key.shape[1], *strides)
 
 
 def whole_rows(tensor):

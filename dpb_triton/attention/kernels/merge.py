@@ -16,6 +16,7 @@ import triton.language as tl
 from ...launching.keys import settle
 from ...launching.replay import empty, launch
 from .blocks import padded
+from .launch import outputs_of
 from .tiles import LN2, narrow
 
 MERGE_SPLITS = 8  # splits whose partial results are in flight together
@@ -77,11 +78,12 @@ def empty_partial(rows, value_dim, device):
     return Partial(*(empty(size, torch.float32, device) for size in ((*rows, value_dim), rows, rows)))
 
 
-def launch_merge(partial, seqlens, outputs, out_layout, rows, value_dim):
-    """Write `outputs` from `partial`. rows: (batch, heads, i, splits)."""
+def launch_merge(partial, seqlens, results, rows):
+    """Write `results` (out, lse, state) from `partial`. rows: (batch, heads, i, splits)."""
     batch, heads, i, splits = rows
+    value_dim = results[0].shape[3]
     launch(
-        _merge_kernel, (i * heads * batch,), partial, seqlens, outputs, out_layout, heads, i, splits,
+        _merge_kernel, (i * heads * batch,), partial, seqlens, *outputs_of(*results), heads, i, splits,
         IS_PACKED=seqlens is not None, VALUE_DIM=value_dim, BLOCK_V=padded(value_dim), BLOCK=MERGE_SPLITS, num_warps=4,
     )  # fmt: skip
 

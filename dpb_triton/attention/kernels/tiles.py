@@ -337,6 +337,24 @@ def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOC
 
 
 @triton.jit
+def visible_keys(first_x, rows, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """(begin, whole_begin, whole_end, end) of the queries first_x … + rows - 1.
+
+    Some of them see keys in [begin, end), and all of them each key in [whole_begin, whole_end).
+    """
+    begin = tl.zeros([], tl.int32)
+    end = begin + span.j
+    whole_begin, whole_end = begin, end
+    if HAS_LEFT:
+        begin = tl.maximum(first_x + span.offset - span.left, 0)
+        whole_begin = tl.maximum(first_x + rows - 1 + span.offset - span.left, 0)
+    if HAS_RIGHT:
+        end = tl.minimum(tl.maximum(tl.minimum(first_x + rows, span.i) + span.offset + span.right, 0), span.j)
+        whole_end = tl.minimum(tl.maximum(first_x + 1 + span.offset + span.right, 0), span.j)
+    return begin, whole_begin, whole_end, end
+
+
+@triton.jit
 def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
@@ -345,15 +363,7 @@ def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexp
     [inside, outside). No query sees the keys from `end` on. For a `swapped` Span these are the query blocks of a block
     of keys. Negative numerators are clamped first, because `//` truncates toward zero.
     """
-    begin = tl.zeros([], tl.int32)
-    end = begin + span.j
-    whole_begin, whole_end = begin, end
-    if HAS_LEFT:
-        begin = tl.maximum(first_x + span.offset - span.left, 0)
-        whole_begin = tl.maximum(first_x + BLOCK_M - 1 + span.offset - span.left, 0)
-    if HAS_RIGHT:
-        end = tl.minimum(tl.maximum(tl.minimum(first_x + BLOCK_M, span.i) + span.offset + span.right, 0), span.j)
-        whole_end = tl.minimum(tl.maximum(first_x + 1 + span.offset + span.right, 0), span.j)
+    begin, whole_begin, whole_end, end = visible_keys(first_x, BLOCK_M, span, HAS_LEFT, HAS_RIGHT)
     enter = begin // BLOCK_N
     leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
     inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)

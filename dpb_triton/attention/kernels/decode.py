@@ -45,7 +45,7 @@ from .tiles import (
     narrow,
     row_ptrs,
     span_of,
-    visible_keys,
+    visible_blocks,
 )
 
 MOST_QUERIES = 16
@@ -213,7 +213,8 @@ def _decode_kernel(query_ptr, key_ptr, value_ptr, inputs, partial, layout, steps
     x = rows % i
     span = _span(inputs, index, i, j, offset, left, right, config, PAGE)
     is_row = (rows < layout.group * i) & (x < span.i)
-    begin, whole_begin, whole_end, end = visible_keys(0, span.i, span, config.HAS_LEFT, config.HAS_RIGHT)
+    # blocks of one key
+    begin, whole_begin, whole_end, end, _ = visible_blocks(0, span, config.HAS_LEFT, config.HAS_RIGHT, span.i, 1)
     first = begin + split * split_keys
     place = ((index.to(tl.int64) * layout.heads + head) * i + x) * splits + split
     if first >= end:

@@ -337,10 +337,12 @@ def store_rows(matrix, tile, first, COUNT: tl.constexpr, DIM: tl.constexpr, BLOC
 
 
 @triton.jit
-def visible_keys(first_x, rows, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """(begin, whole_begin, whole_end, end) of the queries first_x … + rows - 1.
+def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, rows, BLOCK_N: tl.constexpr):
+    """The blocks of keys for the queries first_x … + rows - 1: (enter, inside, outside, leave, end).
 
-    Some of them see keys in [begin, end), and all of them each key in [whole_begin, whole_end).
+    A block in [enter, leave) has a key that some of the queries see. All queries see all keys of a block in
+    [inside, outside). No query sees the keys from `end` on. For a `swapped` Span these are the query blocks of a block
+    of keys. Negative numerators are clamped first, because `//` truncates toward zero.
     """
     begin = tl.zeros([], tl.int32)
     end = begin + span.j
@@ -351,19 +353,6 @@ def visible_keys(first_x, rows, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.cons
     if HAS_RIGHT:
         end = tl.minimum(tl.maximum(tl.minimum(first_x + rows, span.i) + span.offset + span.right, 0), span.j)
         whole_end = tl.minimum(tl.maximum(first_x + 1 + span.offset + span.right, 0), span.j)
-    return begin, whole_begin, whole_end, end
-
-
-@triton.jit
-def visible_blocks(first_x, span, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr):  # fmt: skip
-    """The blocks of keys for the queries first_x … + BLOCK_M - 1: (enter, inside, outside, leave, end).
-
-    A block in [enter, leave) has a key that some of the queries see. All queries see all keys of a block in
-    [inside, outside). No query sees the keys from `end` on. For a `swapped` Span these are the query blocks of a block
-    of keys. Negative numerators are clamped first, because `//` truncates toward zero.
-    """
-    begin, whole_begin, whole_end, end = visible_keys(first_x, BLOCK_M, span, HAS_LEFT, HAS_RIGHT)
     enter = begin // BLOCK_N
     leave = tl.maximum(tl.cdiv(end, BLOCK_N), enter)
     inside = tl.minimum(tl.maximum(tl.cdiv(whole_begin, BLOCK_N), enter), leave)

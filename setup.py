@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-CXX_SOURCES = ["csrc/module.cpp", "csrc/expand_cpu.cpp", "csrc/reduce_cpu.cpp"]
+ATTENTION_SOURCES = [f"csrc/attention_{part}.cpp" for part in ("cpu", "baseline", "avx2", "avx512", "avx512_bf16")]
+CXX_SOURCES = ["csrc/module.cpp", "csrc/expand_cpu.cpp", "csrc/reduce_cpu.cpp", *ATTENTION_SOURCES]
 CUDA_SOURCES = ["csrc/band_cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # torch's stable ABI as of 2.10: the binary works with this version and every later one

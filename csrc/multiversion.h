@@ -14,12 +14,31 @@
 #define DPB_INLINE inline
 #endif
 
+// DPB_TARGET(instruction sets[, what only gcc knows]) … DPB_END_TARGET: compile what stands between them for these
+#if defined(__clang__)
+#define DPB_PRAGMA(text) _Pragma(#text)
+#define DPB_TARGET(isa, ...) DPB_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define DPB_END_TARGET _Pragma("clang attribute pop")
+#elif defined(__GNUC__)
+#define DPB_PRAGMA(text) _Pragma(#text)
+#define DPB_TARGET(...) _Pragma("GCC push_options") DPB_PRAGMA(GCC target(__VA_ARGS__))
+#define DPB_END_TARGET _Pragma("GCC pop_options")
+#endif
+
+// Whether the compiler has the vectors that the attention kernels are written in.
+#if defined(__GNUC__) || defined(__clang__)
+#define DPB_VECTORS 1
+#endif
+
 #if defined(__clang__)
 #define DPB_UNROLL _Pragma("clang loop unroll(full)")
+#define DPB_UNROLL16 DPB_UNROLL
 #elif defined(__GNUC__)
 #define DPB_UNROLL _Pragma("GCC unroll 8")
+#define DPB_UNROLL16 _Pragma("GCC unroll 16")
 #else
 #define DPB_UNROLL
+#define DPB_UNROLL16
 #endif
 
 namespace dpb_triton {

@@ -119,7 +119,7 @@ def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cu
     """Define the operator `name`: once for the dispatcher's choice and once for each other suffix.
 
     fake: the fake kernel. by_torch, by_triton: the implementations. on_cuda: replaces by_triton for CUDA tensors if the
-    call names no backend. on_cpu: by_torch as a function for direct calls, if csrc/ has no kernel for the CPU.
+    call names no backend. on_cpu: replaces by_torch for CPU tensors, if csrc/ registers no kernel for them.
     """
     for suffix in suffixes_of(served_by):
         LIBRARY.define(name + suffix + schema)
@@ -131,12 +131,23 @@ def define(name, schema, *, fake, by_torch, by_triton, served_by=BACKENDS, on_cu
     for device_type in ("cpu", "cuda"):
         DIRECT[name + "_triton", device_type] = by_triton
     if on_cpu is not None:
-        DIRECT[name, "cpu"] = DIRECT[name + "_torch", "cpu"] = on_cpu
+        LIBRARY.impl(name, on_cpu, "CPU")
+        DIRECT[name, "cpu"], DIRECT[name + "_torch", "cpu"] = below_autograd(on_cpu), below_autograd(by_torch)
     if has_triton():
         DIRECT[name, "cuda"] = on_cuda or by_triton
         LIBRARY.impl(name, DIRECT[name, "cuda"], "CUDA")
     elif "cuda" in served_by and why_no_csrc("cuda") is None:
         LIBRARY.impl(name, OPERATORS[name + "_cuda"], "CUDA")
+
+
+def below_autograd(function):
+    """`function` for a caller that bypasses the dispatcher."""
+
+    def implementation(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args)
+
+    return implementation
 
 
 def define_autograd(name, differentiable):

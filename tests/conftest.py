@@ -85,7 +85,7 @@ def backend(request, device):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=("torch", "triton"))
+@pytest.fixture(params=("torch", "cpp", "triton"))
 def attention_backend(request, device):
     """Each backend that serves attention on `device`; skipped if it is not installed."""
     from dpb_triton.dispatch import why_not

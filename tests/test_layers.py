@@ -29,7 +29,7 @@ ARROWS = """
     tracing
 """
 INSIDE = {
-    "attention": "paged api key_bias checks autograd flops ops torch_paged torch_path torch_decode "
+    "attention": "paged api key_bias checks autograd flops ops torch_paged cpp_path torch_path "
     "torch_grid torch_products kernels",
     "attention/kernels": "paged forward decode merge backward dkdv dq dtable prologue launch bias blocks tiles "
     "arguments",

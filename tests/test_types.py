@@ -159,7 +159,7 @@ reveal_type(MultiheadAttention(64, 8)(q[0], k[0], v[0]))  # is tuple[Tensor, Ten
 
 expand_bias(table, 4, 4, backend="cudnn")  # wrong
 expand_bias(table, 4.0, 4)  # wrong
-bias_attention(q, k, v, table, backend="cpp")  # wrong
+bias_attention(q, k, v, table, backend="cuda")  # wrong
 bias_attention(q, k, v, table, window="128")  # wrong
 bias_attention(q, k, v, table, window=128)  # wrong
 bias_attention(q, k, v)  # wrong

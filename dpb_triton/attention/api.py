@@ -16,7 +16,7 @@ from .autograd import BiasAttention
 from .checks import Call, Packing, check_call, check_dense_call, check_packed, to_autocast
 from .key_bias import check_key_padding_mask, key_bias_of, packed_key_bias_of, sequence_numbers
 
-Backend: TypeAlias = Literal["torch", "triton"]
+Backend: TypeAlias = Literal["torch", "cpp", "triton"]
 
 
 def _attend(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The operators `dpb_triton::attention_forward` and `…_backward`: schemas, fake kernels, implementations per backend.
 
-`dispatch.py` lists the operator of each backend. csrc/ has none of these. For float64 on a GPU the torch path runs.
+`dispatch.py` lists the operator of each backend. On the CPU `cpp_path.py` calls the functions of csrc/, which are no
+operators. For float64 on a GPU the torch path runs.
 
 `key_bias` is None, or (batch, j) in float32 (float64 for float64), added to the scores of a key; -inf hides the key.
 Its gradient dkey_bias is (batch, kv_heads, j); the caller sums it over the heads. `seqlens` is None, or locates packed
@@ -21,7 +22,7 @@ has `lengths[b]` keys, in the pages `block_table[b]`, (batch, blocks); its queri
 import torch
 
 from .. import dispatch
-from . import torch_paged, torch_path
+from . import cpp_path, torch_paged, torch_path
 
 _OPTIONS = (
     "Tensor? seqlens, Tensor? seed, SymInt longest_query, SymInt longest_key, SymInt offset, bool signed, "
@@ -38,7 +39,7 @@ _PAGED = (
     "(Tensor query, Tensor key, Tensor value, Tensor table, Tensor block_table, Tensor lengths, bool signed, "
     "SymInt? left, SymInt? right, float scale, float softcap) -> (Tensor out, Tensor lse)"
 )
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpp", "triton")
 
 
 _triton_forward = dispatch.on_its_device(f"{__package__}.kernels.forward", "forward")
@@ -68,18 +69,8 @@ def _fake_backward(dout, dlse, query, key, value, table, *args):
     )
 
 
-def _direct(by_torch):
-    """`by_torch` for a caller that bypasses the dispatcher."""
-
-    def implementation(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return by_torch(*args)
-
-    return implementation
-
-
 def _on_cuda(by_torch, by_triton):
-    by_torch = _direct(by_torch)
+    by_torch = dispatch.below_autograd(by_torch)
 
     def implementation(tensor, *args):
         # The kernel would need another shape for float64 on tensor cores, so torch's products serve it.
@@ -88,12 +79,12 @@ def _on_cuda(by_torch, by_triton):
     return implementation
 
 
-for _name, _schema, _fake, _by_torch, _by_triton in (
-    ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward),
-    ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward),
-    ("attention_paged", _PAGED, _fake_paged, torch_paged.paged, _triton_paged),
+for _name, _schema, _fake, _by_torch, _by_triton, _on_cpu in (
+    ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward, cpp_path.forward),
+    ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward, cpp_path.backward),
+    ("attention_paged", _PAGED, _fake_paged, torch_paged.paged, _triton_paged, torch_paged.paged_cpp),
 ):
     dispatch.define(
         _name, _schema, fake=_fake, by_torch=_by_torch, by_triton=_by_triton, served_by=BACKENDS,
-        on_cuda=_on_cuda(_by_torch, _by_triton), on_cpu=_direct(_by_torch),
+        on_cuda=_on_cuda(_by_torch, _by_triton), on_cpu=_on_cpu,
     )  # fmt: skip

@@ -5,7 +5,7 @@
 
 `torch_grid.py` cuts the pairs into tiles and makes their bias. Forward passes the bias to torch's own flash attention
 as a view of overlapping rows. So nothing of size i * j exists, and 8 heads x 2048^2 take 158 ms on one CPU instead of
-248 (expand, then SDPA). One extra column of query and key holds the key bias. Up to 16 queries go to `torch_decode.py`.
+248 (expand, then SDPA). One extra column of query and key holds the key bias.
 Torch's kernels do not serve softcap, dropout, other devices and backward. These compute the scores of one tile at a
 time: matrix products, and a few passes between them. A tile's scores start as its bias, dpb_triton::expand of a slice
 of the band, and the product is added to them. dpb_triton::reduce sums the bias gradient along the diagonals, so the
@@ -30,7 +30,6 @@ import math
 import torch
 from torch.nn import functional as F
 
-from . import torch_decode
 from . import torch_products as products
 from .torch_grid import Grid
 
@@ -40,10 +39,6 @@ def forward(
     softcap, dropout_p,
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
-    if seqlens is None and not dropout_p and torch_decode.is_served(query, key):
-        found = torch_decode.decode(query, key, value, table, key_bias, offset, signed, left, right, scale, softcap)
-        if found is not None:
-            return found
     out, lse = like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_accumulator(query))
     is_at_hand = products.is_at_hand(query)
     # torch's own flash attention on the CPU has no softcap, has another dropout, and needs value_dim == head_dim

@@ -213,7 +213,7 @@ VARIANTS = {
 @pytest.mark.parametrize("requires_grad", [slow(False), True])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_opcheck_forward(variant, requires_grad, attention_backend, device):
-    operator = dispatch.OPERATORS[f"attention_forward_{attention_backend}"]
+    operator = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"]
     torch.library.opcheck(operator, arguments(device, requires_grad=requires_grad, **variant))
 
 
@@ -227,10 +227,10 @@ NEEDED = [
 @pytest.mark.parametrize(("name", "needs"), NEEDED, ids=str)
 def test_opcheck_backward(name, needs, is_part, attention_backend, device):
     inputs = arguments(device, **VARIANTS[name])
-    out, lse, state = dispatch.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
+    out, lse, state = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"](*inputs)
     dlse = None if needs == (1, 0, 0, 0) else torch.randn_like(lse)
     backward = (torch.randn_like(out), dlse, *inputs[:5], out, state, *inputs[5:], is_part, *map(bool, needs))
-    torch.library.opcheck(dispatch.OPERATORS[f"attention_backward_{attention_backend}"], backward)
+    torch.library.opcheck(dispatch.OPERATORS[f"attention_backward{dispatch.SUFFIXES[attention_backend]}"], backward)
 
 
 def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, device):
@@ -240,7 +240,9 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
     value, table = torch.randn(2, 2, 24, 5, device=device), torch.randn(4, 47, device=device)
     dout, dlse = torch.randn(2, 4, 9, 5, device=device), torch.randn(2, 4, 9, device=device)
     bias = torch.randn(2, 24, device=device).masked_fill(torch.arange(24, device=device) % 5 == 2, -torch.inf)
-    forward, backward = (dispatch.OPERATORS[f"attention_{way}_{attention_backend}"] for way in ("forward", "backward"))
+    forward, backward = (
+        dispatch.OPERATORS[f"attention_{way}{dispatch.SUFFIXES[attention_backend]}"] for way in ("forward", "backward")
+    )
 
     def options(y):  # query 0 has position -2, so causality leaves two rows without a key
         return None, None, 9, y.stop - y.start, -2 - y.start, True, 7, 0, 0.4, 3.0, 0.0
@@ -260,7 +262,7 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
 
 def test_an_operator_called_directly_has_its_gradient(attention_backend, device):
     inputs = arguments(device, requires_grad=True)
-    out, lse, _ = dispatch.OPERATORS[f"attention_forward_{attention_backend}"](*inputs)
+    out, lse, _ = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"](*inputs)
     (out.square().sum() + lse.sum()).backward()
     for tensor, expected in zip(inputs[:4], gradients_of_reference(inputs), strict=True):
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5)

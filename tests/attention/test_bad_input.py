@@ -165,7 +165,6 @@ CASES = {
     "scale complex": (dense(scale=1j), TypeError, ["scale", "1j"]),
     # backends
     "backend unknown": (dense(backend="tpu"), ValueError, ["backend", "'tpu'", "'torch'", "'triton'"]),
-    "backend cpp": (dense(backend="cpp"), ValueError, ["backend", "'cpp'", "'torch'"]),
     "backend cuda": (dense(backend="cuda"), ValueError, ["backend", "'cuda'", "'torch'"]),
     "backend type": (dense(backend=3), ValueError, ["backend", "3"]),
     "positional": (lambda: bias_attention(*[randn(1, 1, 2, 2)] * 3, randn(1, 2), True), TypeError, ["positional"]),
@@ -217,7 +216,7 @@ CASES = {
     "packed window": (packed(window=(1, -3)), ValueError, ["window", "-3"]),
     "packed dropout_p": (packed(dropout_p=2.0), ValueError, ["dropout_p", "2.0"]),
     "packed offset": (packed(offset=2), TypeError, ["offset"]),
-    "packed backend": (packed(backend="cpp"), ValueError, ["backend", "'cpp'"]),
+    "packed backend": (packed(backend="cuda"), ValueError, ["backend", "'cuda'"]),
     # the module
     "module query 3-D": (module(randn(4, 5, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 8)), ValueError, ["query", "(4, 5, 8)"]),
     "module key list": (module(randn(2, 4, 5, 8), [1.0], randn(2, 4, 9, 8)), TypeError, ["key", "list"]),

@@ -21,7 +21,7 @@ def forward(backend, query, key, value, table, seed, dropout_p, **options):
     """Call the operator itself, which takes a seed."""
     i, j = query.shape[2], key.shape[2]
     arguments = (None, None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
-    operator = dispatch.OPERATORS[f"attention_forward_{backend}"]
+    operator = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[backend]}"]
     return operator(query, key, value, table, *arguments, 0.3, 0.0, dropout_p)[:2]
 
 

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT
+// Attention on the CPU: the instruction set, the cut into tasks, and the threads that take them.
+//
+// Threads take tasks from one counter, in one parallel region: a thread that has to share its core takes fewer. The cut
+// never changes a bit of a result. Forward's rows do not depend on their chunk, and backward's cut depends on the shape
+// alone.
+
+#include "attention_cpu.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "multiversion.h"
+
+namespace dpb_triton {
+namespace {
+
+constexpr int64_t LINE = 64, BFLOAT16 = static_cast<int64_t>(torch::headeronly::ScalarType::BFloat16);
+// Tasks per thread, so that the last ones end at about the same time.
+constexpr int64_t TASKS_PER_THREAD = 4;
+// A chunk of fewer rows would pack k and v too often.
+constexpr int64_t CHUNK = 192;
+// Backward's tasks, if the keys suffice: a part of the keys has at least SPLIT of them, and begins at a multiple of
+// ALIGN. More parts need more memory: each has a gradient of q in float32.
+constexpr int64_t TASKS = 16, SPLIT = 512, ALIGN = 128;
+// A part of the keys of a decoding step has at least that many.
+constexpr int64_t STREAM_SPLIT = 1024;
+
+int64_t ceil_to(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+bool run_tasks(const Tasks& tasks, int64_t threads) {
+  if (tasks.count == 0) {
+    return true;
+  }
+  threads = std::min(threads, tasks.count);
+  const int64_t bytes = ceil_to(tasks.bytes, LINE);
+  const auto memory = std::unique_ptr<char[]>(new char[threads * bytes + LINE]);
+  char* base = memory.get() + (LINE - reinterpret_cast<uintptr_t>(memory.get()) % LINE);
+  std::atomic<int64_t> next{0}, worker{0};
+  std::atomic<bool> has_nan{false};
+  const auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) {
+      char* scratch = base + worker++ * bytes;
+      for (int64_t task; (task = next++) < tasks.count;) {
+        if (tasks.run(tasks.plan, task, scratch)) {
+          has_nan = true;
+        }
+      }
+    }
+  };
+  if (threads == 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+  return !has_nan;
+}
+
+#ifdef DPB_X86
+bool has_bf16() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+#endif
+
+// What the kernels of one instruction set offer.
+struct Kernels {
+  Tasks (*forward)(const ForwardPlan& plan, int64_t count);
+  Tasks (*backward)(const BackwardPlan& plan, int64_t count);
+  Tasks (*finish)(const BackwardPlan& plan, int64_t count);
+  Tasks (*stream)(const StreamPlan& plan, int64_t count);
+  Tasks (*merge)(const StreamPlan& plan, int64_t count);
+  bool (*is_stream)(const Attention& attention);
+};
+
+#define DPB_KERNELS(isa) Kernels{&isa::tasks, &isa::tasks, &isa::finish, &isa::tasks, &isa::finish, &isa::is_stream}
+
+// The fastest ones that this processor has.
+Kernels kernels_for([[maybe_unused]] const Attention& a) {
+#ifdef DPB_X86
+  switch (host_isa()) {
+    case Isa::avx512:
+      return has_bf16() && a.dtype == BFLOAT16 ? DPB_KERNELS(avx512_bf16) : DPB_KERNELS(avx512);
+    case Isa::avx2:
+      return DPB_KERNELS(avx2);
+    default:
+      break;
+  }
+#endif
+#ifdef DPB_VECTORS
+  return DPB_KERNELS(baseline);
+#else
+  return {};
+#endif
+}
+
+// `call` with the lengths of its longest sequence.
+Attention with_longest(const Attention& call) {
+  Attention a = call;
+  a.longest_query = a.longest_key = 0;
+  for (int64_t n = 0; n < a.sequences; ++n) {
+    const int32_t* s = a.seqlens + 5 * n;
+    if (a.seqlens == nullptr) {
+      a.longest_query = a.i;
+      a.longest_key = a.j;
+      break;
+    }
+    STD_TORCH_CHECK(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0 && s[0] + s[1] <= a.i && s[2] + s[3] <= a.j,
+                    "dpb_triton: sequence ", n, " has no room in ", a.i, " queries and ", a.j, " keys");
+    a.longest_query = std::max<int64_t>(a.longest_query, s[1]);
+    a.longest_key = std::max<int64_t>(a.longest_key, s[3]);
+  }
+  return a;
+}
+
+bool stream(const Attention& a, const Kernels& kernels, int64_t units) {
+  const int64_t wanted = (TASKS + units - 1) / units;
+  const int64_t most = std::clamp<int64_t>(a.longest_key / STREAM_SPLIT, 1, std::max<int64_t>(1, wanted));
+  const int64_t split_keys = std::max<int64_t>(1, (a.longest_key + most - 1) / most);
+  StreamPlan plan{&a, std::max<int64_t>(1, (a.longest_key + split_keys - 1) / split_keys), split_keys, nullptr};
+  const std::unique_ptr<float[]> partial(new float[units * plan.splits * stream_partial(a)]);
+  plan.partial = partial.get();
+  bool is_finite = run_tasks(kernels.stream(plan, units * plan.splits), a.threads);
+  if (plan.splits > 1) {
+    is_finite &= run_tasks(kernels.merge(plan, units), 1);
+  }
+  return is_finite;
+}
+
+}  // namespace
+
+bool has_attention() {
+#ifdef DPB_VECTORS
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool attention_forward(const Attention& call) {
+  const Attention a = with_longest(call);
+  const Kernels kernels = kernels_for(a);
+  const int64_t units = a.sequences * a.kv_heads;
+  if (kernels.is_stream(a)) {
+    return stream(a, kernels, units);
+  }
+  ForwardPlan plan{&a, 1, std::max<int64_t>(a.longest_query, 1)};
+  if (units > 0 && units % a.threads != 0 && units < TASKS_PER_THREAD * a.threads) {
+    const int64_t wanted = (TASKS_PER_THREAD * a.threads + units - 1) / units;
+    plan.chunk_rows = std::max(CHUNK, (a.longest_query + wanted - 1) / wanted);
+    plan.chunks = std::max<int64_t>(1, (a.longest_query + plan.chunk_rows - 1) / plan.chunk_rows);
+  }
+  return run_tasks(kernels.forward(plan, units * plan.chunks), a.threads);
+}
+
+bool attention_backward(const BackwardCall& call) {
+  const Attention a = with_longest(call.attention);
+  const Gradients& g = call.gradients;
+  const Kernels kernels = kernels_for(a);
+  const int64_t wanted = (TASKS + a.kv_heads - 1) / a.kv_heads;
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(a.sequences, 1));
+  const int64_t most = std::clamp<int64_t>(a.longest_key / SPLIT, 1, (wanted + parts - 1) / parts);
+  const int64_t split_keys = std::max(ALIGN, ceil_to((a.longest_key + most - 1) / most, ALIGN));
+  const int64_t splits = std::max<int64_t>(1, (a.longest_key + split_keys - 1) / split_keys);
+  BackwardPlan plan{&a, &g, parts, splits, split_keys, ceil_to(a.dim, LINE / 4), nullptr, nullptr};
+  const int64_t count = a.kv_heads * parts * splits;
+  std::unique_ptr<float[]> dquery, dtable;
+  int64_t last = 0;
+  if (splits > 1 && g.dquery.data != nullptr) {
+    dquery.reset(new float[a.batch * a.heads * splits * a.i * plan.dquery_row]);
+    last += a.batch * a.heads;
+  }
+  if (g.dtable != nullptr) {
+    dtable.reset(new float[count * (a.heads / a.kv_heads) * g.table_width]);
+    last += a.heads;
+  }
+  plan.dquery = dquery.get();
+  plan.dtable = dtable.get();
+  const bool is_finite = run_tasks(kernels.backward(plan, count), a.threads);
+  return run_tasks(kernels.finish(plan, last), dquery == nullptr ? 1 : a.threads) && is_finite;
+}
+
+}  // namespace dpb_triton

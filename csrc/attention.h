@@ -97,5 +97,11 @@ DPB_DECLARE(baseline)
 DPB_DECLARE(avx2)
 DPB_DECLARE(avx512)
 DPB_DECLARE(avx512_bf16)
+DPB_DECLARE(amx)
+
+namespace amx {
+// Whether the processor has AMX, Linux allows it, and a first product is right. Only with AVX-512 and its bfloat16.
+bool is_available();
+}
 
 }  // namespace dpb_triton

@@ -21,7 +21,7 @@
 
 namespace dpb_triton::DPB_ISA {
 
-constexpr int64_t BLOCK_KEYS = 128, BLOCK_ROWS = 8 * HEIGHT, PANELS = BLOCK_KEYS / WIDTH;
+constexpr int64_t BLOCK_KEYS = 128, PANELS = BLOCK_KEYS / WIDTH;
 // A row of ds: zeros before and after it, so that a diagonal may begin and end outside.
 constexpr int64_t DS_ROW = MARGIN + BLOCK_KEYS + 2 * MARGIN;
 
@@ -36,7 +36,7 @@ struct BackwardStrip {
   float *dquery, *dband, *dkey_bias;  // each may be null
   float *ds, *slopes;                 // rows of DS_ROW and of BLOCK_KEYS
   Word *p_pairs, *ds_pairs, *ds_words;
-  int64_t length, value_length, dim, first, end, key_first, key_panel, dquery_row;
+  int64_t rows, length, value_length, dim, first, end, key_first, key_panel, dquery_row;
   int64_t y;  // the block's first key
   const uint32_t *first_hash, *second_hash;  // dropout's, or null
   uint32_t threshold;
@@ -45,10 +45,11 @@ struct BackwardStrip {
   template <int64_t ROWS>
   static void run(const BackwardStrip& strip) {
     const BackwardStrip f = strip;  // a copy, so that the compiler knows that no store changes it
+    const int64_t rows = IS_TILED ? f.rows : ROWS;
     for (int64_t column = f.first; column < f.end; column += WIDTH) {
       float p[ROWS][WIDTH], kept[ROWS][WIDTH];
       add_scores<ROWS>(f, column, p, kept);
-      store_panel<ROWS>(f.p_pairs + column / WIDTH * PANEL, f.first_hash == nullptr ? p[0] : kept[0], WIDTH);
+      store_panel<ROWS>(rows, f.p_pairs + column / WIDTH * PANEL, f.first_hash == nullptr ? p[0] : kept[0], WIDTH);
       add_gradients<ROWS>(f, column, p);
     }
     if (f.dband != nullptr) {
@@ -57,14 +58,14 @@ struct BackwardStrip {
     if (f.dkey_bias != nullptr) {
       for (int64_t column = f.first; column < f.end; column += LANES) {
         Vec sum = load(f.dkey_bias + column);
-        for (int64_t row = 0; row < ROWS; ++row) {
+        for (int64_t row = 0; row < rows; ++row) {
           sum += load(f.ds + row * DS_ROW + column);
         }
         store(f.dkey_bias + column, sum);
       }
     }
     if (f.softcap != 0) {  // from here on ds is the gradient of the products
-      for (int64_t row = 0; row < ROWS; ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         for (int64_t column = f.first; column < f.end; column += LANES) {
           float* ds = f.ds + row * DS_ROW + column;
           store(ds, load(ds) * load(f.slopes + row * BLOCK_KEYS + column));
@@ -72,11 +73,11 @@ struct BackwardStrip {
       }
     }
     for (int64_t column = f.first; column < f.end; column += WIDTH) {
-      store_panel<ROWS>(f.ds_pairs + column / WIDTH * PANEL, f.ds + column, DS_ROW);
+      store_panel<ROWS>(rows, f.ds_pairs + column / WIDTH * PANEL, f.ds + column, DS_ROW);
     }
     if (f.dquery != nullptr) {
       if constexpr (PAIR > 1) {
-        for (int64_t row = 0; row < ROWS; ++row) {
+        for (int64_t row = 0; row < rows; ++row) {
           for (int64_t column = f.first; column < f.end; column += WIDTH) {
             const float* ds = f.ds + row * DS_ROW + column;
             Words<E>::store_row(f.ds_words + (row * BLOCK_KEYS + column) / PAIR, load(ds), load(ds + LANES));
@@ -96,14 +97,16 @@ struct BackwardStrip {
   // p of one panel, and with dropout what is kept of it.
   template <int64_t ROWS>
   static DPB_INLINE void add_scores(const BackwardStrip& f, int64_t column, float (*p)[WIDTH], float (*kept)[WIDTH]) {
-    Vec sum[ROWS][2] = {};
-    add_products<E>(sum, f.query, f.length, 1, f.key + column * f.length, WIDTH, f.length);
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    Sums<E, ROWS, 2> sum(f.rows);
+    const int64_t rows = sum.rows();
+    sum.clear();
+    sum.add(f.query, f.length, 1, f.key + column * f.length, f.length);
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        store(p[row] + v * LANES, sum[row][v] * f.factor);
+        store(p[row] + v * LANES, sum.get(row, v) * f.factor);
       }
     }
-    for (int64_t row = 0; row < ROWS; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       for (int64_t v = 0; v < WIDTH; v += LANES) {
         Vec score = load(p[row] + v);
         if (f.softcap != 0) {
@@ -128,23 +131,25 @@ struct BackwardStrip {
   // ds of one panel.
   template <int64_t ROWS>
   static DPB_INLINE void add_gradients(const BackwardStrip& f, int64_t column, const float (*p)[WIDTH]) {
-    Vec sum[ROWS][2] = {};
-    add_products<E>(sum, f.dout, f.value_length, 1, f.value + column * f.value_length, WIDTH, f.value_length);
+    Sums<E, ROWS, 2> sum(f.rows);
+    const int64_t rows = sum.rows();
+    sum.clear();
+    sum.add(f.dout, f.value_length, 1, f.value + column * f.value_length, f.value_length);
     if (f.first_hash == nullptr) {
-      DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+      DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
           store(f.ds + row * DS_ROW + column + v * LANES,
-                (sum[row][v] - f.delta[row]) * load(p[row] + v * LANES));
+                (sum.get(row, v) - f.delta[row]) * load(p[row] + v * LANES));
         }
       }
       return;
     }
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        store(f.ds + row * DS_ROW + column + v * LANES, sum[row][v] * f.keep_factor);
+        store(f.ds + row * DS_ROW + column + v * LANES, sum.get(row, v) * f.keep_factor);
       }
     }
-    for (int64_t row = 0; row < ROWS; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       for (int64_t v = 0; v < WIDTH; v += LANES) {
         float* ds = f.ds + row * DS_ROW + column + v;
         const IntVec is_seen = is_kept(f.first_hash[row], f.second_hash[row], f.y + column + v, f.threshold);
@@ -153,49 +158,52 @@ struct BackwardStrip {
     }
   }
 
-  // Stores a panel as pairs of rows; a last row alone has zeros beside it.
+  // Stores a panel of ROWS rows as pairs; the rows from `rows` on are zeros.
   template <int64_t ROWS>
-  static DPB_INLINE void store_panel(Word* to, const float* from, int64_t stride) {
+  static DPB_INLINE void store_panel(int64_t rows, Word* to, const float* from, int64_t stride) {
     for (int64_t row = 0; row < ROWS; row += PAIR) {
       for (int64_t v = 0; v < WIDTH; v += LANES) {
-        const Vec next = row + 1 < ROWS ? load(from + (row + 1) * stride + v) : Vec{};
-        Words<E>::store_pairs(to + row / PAIR * WIDTH + v, load(from + row * stride + v), next);
+        const Vec a = row < rows ? load(from + row * stride + v) : Vec{};
+        const Vec b = row + 1 < rows ? load(from + (row + 1) * stride + v) : Vec{};
+        Words<E>::store_pairs(to + row / PAIR * WIDTH + v, a, b);
       }
     }
   }
 
   template <int64_t ROWS, int64_t VECS>
   static DPB_INLINE void add_dquery(const BackwardStrip& f, int64_t column) {
-    Vec sum[ROWS][VECS];
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    Sums<E, ROWS, VECS> sum(f.rows);
+    const int64_t rows = sum.rows();
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        sum[row][v] = load(f.dquery + row * f.dquery_row + column + v * LANES);
+        sum.set(row, v, load(f.dquery + row * f.dquery_row + column + v * LANES));
       }
     }
     const Word* keys = f.key_pairs + column * f.key_panel + (f.key_first + f.first) / PAIR * (VECS * LANES);
-    const int64_t steps = (f.end - f.first) / PAIR;
+    const int64_t count = (f.end - f.first) / PAIR;
     if constexpr (PAIR == 1) {
-      add_products<E>(sum, f.ds + f.first, DS_ROW, 1, keys, VECS * LANES, steps);
+      sum.add(f.ds + f.first, DS_ROW, 1, keys, count);
     } else {
-      add_products<E>(sum, f.ds_words + f.first / PAIR, BLOCK_KEYS / PAIR, 1, keys, VECS * LANES, steps);
+      sum.add(f.ds_words + f.first / PAIR, BLOCK_KEYS / PAIR, 1, keys, count);
     }
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        store(f.dquery + row * f.dquery_row + column + v * LANES, sum[row][v]);
+        store(f.dquery + row * f.dquery_row + column + v * LANES, sum.get(row, v));
       }
     }
   }
 
   template <int64_t ROWS>
   static DPB_INLINE void add_diagonals(const BackwardStrip& f) {
-    for (int64_t row = 0; row < ROWS; ++row) {
+    const int64_t rows = IS_TILED ? f.rows : ROWS;
+    for (int64_t row = 0; row < rows; ++row) {
       float* ds = f.ds + row * DS_ROW;
       std::fill_n(ds + f.first - MARGIN, MARGIN, 0.0f);
       std::fill_n(ds + f.end, 2 * MARGIN, 0.0f);
     }
     for (int64_t diagonal = f.first - (ROWS - 1); diagonal < f.end; diagonal += LANES) {
       Vec sum = load(f.dband + diagonal);
-      DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+      DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         sum += load(f.ds + row * DS_ROW + diagonal + row);
       }
       store(f.dband + diagonal, sum);
@@ -209,21 +217,22 @@ struct TransposedProduct {
   using Word = typename Words<E>::Word;
   const Word *a, *b;
   float* total;
-  int64_t a_step, steps;
+  int64_t rows, a_row, a_step, count;
 
   template <int64_t ROWS>
   static void run(const TransposedProduct& product) {
     const TransposedProduct f = product;
-    Vec sum[ROWS][2];
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    Sums<E, ROWS, 2> sum(f.rows);
+    const int64_t rows = sum.rows();
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        sum[row][v] = load(f.total + row * BLOCK_KEYS + v * LANES);
+        sum.set(row, v, load(f.total + row * BLOCK_KEYS + v * LANES));
       }
     }
-    add_products<E>(sum, f.a, 1, f.a_step, f.b, WIDTH, f.steps);
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    sum.add(f.a, f.a_row, f.a_step, f.b, f.count);
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        store(f.total + row * BLOCK_KEYS + v * LANES, sum[row][v]);
+        store(f.total + row * BLOCK_KEYS + v * LANES, sum.get(row, v));
       }
     }
   }
@@ -239,24 +248,26 @@ struct Backward {
   const BackwardPlan& plan;
   const Attention& a;
   const Gradients& g;
-  int64_t length, value_length, dquery_row, keys_padded;
-  Word *key, *value, *key_pairs, *query, *dout, *query_pairs, *dout_pairs, *p_pairs, *ds_pairs, *ds_words, *scratch;
+  int64_t length, value_length, dquery_row, keys_padded, pair_row;
+  Word *key, *value, *key_pairs, *query, *dout, *query_pairs, *dout_pairs, *untransposed, *p_pairs, *ds_pairs, *ds_words, *scratch;
   float *key_bias, *dkey_bias, *band, *dband, *dkey, *dvalue, *dquery, *largest, *inverse, *delta, *ds, *slopes, *row, *other;
   bool has_nan = false;
 
   Backward(const BackwardPlan& plan, Arena& arena) : plan(plan), a(*plan.attention), g(*plan.gradients) {
-    length = words<E>(a.dim);
-    value_length = words<E>(a.value_dim);
+    length = steps<E>(a.dim);
+    value_length = steps<E>(a.value_dim);
     dquery_row = plan.dquery_row;
     keys_padded = ceil_to(plan.split_keys, BLOCK_KEYS);
-    const int64_t rows = a.longest_query + PAIR;
+    const int64_t rows = a.longest_query + HEIGHT;  // tiles read whole strips
+    pair_row = IS_TILED ? steps<E>(rows) : 1;
     key = arena.take<Word>(keys_padded * length);
     value = arena.take<Word>(keys_padded * value_length);
     key_pairs = arena.take<Word>(keys_padded / PAIR * dquery_row);
     query = arena.take<Word>(rows * length);
     dout = arena.take<Word>(rows * value_length);
-    query_pairs = PAIR == 1 ? query : arena.take<Word>(rows / PAIR * a.dim);
-    dout_pairs = PAIR == 1 ? dout : arena.take<Word>(rows / PAIR * a.value_dim);
+    query_pairs = PAIR == 1 ? query : arena.take<Word>(pairs_of(rows, a.dim));
+    dout_pairs = PAIR == 1 ? dout : arena.take<Word>(pairs_of(rows, a.value_dim));
+    untransposed = arena.take<Word>(IS_TILED ? rows / PAIR * std::max(a.dim, a.value_dim) : 0);
     p_pairs = arena.take<Word>(PANELS * Strip::PANEL);
     ds_pairs = arena.take<Word>(PANELS * Strip::PANEL);
     ds_words = arena.take<Word>(PAIR == 1 ? 0 : HEIGHT * BLOCK_KEYS / PAIR);
@@ -265,8 +276,8 @@ struct Backward {
     dkey_bias = arena.take<float>(keys_padded);
     band = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
     dband = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
-    dkey = arena.take<float>(keys_padded * a.dim);
-    dvalue = arena.take<float>(keys_padded * a.value_dim);
+    dkey = arena.take<float>(keys_padded * ceil_to(a.dim, 2));
+    dvalue = arena.take<float>(keys_padded * ceil_to(a.value_dim, 2));
     dquery = plan.dquery == nullptr ? arena.take<float>(a.longest_query * dquery_row) : nullptr;
     largest = arena.take<float>(a.longest_query);
     inverse = arena.take<float>(a.longest_query);
@@ -303,8 +314,8 @@ struct Backward {
       pack_columns<E>(row_of<T>(a.value, s.batch, kv_head, s.first_key + begin), a.value.row, count, a.value_dim, value,
                       scratch);
       pack_pairs<E>(k, a.key.row, count, keys_padded, a.dim, key_pairs);
-      std::fill_n(dkey, padded * a.dim, 0.0f);
-      std::fill_n(dvalue, padded * a.value_dim, 0.0f);
+      std::fill_n(dkey, padded * ceil_to(a.dim, 2), 0.0f);
+      std::fill_n(dvalue, padded * ceil_to(a.value_dim, 2), 0.0f);
       std::fill_n(dkey_bias, padded, 0.0f);
     }
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -356,8 +367,8 @@ struct Backward {
     pack_rows<E>(q, a.query.row, s.i, a.dim, query);
     pack_rows<E>(d, g.dout.row, s.i, a.value_dim, dout);
     if constexpr (PAIR > 1) {
-      pack_pair_rows<E>(q, a.query.row, s.i, a.dim, query_pairs);
-      pack_pair_rows<E>(d, g.dout.row, s.i, a.value_dim, dout_pairs);
+      pack_pairs_of(q, a.query.row, s.i, a.dim, query_pairs);
+      pack_pairs_of(d, g.dout.row, s.i, a.value_dim, dout_pairs);
     }
     const int64_t place = (s.batch * a.heads + head) * a.i + s.first_query;
     const float* sums = a.largest + a.batch * a.heads * a.i;
@@ -373,6 +384,37 @@ struct Backward {
         sum += load(row + c) * load(other + c);
       }
       delta[x] = sum_of(sum) - (g.dlse == nullptr ? 0.0f : g.dlse[place + x]);
+    }
+  }
+
+  // The words of `pack_pairs_of`.
+  int64_t pairs_of(int64_t rows, int64_t dim) const {
+    return IS_TILED ? ceil_to(dim, HEIGHT) * pair_row : rows / PAIR * dim;
+  }
+
+  // Pairs of rows, (rows / PAIR, dim); for tiles the transpose, in which a row has `pair_row` words, zeros at its end.
+  void pack_pairs_of(const T* from, int64_t stride, int64_t rows, int64_t dim, Word* to) {
+    if constexpr (!IS_TILED) {
+      pack_pair_rows<E>(from, stride, rows, dim, to);
+      return;
+    }
+    pack_pair_rows<E>(from, stride, rows, dim, untransposed);
+    const int64_t count = words<E>(rows);
+    for (int64_t c = 0; c < dim; c += LANES) {
+      for (int64_t pair = 0; pair < count; pair += LANES) {
+        if (c + LANES <= dim && pair + LANES <= count) {
+          transpose(untransposed + pair * dim + c, dim, to + c * pair_row + pair, pair_row);
+          continue;
+        }
+        for (int64_t r = pair; r < std::min(pair + LANES, count); ++r) {
+          for (int64_t column = c; column < std::min(c + LANES, dim); ++column) {
+            to[column * pair_row + r] = untransposed[r * dim + column];
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; c < dim; ++c) {
+      std::memset(to + c * pair_row + count, 0, (pair_row - count) * sizeof(Word));
     }
   }
 
@@ -405,6 +447,7 @@ struct Backward {
         high[panel] = at + height;
       }
       Strip strip;
+      strip.rows = height;
       strip.query = query + (x + at) * length;
       strip.dout = dout + (x + at) * value_length;
       strip.key = key + (y - begin) * length;
@@ -446,20 +489,22 @@ struct Backward {
     for (int64_t panel = 0; panel < PANELS; ++panel) {
       if (high[panel] > 0) {
         const int64_t at = panel * Strip::PANEL + low[panel] / PAIR * WIDTH, place = x + low[panel];
-        const int64_t steps = words<E>(high[panel] - low[panel]);
-        add_transposed(dout_pairs, place, a.value_dim, p_pairs + at, steps,
-                       dvalue + (y - begin) * a.value_dim + panel * WIDTH);
-        add_transposed(query_pairs, place, a.dim, ds_pairs + at, steps, dkey + (y - begin) * a.dim + panel * WIDTH);
+        const int64_t pairs = steps<E>(high[panel] - low[panel]);
+        add_transposed(dout_pairs, place, a.value_dim, p_pairs + at, pairs,
+                       dvalue + (y - begin) * ceil_to(a.value_dim, 2) + panel * WIDTH);
+        add_transposed(query_pairs, place, a.dim, ds_pairs + at, pairs,
+                       dkey + (y - begin) * ceil_to(a.dim, 2) + panel * WIDTH);
       }
     }
   }
 
-  // total (dim, BLOCK_KEYS) += a^T b over `steps` pairs of rows from row `x` on.
-  void add_transposed(const Word* pairs, int64_t x, int64_t dim, const Word* b, int64_t steps, float* total) {
-    const int64_t strips = (dim + HEIGHT - 1) / HEIGHT;
+  // total (dim, made even; BLOCK_KEYS) += a^T b over `count` pairs of rows from row `x` on.
+  void add_transposed(const Word* pairs, int64_t x, int64_t dim, const Word* b, int64_t count, float* total) {
+    const int64_t half = (dim + 1) / 2, strips = (2 * half + HEIGHT - 1) / HEIGHT, step = IS_TILED ? 1 : dim;
     for (int64_t n = 0; n < strips; ++n) {  // strips of about one height: few rows use the registers badly
-      const int64_t first = n * dim / strips, last = (n + 1) * dim / strips;
-      TransposedProduct<E> product{pairs + x / PAIR * dim + first, b, total + first * BLOCK_KEYS, dim, steps};
+      const int64_t first = n * half / strips * 2, last = (n + 1) * half / strips * 2;
+      const Word* from = pairs + first * pair_row + x / PAIR * step;
+      TransposedProduct<E> product{from, b, total + first * BLOCK_KEYS, last - first, pair_row, step, count};
       with_rows<TransposedProduct<E>>(last - first, product);
     }
   }
@@ -474,12 +519,12 @@ struct Backward {
     }
   }
 
-  // Writes the rows of `total`, blocks of (dim, BLOCK_KEYS).
+  // Writes the rows of `total`, blocks of (dim, made even; BLOCK_KEYS).
   void write_keys(const Rows& rows, const Sequence& s, int64_t kv_head, int64_t begin, int64_t count,
                   const float* total, int64_t dim, float factor) {
     float check = 0;
     for (int64_t y = 0; y < count; ++y) {
-      const float* from = total + y / BLOCK_KEYS * BLOCK_KEYS * dim + y % BLOCK_KEYS;
+      const float* from = total + y / BLOCK_KEYS * BLOCK_KEYS * ceil_to(dim, 2) + y % BLOCK_KEYS;
       for (int64_t c = 0; c < dim; ++c) {
         row[c] = from[c * BLOCK_KEYS];
       }

@@ -86,7 +86,9 @@ Kernels kernels_for([[maybe_unused]] const Attention& a) {
 #ifdef DPB_X86
   switch (host_isa()) {
     case Isa::avx512:
-      return has_bf16() && a.dtype == BFLOAT16 ? DPB_KERNELS(avx512_bf16) : DPB_KERNELS(avx512);
+      return a.dtype != BFLOAT16 || !has_bf16() ? DPB_KERNELS(avx512)
+             : amx::is_available()              ? DPB_KERNELS(amx)
+                                                : DPB_KERNELS(avx512_bf16);
     case Isa::avx2:
       return DPB_KERNELS(avx2);
     default:

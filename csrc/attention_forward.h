@@ -5,8 +5,8 @@
 //   strip        [ panel ][ panel ][ panel ] …        q of the strip times k^T, panel by panel: the sums stay in registers
 //   HEIGHT rows  [ WIDTH keys wide         ]          + band, maximum; then p = exp2(s - maximum), its sum; then p v
 //
-// A strip's scores, HEIGHT x BLOCK, stay in the L1 cache from the first product to the second. STRIPS strips take the
-// same block of k and v from the L2 cache. A task packs k and v of one key head once, and serves all query heads of it,
+// A strip's scores, HEIGHT x BLOCK, stay in the L1 cache from the first product to the second. The strips of
+// BLOCK_ROWS rows take the same block of k and v from the L2 cache. A task packs k and v of one key head once, and serves all query heads of it,
 // for all rows or for a chunk of them. A row's numbers and the order of its sums do not depend on the strip, the chunk
 // or the thread that computes it: the same bits with any number of threads.
 //
@@ -18,7 +18,7 @@
 namespace dpb_triton::DPB_ISA {
 
 // A block's k^T and v take 128 KiB at head_dim 64 in float32.
-constexpr int64_t BLOCK = 256, STRIPS = 8;
+constexpr int64_t BLOCK = 256;
 
 // What one strip needs. `query` to `sum` belong to the strip's first row.
 template <class E>
@@ -29,7 +29,7 @@ struct ForwardStrip {
   const Word *query, *key, *value;  // key: of the block's first panel; value: of all keys
   const float *bias, *key_bias;     // of the block's first key; key_bias is null if it adds nothing
   float *scores, *out, *largest, *sum;
-  int64_t length;      // words of a query row
+  int64_t rows, length;  // words of a query row
   int64_t first, end;  // the columns of the block that the strip sees, multiples of WIDTH
   int64_t value_dim, out_row;  // out_row: stride of out
   int64_t value_first, value_panel;  // the block's first key among the packed ones; words of a column of v
@@ -41,21 +41,23 @@ struct ForwardStrip {
   template <int64_t ROWS>
   static void run(const ForwardStrip& strip) {
     const ForwardStrip f = strip;  // a copy, so that the compiler knows that no store changes it
+    Sums<E, ROWS, 2> sum(f.rows);
+    const int64_t rows = sum.rows();
     Vec top[ROWS];
     for (int64_t row = 0; row < ROWS; ++row) {
       top[row] = splat(-INFINITE);
     }
     for (int64_t column = f.first; column < f.end; column += WIDTH) {
-      Vec sum[ROWS][2] = {};
-      add_products<E>(sum, f.query, f.length, 1, f.key + column * f.length, WIDTH, f.length);
+      sum.clear();
+      sum.add(f.query, f.length, 1, f.key + column * f.length, f.length);
       if (f.softcap != 0) {
         cap(f, sum, f.scores + column);
       }
       const float factor = f.softcap != 0 ? 1.0f : f.factor;
-      DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+      DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
           const int64_t at = column + v * LANES;
-          Vec score = sum[row][v] * factor + load(f.bias + at - row);
+          Vec score = sum.get(row, v) * factor + load(f.bias + at - row);
           if (f.key_bias != nullptr) {
             score += load(f.key_bias + at);
           }
@@ -65,7 +67,7 @@ struct ForwardStrip {
       }
     }
     float rescale[ROWS];
-    for (int64_t row = 0; row < ROWS; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       const float before = f.largest[row], now = std::max(before, largest_of(top[row]));
       const float shift = now == -INFINITE ? 0.0f : now;
       Vec total = {};
@@ -85,51 +87,53 @@ struct ForwardStrip {
       f.sum[row] = f.sum[row] * rescale[row] + sum_of(total);
     }
     const Word* p = reinterpret_cast<const Word*>(f.scores) + f.first / PAIR;
-    const int64_t steps = (f.end - f.first) / PAIR;
+    const int64_t count = (f.end - f.first) / PAIR;
     for (int64_t column = 0; column < f.value_dim; column += WIDTH) {
       const int64_t width = width_at(column, f.value_dim);
       const Word* value = f.value + column * f.value_panel + (f.value_first + f.first) / PAIR * width;
       if (width == WIDTH) {
-        add_values<ROWS, 2>(f, rescale, p, value, steps, column);
+        add_values<ROWS, 2>(f, rescale, p, value, count, column);
       } else {
-        add_values<ROWS, 1>(f, rescale, p, value, steps, column);
+        add_values<ROWS, 1>(f, rescale, p, value, count, column);
       }
     }
   }
 
   // sum = softcap * tanh(factor * sum), by way of memory: an index that varies would keep `sum` out of the registers.
   template <int64_t ROWS>
-  static DPB_INLINE void cap(const ForwardStrip& f, Vec (&sum)[ROWS][2], float* scores) {
+  static DPB_INLINE void cap(const ForwardStrip& f, Sums<E, ROWS, 2>& sum, float* scores) {
+    const int64_t rows = sum.rows();
     DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        store(scores + row * BLOCK + v * LANES, sum[row][v]);
+        store(scores + row * BLOCK + v * LANES, sum.get(row, v));
       }
     }
-    for (int64_t row = 0; row < ROWS; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       for (float* at = scores + row * BLOCK; at < scores + row * BLOCK + WIDTH; at += LANES) {
         store(at, tanh_of(load(at) * f.factor) * f.softcap);
       }
     }
     DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        sum[row][v] = load(scores + row * BLOCK + v * LANES);
+        sum.set(row, v, load(scores + row * BLOCK + v * LANES));
       }
     }
   }
 
   template <int64_t ROWS, int64_t VECS>
   static DPB_INLINE void add_values(const ForwardStrip& f, const float* rescale, const Word* p, const Word* value,
-                                    int64_t steps, int64_t column) {
-    Vec sum[ROWS][VECS];
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+                                    int64_t count, int64_t column) {
+    Sums<E, ROWS, VECS> sum(f.rows);
+    const int64_t rows = sum.rows();
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        sum[row][v] = load(f.out + row * f.out_row + column + v * LANES) * rescale[row];
+        sum.set(row, v, load(f.out + row * f.out_row + column + v * LANES) * rescale[row]);
       }
     }
-    add_products<E>(sum, p, BLOCK, 1, value, VECS * LANES, steps);
-    DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+    sum.add(p, BLOCK, 1, value, count);
+    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        store(f.out + row * f.out_row + column + v * LANES, sum[row][v]);
+        store(f.out + row * f.out_row + column + v * LANES, sum.get(row, v));
       }
     }
   }
@@ -146,18 +150,18 @@ struct Forward {
   bool has_nan = false;
 
   Forward(const ForwardPlan& plan, Arena& arena) : a(*plan.attention) {
-    length = words<E>(a.dim);
+    length = steps<E>(a.dim);
     out_row = ceil_to(a.value_dim, LANES);
     padded = ceil_to(a.longest_key, WIDTH) + WIDTH;  // a chunk's first panel may begin anywhere
     key = arena.take<Word>(padded * length);
     value = arena.take<Word>(padded / Words<E>::PAIR * out_row);
     key_bias = arena.take<float>(padded);
     band = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
-    query = arena.take<Word>(STRIPS * HEIGHT * length);
+    query = arena.take<Word>((BLOCK_ROWS + HEIGHT) * length);
     scores = arena.take<float>(HEIGHT * BLOCK);
-    out = arena.take<float>(STRIPS * HEIGHT * out_row);
-    largest = arena.take<float>(STRIPS * HEIGHT);
-    sum = arena.take<float>(STRIPS * HEIGHT);
+    out = arena.take<float>(BLOCK_ROWS * out_row);
+    largest = arena.take<float>(BLOCK_ROWS);
+    sum = arena.take<float>(BLOCK_ROWS);
     scratch = arena.take<Word>(WIDTH * (length + LANES));
   }
 
@@ -181,8 +185,8 @@ struct Forward {
     const int64_t group = a.heads / a.kv_heads;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       fill_band(a, s, head, band);
-      for (int64_t x = first; x < last; x += STRIPS * HEIGHT) {
-        run_rows(s, keys, head, x, std::min(STRIPS * HEIGHT, last - x), begin);
+      for (int64_t x = first; x < last; x += BLOCK_ROWS) {
+        run_rows(s, keys, head, x, std::min(BLOCK_ROWS, last - x), begin);
       }
     }
   }
@@ -205,6 +209,7 @@ struct Forward {
         if (seen.begin >= seen.end || strip.first >= strip.end) {
           continue;
         }
+        strip.rows = height;
         strip.query = query + row * length;
         strip.key = key + (y - packed) * length;
         strip.value = value;

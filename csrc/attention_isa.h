@@ -19,6 +19,7 @@ using Factor = float;
 
 template <template <class, class> class Kernel, class T, class Plan>
 bool run(const void* plan, int64_t task, char* scratch) {
+  [[maybe_unused]] const TileUnit unit{};
   Arena arena{scratch};
   Kernel<Factor, T> kernel(*static_cast<const Plan*>(plan), arena);
   kernel.run(*static_cast<const Plan*>(plan), task);

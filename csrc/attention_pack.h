@@ -23,6 +23,12 @@ DPB_INLINE int64_t words(int64_t count) {
   return (count + Words<E>::PAIR - 1) / Words<E>::PAIR;
 }
 
+// The same, up to what a product takes in one step.
+template <class E>
+DPB_INLINE int64_t steps(int64_t count) {
+  return ceil_to(words<E>(count), Sums<E, 1, 1>::STEPS);
+}
+
 template <class T>
 DPB_INLINE const T* row_of(const Rows& rows, int64_t batch, int64_t head, int64_t row) {
   return reinterpret_cast<const T*>(rows.data) + batch * rows.batch + head * rows.head + row * rows.row;
@@ -39,24 +45,22 @@ DPB_INLINE void widen_row(const T* from, int64_t count, float* to, int64_t padde
   }
 }
 
-// One row in words; writes words<E>(dim) of them.
+// One row in words; writes words<E>(dim) of them and zeros up to `padded`.
 template <class E, class T>
-DPB_INLINE void pack_row(const T* from, int64_t dim, typename Words<E>::Word* to) {
+DPB_INLINE void pack_row(const T* from, int64_t dim, typename Words<E>::Word* to, int64_t padded) {
   if constexpr (Words<E>::PAIR == 1) {
-    widen_row(from, dim, to, dim);
+    widen_row(from, dim, to, padded);
   } else {  // the memory of bfloat16 is the memory of its words
     static_assert(std::is_same_v<E, T>);
     std::memcpy(to, from, dim * sizeof(T));
-    if (dim % 2 != 0) {
-      std::memset(reinterpret_cast<char*>(to) + dim * sizeof(T), 0, sizeof(T));
-    }
+    std::memset(reinterpret_cast<char*>(to) + dim * sizeof(T), 0, padded * sizeof(*to) - dim * sizeof(T));
   }
 }
 
 template <class E, class T>
 void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, typename Words<E>::Word* to) {
   for (int64_t row = 0; row < rows; ++row) {
-    pack_row<E>(from + row * stride, dim, to + row * words<E>(dim));
+    pack_row<E>(from + row * stride, dim, to + row * steps<E>(dim), steps<E>(dim));
   }
 }
 
@@ -150,12 +154,12 @@ template <class E, class T>
 void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t dim, typename Words<E>::Word* to,
                   typename Words<E>::Word* scratch) {
   using Word = typename Words<E>::Word;
-  const int64_t length = words<E>(dim), padded = ceil_to(length, LANES);
+  const int64_t length = steps<E>(dim), padded = ceil_to(length, LANES);
   for (int64_t first = 0; first < rows; first += WIDTH, to += length * WIDTH) {
     const int64_t count = std::min(WIDTH, rows - first);
-    std::memset(scratch, 0, WIDTH * padded * sizeof(Word));
+    std::memset(scratch + count * padded, 0, (WIDTH - count) * padded * sizeof(Word));
     for (int64_t row = 0; row < count; ++row) {
-      pack_row<E>(from + (first + row) * stride, dim, scratch + row * padded);
+      pack_row<E>(from + (first + row) * stride, dim, scratch + row * padded, padded);
     }
     for (int64_t c = 0; c < length; c += LANES) {
       if (length - c >= LANES) {

@@ -5,7 +5,7 @@
 // A word is 32 bits of a factor: one float32, or two bfloat16 that are neighbours in the dimension that the product sums
 // over. So one code multiplies both types:
 //
-//   sum[row][column] += a(row, step) * b(step, column)        one instruction per LANES columns and word
+//   sum(row, column) += a(row, step) * b(step, column)        one instruction per LANES columns and word
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,9 @@
 
 namespace dpb_triton::DPB_ISA {
 
-#if DPB_LANES == 16
+#ifdef DPB_AMX
+constexpr int64_t LANES = 16, HEIGHT = 32;
+#elif DPB_LANES == 16
 constexpr int64_t LANES = 16, HEIGHT = 12;
 #elif DPB_LANES == 8
 constexpr int64_t LANES = 8, HEIGHT = 6;
@@ -27,6 +29,11 @@ constexpr int64_t LANES = 4, HEIGHT = 6;
 #endif
 // The columns of a panel. HEIGHT rows of two vectors fill the registers of the instruction set.
 constexpr int64_t WIDTH = 2 * LANES;
+#ifdef DPB_AMX
+constexpr bool IS_TILED = true;
+#else
+constexpr bool IS_TILED = false;
+#endif
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -189,24 +196,60 @@ struct Words<BFloat16> {
 };
 #endif
 
-// sum[row][…] += a(row, step) * b(step, …) over all steps. Neighbours of a: `a_row` and `a_step` words apart.
+#ifndef DPB_AMX
+// The sums of ROWS rows and VECS vectors of columns. They stay in registers if every index is a constant.
 template <class E, int64_t ROWS, int64_t VECS>
-DPB_INLINE void add_products(Vec (&sum)[ROWS][VECS], const typename Words<E>::Word* a, int64_t a_row, int64_t a_step,
-                             const typename Words<E>::Word* b, int64_t b_step, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step) {
-    decltype(load(b)) columns[VECS];
-    DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-      columns[v] = load(b + v * LANES);
-    }
+struct Sums {
+  // The steps of a product are a multiple of this many words.
+  static constexpr int64_t STEPS = 1;
+  using Word = typename Words<E>::Word;
+  Vec sum[ROWS][VECS];
+
+  DPB_INLINE explicit Sums(int64_t) {}
+
+  // The number of rows that are in use.
+  static constexpr int64_t rows() {
+    return ROWS;
+  }
+  DPB_INLINE Vec get(int64_t row, int64_t v) const {
+    return sum[row][v];
+  }
+  DPB_INLINE void set(int64_t row, int64_t v, Vec value) {
+    sum[row][v] = value;
+  }
+  DPB_INLINE void clear() {
     DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
-      const auto factor = Words<E>::splat(a[row * a_row]);
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        sum[row][v] = Words<E>::add_product(sum[row][v], factor, columns[v]);
+        sum[row][v] = Vec{};
       }
     }
-    a += a_step;
-    b += b_step;
   }
-}
+  // sum(row, …) += a(row, step) * b(step, …) over all steps. Neighbours of a: `a_row` and `a_step` words apart.
+  DPB_INLINE void add(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t steps) {
+    for (int64_t step = 0; step < steps; ++step) {
+      decltype(load(b)) columns[VECS];
+      DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
+        columns[v] = load(b + v * LANES);
+      }
+      DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
+        const auto factor = Words<E>::splat(a[row * a_row]);
+        DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
+          sum[row][v] = Words<E>::add_product(sum[row][v], factor, columns[v]);
+        }
+      }
+      a += a_step;
+      b += VECS * LANES;
+    }
+  }
+};
+#endif
+
+#ifndef DPB_AMX
+struct TileUnit {};  // nothing to prepare
+#endif
 
 }  // namespace dpb_triton::DPB_ISA
+
+#ifdef DPB_AMX
+#include "attention_amx.h"
+#endif

@@ -266,9 +266,9 @@ struct Stream {
       const T* from = row_of<T>(a.query, s.batch, head + row / s.i, s.first_query + row % s.i);
       Word* to = query + row * steps * LANES;
       const int64_t whole = a.dim / LEAST_DIM<E>, rest = a.dim % LEAST_DIM<E>;
-      pack_row<E>(from, whole * LEAST_DIM<E>, to);
+      pack_row<E>(from, whole * LEAST_DIM<E>, to, whole * LANES);
       if (rest > 0) {  // the end of the vector that ends with the row
-        pack_row<E>(from + whole * LEAST_DIM<E>, rest, to + whole * LANES + LANES - words<E>(rest));
+        pack_row<E>(from + whole * LEAST_DIM<E>, rest, to + (whole + 1) * LANES - words<E>(rest), words<E>(rest));
       }
     }
   }

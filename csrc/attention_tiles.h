@@ -15,6 +15,8 @@
 namespace dpb_triton::DPB_ISA {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+// Rows that take the same block of keys.
+constexpr int64_t BLOCK_ROWS = IS_TILED ? 4 * HEIGHT : 8 * HEIGHT;
 constexpr int64_t LINE = 64;  // bytes; each part of the scratch memory begins at a multiple
 
 // Hands out parts of a task's scratch memory; with a null pointer it only counts the bytes.
@@ -39,7 +41,7 @@ DPB_INLINE Sequence sequence_of(const Attention& a, int64_t number) {
 }
 
 // Floats before a band's first one, and half of those after its last, which tiles may touch.
-constexpr int64_t MARGIN = 16;
+constexpr int64_t MARGIN = 32;
 static_assert(MARGIN >= HEIGHT && MARGIN >= LANES);
 
 DPB_INLINE int64_t band_length(int64_t i, int64_t j) {
@@ -119,7 +121,7 @@ DPB_INLINE Visible visible_keys(const Attention& a, const Sequence& s, const Key
 
 // Dropout's keys of some rows: whether a row keeps y depends on them, as in torch_path.py (`keep_mask`).
 struct Dropout {
-  uint32_t first[8 * HEIGHT], second[8 * HEIGHT];
+  uint32_t first[BLOCK_ROWS], second[BLOCK_ROWS];
 
   void set(const Attention& a, const Sequence& s, int64_t head, int64_t x, int64_t rows) {
     for (int64_t row = 0; a.seed != nullptr && row < rows; ++row) {
@@ -140,17 +142,21 @@ DPB_INLINE IntVec is_kept(uint32_t first, uint32_t second, int64_t y, uint32_t t
   return (IntVec)(mix((keys ^ first) * 0x9e3779b1u + second) >= threshold);
 }
 
-// Strips have HEIGHT rows; the last two share what is left, in even numbers, so that pairs of rows stay together.
+// Strips have HEIGHT rows; the last two share what is left. Only even heights and 1 are compiled, so that pairs of rows
+// stay together, and the extension builds soon. Products of tiles take whole strips.
 DPB_INLINE int64_t strip_of(int64_t left) {
-  return left <= HEIGHT ? left : left >= 2 * HEIGHT ? HEIGHT : (left + 3) / 4 * 2;
+  if (IS_TILED || left >= 2 * HEIGHT) {
+    return std::min(left, HEIGHT);
+  }
+  return left > HEIGHT ? (left + 3) / 4 * 2 : left > 1 ? left / 2 * 2 : 1;
 }
 
-// Calls f.run<ROWS>(f) with ROWS = rows, 1 to HEIGHT.
+// Calls f.run<ROWS>(f) with ROWS = rows, which is even or 1; tiles always have HEIGHT rows, and use f.rows of them.
 template <class F, int64_t ROWS = HEIGHT>
 DPB_INLINE void with_rows(int64_t rows, const F& f) {
-  if constexpr (ROWS > 1) {
+  if constexpr (ROWS > 1 && !IS_TILED) {
     if (rows < ROWS) {
-      return with_rows<F, ROWS - 1>(rows, f);
+      return with_rows<F, std::max<int64_t>(ROWS - 2, 1)>(rows, f);
     }
   }
   F::template run<ROWS>(f);

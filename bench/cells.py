@@ -8,7 +8,8 @@ A bench brings the cells of one shape, an object with
     serves(direction, provider)     whether the provider takes part
     call(direction, provider)       the function to time
     wrong(direction, provider)      None if its result is right, else what is wrong
-    facts(direction, provider)      more fields of its record; provider None: of a limit's record
+    facts(direction, provider)      more fields of its record; provider None: of a limit's record. "aim": the speed over
+                                    the fastest limit that it should reach; no peer should be faster either
     limits(direction)               {name: call} of the least work that the machine could do
     rate(direction, milliseconds)   {unit: rate} from the time: GB/s, TFLOP/s
     frozen(provider)                the provider that does the same without the table's gradient, by name; or None
@@ -35,6 +36,7 @@ from .timing import measure, warm_clocks
 
 # A record's field, and the peers: the field holds the speed over the fastest of them.
 COMPARED = {"x_eager": ("eager",), "x_row": ("sdpa with row", "sdpa with row folded")}
+COMPARED_IF_AIMED = {"x_peer": ("eager", "compiled eager", "sdpa with bias")}
 LONGEST_GRAPH = 10.0  # ms; in a longer call the host is far ahead of the GPU, and a graph would only hold memory
 
 
@@ -78,7 +80,7 @@ def _add_times(cells, direction, records, times, frozen, prefix):
         record |= {prefix + unit: value for unit, value in cells.rate(direction, this.median).items()}
         if limits:
             record[prefix + "of_limit"] = {limit: this.ratio(times[limit]) for limit in limits}
-        for field, peers in COMPARED.items():
+        for field, peers in (COMPARED | (COMPARED_IF_AIMED if "aim" in record else {})).items():
             if found := [times[peer] for peer in peers if peer in times]:
                 record[prefix + field] = this.ratio(min(found, key=lambda time: time.median))
         if frozen.get(name) in times:

@@ -57,10 +57,11 @@ def _common(options, heads):
     return common
 
 
-def shared_options(peers, default_peers, backends, heads, lengths, what="Queries and keys"):
+def shared_options(peers, default_peers, backends, heads, lengths, what="Queries and keys", backends_default=True):
     """A decorator that adds --device, --dtype, …; the command gets them as one `Common`.
 
     `heads` is the default {device: number}; `what` says what --seq counts, `lengths` describes its default.
+    `backends_default` describes the default of --backend if it is not all of them.
     """
     path = click.Path(dir_okay=False, path_type=Path)
     many = dict.fromkeys(heads.values())
@@ -75,7 +76,7 @@ def shared_options(peers, default_peers, backends, heads, lengths, what="Queries
         click.option("--peer", "peers", multiple=True, type=click.Choice([*peers, "none"]), default=default_peers,
                      show_default=True),
         click.option("--backend", "backends", multiple=True, type=click.Choice(backends), default=backends,
-                     show_default=True),
+                     show_default=backends_default),
         click.option("--rounds", type=click.IntRange(1), help="Each round times all calls in turn; default: 3, or 5 on "
                      "a GPU."),
         click.option("--seconds", type=click.FloatRange(0, min_open=True), help="A round repeats a call for so long; "

@@ -2,11 +2,13 @@
 """`python -m bench pages`: write the tables of README.md and docs/ anew, each from the file that it names.
 
     <!-- table: bench/results/NAME.json -->     what `python -m bench table` prints of that file
+    <!-- aims: bench/results/NAME.json -->      the same, but only the rows that have an aim
     <!-- gpu: bench/results/FOLDER -->          what `python -m bench.gpu.summary` prints of that folder
     <!-- file: bench/results/NAME.txt -->       that text
     <!-- headline -->                           `headline.py`'s table
 
-A table ends at `<!-- end of table -->`, and so on. tests/test_docs.py fails where a page differs from its files.
+A table of a file that is not there yet is "Not measured yet." A table ends at `<!-- end of table -->`, and so on.
+tests/test_docs.py fails where a page differs from its files.
 """
 
 import json
@@ -17,11 +19,11 @@ import click
 
 from .gpu.summary import summary
 from .headline import markdown
-from .report import tables
+from .report import page
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- (table|gpu|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
+MARKED = re.compile(r"(<!-- (table|aims|gpu|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def _content(kind, path):
@@ -29,8 +31,15 @@ def _content(kind, path):
         return markdown()
     if kind == "gpu":
         return summary(ROOT / path)
+    if kind in ("table", "aims") and not (ROOT / path).exists():
+        return "Not measured yet."
     text = (ROOT / path).read_text()
-    return text if kind == "file" else tables(json.loads(text), style="github")
+    if kind == "file":
+        return text
+    result = json.loads(text)
+    if kind == "aims":
+        result["records"] = [record for record in result["records"] if "aim" in record]
+    return page(result)
 
 
 def filled(text):

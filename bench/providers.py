@@ -39,6 +39,13 @@ def why_not_measured(backend, device):
     return reason
 
 
+def default_backends(device):
+    """Those that `backend=None` may take for attention. "torch" is only the fallback for an extension not built."""
+    if device == "cuda":
+        return ("triton",)
+    return ("cpp",) if why_not("cpp", device) is None else ("cpp", "torch")
+
+
 def providers(device, peers, backends):
     """([Provider] that can run here, {name: reason} of the others)."""
     found, absent = [], {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .environment import one_line
 from .lines import read_lines
 from .report_errors import errors_table
 from .report_memory import memory_table
@@ -34,10 +35,12 @@ HEADERS = {
     "spread": "p20-p80",
     "x_eager": "x eager",
     "x_row": "x SDPA with row",
+    "x_peer": "x fastest peer",
     "over_frozen": "trained / frozen",
     "gb_s": "GB/s",
     "tflop_s": "TFLOP/s",
     "of_limit": "of the limit",
+    "aim": "aim",
     "peak_mib": "peak MiB",
 }
 TITLES = {
@@ -64,6 +67,30 @@ def _time(milliseconds, unit):
     return f"{milliseconds * 1e3:.3g}" if milliseconds < 1 else f"{milliseconds * 1e3:.0f}"
 
 
+def is_reached(record):
+    """Whether a record reaches its aim: its share of each limit, and no peer is faster."""
+    is_fast = min((record.get("of_limit") or {"": 0.0}).values()) >= record["aim"]
+    return not record["wrong"] and is_fast and record.get("x_peer", 1.0) >= 1.0
+
+
+def _aims(records):
+    """A sentence about the aims of a run, or nothing."""
+    aimed = [record for record in records if "aim" in record]
+    if not aimed:
+        return []
+    timed = [record for record in aimed if "ms" in record]
+    missed = [
+        f"{record['direction']} {record['dtype']} {record['n']} {mask_of(record)}"
+        for record in timed
+        if not is_reached(record)
+    ]
+    aims = ", ".join(dict.fromkeys(f"{r['direction']} {r['aim']:.2f}" for r in aimed if r["aim"]))
+    words = (f"aim ({aims} of the limit, " if aims else "aim (") + "no peer faster)"
+    words += f": reached in {len(timed) - len(missed)} of {len(aimed)} cells"
+    untimed = [f"{len(aimed) - len(timed)} not timed"] if len(timed) < len(aimed) else []
+    return ["; ".join([words, *untimed, *([f"missed: {', '.join(missed)}"] if missed else [])])]
+
+
 def _cells(record, prefix=""):
     """One row of a table, as strings."""
     is_step = record["direction"] == "step"
@@ -76,7 +103,7 @@ def _cells(record, prefix=""):
     limits = record.get(prefix + "of_limit") or {}
     is_limit = record["provider"].startswith("limit")
     time, p20, p80 = (_time(record[prefix + name], unit) for name in ("ms", "ms_p20", "ms_p80"))
-    ratios = [name for name in ("x_eager", "x_row") if prefix + name in record and not is_limit]
+    ratios = [name for name in ("x_eager", "x_row", "x_peer") if prefix + name in record and not is_limit]
     return row | {
         "provider": record["provider"] + (" (graph)" if prefix else ""),
         unit: time + (" FAIL" if record["wrong"] else ""),
@@ -86,6 +113,7 @@ def _cells(record, prefix=""):
         "gb_s": f"{record[prefix + 'gb_s']:.1f}" if prefix + "gb_s" in record else "",
         "tflop_s": f"{record[prefix + 'tflop_s']:.1f}" if prefix + "tflop_s" in record else "",
         "of_limit": "" if is_limit else ", ".join(f"{value:.2f} {name}" for name, value in limits.items()),
+        "aim": ("reached" if is_reached(record) else "missed") if "aim" in record and not prefix else "",
         "peak_mib": f"{record['peak_mib']:.0f}" if not prefix and record.get("peak_mib") is not None else "",
     }
 
@@ -103,6 +131,7 @@ def times_table(result, style="simple", directions=None):
         if rows:
             rows.sort(key=lambda row: [row[name] for name in ("dtype", "batch", "group", "n", "mask")])
             parts.append(f"{title}\n\n{render(rows, HEADERS, style)}")
+    parts += _aims(result["records"])
     if any("graph_ms" in record for record in result["records"]):
         parts.append("(graph): replays of a CUDA graph; nothing flushes the L2 cache between them")
     for record in result["records"]:
@@ -155,6 +184,11 @@ def tables(result, style="simple", directions=None):
     return errors_table(result, style) if result.get("kind") == "errors" else times_table(result, style, directions)
 
 
+def page(result, directions=None):
+    """The environment of a run in one line, and its Markdown tables."""
+    return "\n\n".join([one_line(result["environment"]), tables(result, "github", directions).strip()])
+
+
 @click.command()
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), default=DIRECTIONS)
@@ -166,4 +200,4 @@ def table(path, directions):
         result = json.loads(path.read_text())
     for part in result["parts"] if result["bench"] == "gpu" else [{"result": result}]:
         if "result" in part:
-            click.echo(tables(part["result"], "github", directions))
+            click.echo(page(part["result"], directions))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every code block and command of README.md, CONTRIBUTING.md and docs/ runs; tables and links are right."""
 
+import json
 import os
 import re
 import shlex
@@ -118,8 +119,21 @@ def test_tables_are_those_of_the_files(page):
 def test_tables_are_found():
     """The comparison above compares something."""
     found = {page: len(pages.MARKED.findall(text)) for page, text in PAGES.items()}
-    assert found["README.md"] == 1 and found["docs/results.md"] == 7
+    assert found["README.md"] == 1 and found["docs/results.md"] == 8
     assert found == {page: len(re.findall("<!-- (?!end of )", text)) for page, text in PAGES.items()}
+
+
+def test_a_table_waits_for_its_file_and_aims_leave_out_the_peers(tmp_path, monkeypatch):
+    record = {"dtype": "fp32", "n": 256, "direction": "forward", "wrong": None, "ms": 1.0, "ms_p20": 1.0, "ms_p80": 1.0}
+    ours = record | {"provider": "dpb cpp", "of_limit": {"no bias": 1.2}, "aim": 0.9}
+    result = {"bench": "attention", "environment": {"device": "a CPU"}, "absent": {}}
+    (tmp_path / "r.json").write_text(json.dumps(result | {"records": [record | {"provider": "eager"}, ours]}))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    late = "<!-- table: late.json -->\nNot measured yet.\n<!-- end of table -->"
+    assert pages.filled(late.replace("Not measured yet.", "")) == late
+    both, aims = (pages.filled(f"<!-- {kind}: r.json -->\n<!-- end of {kind} -->") for kind in ("table", "aims"))
+    assert "a CPU\n" in both and "eager |" in both and "dpb cpp |" in both
+    assert "a CPU\n" in aims and "eager |" not in aims and "dpb cpp |" in aims and "reached in 1 of 1 cells" in aims
 
 
 def anchors(text):

@@ -3,11 +3,12 @@
 
 Each cell is checked against float64 before it is timed. Speeds are ratios to calls timed in the same rounds: `x eager`;
 the share of each limit, which is scaled_dot_product_attention without any bias; and `trained / frozen`, the cost of the
-table's gradient. `--memory` instead measures the peak memory of training over the length, and the longest sequence that
-fits. `--errors` instead prints distances from float64, without times.
+table's gradient. On a CPU our rows also say whether they reach the aims (`AIMS` in cells.py). `--memory` instead
+measures the peak memory of training over the length, and the longest sequence that fits. `--errors` instead prints
+distances from float64, without times.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import click
 
@@ -16,16 +17,18 @@ from dpb_triton.attention.ops import BACKENDS
 from ..cells import run
 from ..environment import describe, one_line
 from ..options import shared_options
+from ..providers import default_backends
 from .cells import Cells
 from .errors import measure_errors
 from .memory import measure_memory
-from .providers import COMPILED_LONG, PEERS, providers
+from .providers import COMPILED_LONG, MATERIALISE, PEERS, providers
 from .shapes import CELLS, MASKS, Shape
 
 DEFAULT_SEQS = {"cpu": (512, 1024), "cuda": (2048, 4096, 8192, 16384)}
 ERROR_SEQS = (512, 2048, 4096)
 TOKENS = 16384  # on a GPU: with 16 heads, 2,048 blocks of 128 queries, 15 for each multiprocessor of an H100
 LONGEST = {"cpu": 16384, "cuda": 2**18}
+MOST_SCORES_MIB = 1024  # on a CPU, for peers that hold such tensors: training holds five or six at once
 DEFAULT_PEERS = tuple(name for name in PEERS if name != "compiled eager")
 
 
@@ -72,7 +75,8 @@ def _chosen_peers(common, is_memory):
 
 @click.command()
 @shared_options(tuple(PEERS), DEFAULT_PEERS, BACKENDS, {"cpu": 8, "cuda": 16},
-                "512, 1024 on a CPU, 2048 to 16384 on a GPU; 512, 2048, 4096 with --errors")  # fmt: skip
+                "512, 1024 on a CPU, 2048 to 16384 on a GPU; 512, 2048, 4096 with --errors",
+                backends_default="cpp, or torch if it is not built; triton on a GPU")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), help="Default: 1 on a CPU, by --tokens on a GPU.")
 @click.option("--tokens", type=click.IntRange(1),
               help=f"Instead of --batch: tokens of the whole batch; default: {TOKENS} on a GPU.")  # fmt: skip
@@ -81,7 +85,8 @@ def _chosen_peers(common, is_memory):
 @click.option("--window", type=click.IntRange(0), default=128, show_default=True,
               help="Keys on either side of a query, for --mask window.")  # fmt: skip
 @click.option("--cell", type=click.Choice(list(CELLS)),
-              help="B600 L4600 H8 D16, 128 on both sides, as published.")  # fmt: skip
+              help="window: B600 L4600 H8 D16, 128 on both sides, as published; cpu: 64 to 8192 tokens, causal and "
+              "full, against eager, compiled eager and SDPA, for the aims on a CPU.")  # fmt: skip
 @click.option("--errors", is_flag=True, help="Instead: print distances from float64; default dtype: fp32.")
 @click.option("--memory", "budgets", multiple=True, type=click.IntRange(1), metavar="MIB",
               help="Instead: peak memory of training over the length, up to this much beyond the inputs.")  # fmt: skip
@@ -90,15 +95,16 @@ def _chosen_peers(common, is_memory):
 def attention(common, cell, errors, budgets, longest, **sizes):
     """Time attention and all its gradients against eager, SDPA, FlexAttention and attention without a bias.
 
-    On a GPU, backend "torch" is measured only if --backend names it. Some peers compile for long: "compiled eager" is
-    measured only if --peer names it, and so is FlexAttention with --smoke, or with --memory on a GPU.
+    Some peers compile for long: "compiled eager" is measured only if --peer or --cell names it, and FlexAttention with
+    --smoke, or with --memory on a GPU, only if --peer does. On a CPU, peers that hold the scores are left out where
+    these take more than 1 GiB, unless --peer names them.
     """
     if cell:
         _with_preset(common, sizes, cell)
     _refuse(common, sizes, errors, budgets)
     device = common.device
-    if device == "cuda" and "backends" not in common.asked:
-        common.backends = ("triton",)
+    if "backends" not in common.asked:
+        common.backends = default_backends(device)
     if sizes["batch"] is None and sizes["tokens"] is None:
         sizes |= {"batch": 1} if device == "cpu" or budgets or common.smoke else {"tokens": TOKENS}
     sizes = Sizes(heads=common.heads, **{name: value for name, value in sizes.items() if name != "heads"})
@@ -115,7 +121,24 @@ def attention(common, cell, errors, budgets, longest, **sizes):
         common.dtypes = ("fp32",)
     lengths = common.seqs or (ERROR_SEQS if errors else DEFAULT_SEQS[device])
     shapes = [sizes.shape(dtype, n, mask) for dtype in common.dtypes for n in lengths for mask in sizes.masks]
-    (measure_errors if errors else run)(Cells, shapes, found, result, common)
+    if errors:
+        measure_errors(Cells, shapes, found, result, common)
+        return
+    if device == "cpu" and "peers" not in common.asked:
+        found = _without_long_scores(found, shapes, absent)
+    run(Cells, shapes, found, result, common)
+
+
+def _without_long_scores(found, shapes, absent):
+    """The providers, told to leave out shapes of more than MOST_SCORES_MIB; says so in `absent`."""
+    names = ", ".join(provider.name for provider in found if provider.name in MATERIALISE)
+    for shape in shapes:
+        if names and shape.scores_mib > MOST_SCORES_MIB:
+            absent[f"{names}, {shape.n} tokens"] = (
+                f"a float32 tensor of the scores takes {shape.scores_mib:.0f} MiB; "
+                f"--seq {shape.n} --peer eager measures eager all the same"
+            )
+    return [replace(p, most_mib=MOST_SCORES_MIB) if p.name in MATERIALISE else p for p in found]
 
 
 def _refuse(common, sizes, errors, budgets):

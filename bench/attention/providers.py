@@ -30,6 +30,7 @@ class Provider:
     trains_table: bool = True
     backend: str | None = None  # of this library
     frozen: str | None = None  # the provider that does the same without the table's gradient, by name
+    most_mib: float = float("inf")  # left out where a tensor of scores takes more
 
 
 def _bias(table, seen, dtype):
@@ -52,9 +53,17 @@ def eager(query, key, value, table, seen):
     return s.softmax(-1).to(value.dtype) @ value
 
 
+def _compiled(function):
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = 1000  # one graph for each shape
+    # without fullgraph, one failed call silently makes all later calls run uncompiled
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 @cache
 def _compiled_eager():
-    return torch.compile(eager, dynamic=False)
+    return _compiled(eager)
 
 
 def compiled_eager(query, key, value, table, seen):
@@ -73,12 +82,9 @@ def sdpa_with_bias(query, key, value, table, seen):
 
 @cache
 def _compiled_flex():
-    import torch._dynamo.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 1000  # one graph for each shape
-    # without fullgraph, one failed call silently makes all later calls run uncompiled
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return _compiled(flex_attention)
 
 
 def _uncompiled_flex(query, key, value):
@@ -145,6 +151,7 @@ PEERS = {
         Provider("flex trained table", flex, directions=("training",), frozen="flex fixed table"),
     )
 }
+MATERIALISE = ("eager", "compiled eager", "sdpa with bias")  # scores, or the bias
 COMPILED_LONG = ("compiled eager", "flex fixed table", "flex trained table")
 
 

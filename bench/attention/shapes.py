@@ -20,6 +20,10 @@ CELLS = {
     # trained one; 749 ms a step for its Triton version, 9,386 ms for FlexAttention with a trained table
     "window": {"dtypes": ("bf16",), "batch": 600, "heads": 8, "head_dim": 16, "seqs": (4600,), "masks": ("window",),
                "window": 128},
+    # the cells that `AIMS` in cells.py speaks of
+    "cpu": {"dtypes": ("fp32", "bf16"), "batch": 1, "heads": 8, "head_dim": 64, "masks": ("causal", "full"),
+            "seqs": (64, 128, 256, 512, 1024, 2048, 4096, 8192),
+            "peers": ("eager", "compiled eager", "sdpa with bias")},
 }  # fmt: skip
 
 
@@ -34,6 +38,11 @@ class Shape:
     head_dim: int
     mask: str
     window: int | None = None  # keys on either side, for mask "window"
+
+    @property
+    def scores_mib(self):
+        """MiB of one float32 tensor (batch, heads, n, n)."""
+        return self.batch * self.heads * self.n**2 * 4 / 2**20
 
     def pairs(self, distinct):
         """Pairs of a query and a key that it sees, in the whole batch."""

@@ -14,6 +14,7 @@ from dpb_triton.attention.ops import BACKENDS
 from ..cells import run
 from ..environment import describe, one_line
 from ..options import shared_options
+from ..providers import default_backends
 from .cells import Cells, Shape
 from .providers import PEERS, providers
 
@@ -39,7 +40,8 @@ def _tiles(context, parameter, words):
 @click.command()
 @shared_options(tuple(PEERS), tuple(PEERS), BACKENDS, HEADS,
                 "1024, 8192, 65536 on a CPU, if keys and values fit in 1 GiB; 1024, 4096, 16384, 65536 on a GPU",
-                what="Keys")  # fmt: skip
+                what="Keys",
+                backends_default="cpp, or torch if it is not built; triton on a GPU")  # fmt: skip
 @click.option("--queries", type=click.IntRange(1), default=1, show_default=True,
               help="New tokens of each sequence, the last of the keys' positions; causal.")  # fmt: skip
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=BATCHES, show_default=True,
@@ -52,17 +54,16 @@ def _tiles(context, parameter, words):
 def decode(common, queries, batches, groups, head_dim, tiles):
     """Time a decoding step, few queries against many keys, against SDPA with and without a bias, and a copy.
 
-    The module's step is the one with its kept table, in eval mode. On a GPU, backend "torch" is measured only if
-    --backend names it. FlexAttention compiles for each shape: with --smoke, and on a CPU, it is measured only if --peer
-    names it.
+    The module's step is the one with its kept table, in eval mode. FlexAttention compiles for each shape: with --smoke,
+    and on a CPU, it is measured only if --peer names it.
     """
     device = common.device
     if "groups" not in common.asked:
         groups = [group for group in groups if common.heads % group == 0]
     lengths = common.seqs or SEQS[device]
     _refuse(common.heads, queries, groups, lengths)
-    if device == "cuda" and "backends" not in common.asked:
-        common.backends = ("triton",)
+    if "backends" not in common.asked:
+        common.backends = default_backends(device)
     if "peers" not in common.asked and (common.smoke or device == "cpu"):
         common.peers = [name for name in common.peers if name != "flex"]
     if common.smoke and "batches" not in common.asked:

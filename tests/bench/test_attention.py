@@ -22,11 +22,13 @@ from bench.attention import memory as attention_memory  # noqa: E402
 from bench.attention import providers as attention_providers  # noqa: E402
 from bench.attention.providers import EAGER, PEERS, Provider, forward, limit_providers, training  # noqa: E402
 from bench.attention.shapes import Shape, inputs, seen_of  # noqa: E402
-from bench.report import tables  # noqa: E402
+from bench.providers import default_backends  # noqa: E402
+from bench.report import is_reached, tables  # noqa: E402
 from bench.report_memory import NO_ROOM  # noqa: E402
 from dpb_triton import bias_attention, reference  # noqa: E402
 
 SHAPE = Shape("fp32", 2, 2, 24, 8, "causal")
+OURS = f"dpb {default_backends('cpu')[-1]}"
 QUICK = ["attention", "--smoke", "--device", "cpu", "--seq", "24", "--heads", "2"]
 
 
@@ -38,16 +40,15 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "r.json").read_text())
     seen = {(record["mask"], record["direction"], record["provider"]) for record in result["records"]}
-    names = ("eager", "sdpa with bias", "dpb torch", "limit: no bias")  # a smoke run leaves FlexAttention out
+    names = ("eager", "sdpa with bias", OURS, "limit: no bias")  # a smoke run leaves FlexAttention out
     expected = {(m, d, name) for m in ("causal", "full") for d in ("forward", "training") for name in names}
-    assert seen == expected | {(mask, "training", "dpb torch frozen") for mask in ("causal", "full")}
+    assert seen == expected | {(mask, "training", f"{OURS} frozen") for mask in ("causal", "full")}
     for record in result["records"]:
         assert record["wrong"] is None
         assert record["ms_p20"] <= record["ms"] <= record["ms_p80"]
         assert record["of_limit"]["no bias"] > 0
         assert "tflop_s" not in record  # on a GPU only
     assert tables(result).strip() in done.output
-    assert "absent: triton: " in done.output
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
@@ -136,6 +137,84 @@ def test_a_check_by_rows_equals_the_whole_check(monkeypatch):
     assert exact.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(exact[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+def _what_runs(monkeypatch, *words):
+    """({shape: its peers in training}, {name: why it is absent}) of a command with these words on a CPU."""
+    seen = []
+    monkeypatch.setattr(bench_attention, "run", lambda *arguments: seen.append(arguments))
+    done = CliRunner().invoke(cli, ["attention", "--device", "cpu", *words])
+    assert done.exit_code == 0, done.output
+    ((make, shapes, found, result, _),) = seen
+    served = {
+        shape: [p.name for p in found if p.backend is None and make(shape, "cpu").serves("training", p)]
+        for shape in shapes
+    }
+    return served, result["absent"]
+
+
+def test_one_word_measures_every_cell_of_the_aims(monkeypatch):
+    served, absent = _what_runs(monkeypatch, "--cell", "cpu")
+    lengths = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    assert list(served) == [
+        Shape(dtype, 1, 8, n, 64, mask) for dtype in ("fp32", "bf16") for n in lengths for mask in ("causal", "full")
+    ]
+    peers = ["eager", "compiled eager", "sdpa with bias"]
+    assert all(names == (peers if shape.n < 8192 else []) for shape, names in served.items())
+    assert absent.pop("eager, compiled eager, sdpa with bias, 8192 tokens") == (
+        "a float32 tensor of the scores takes 2048 MiB; --seq 8192 --peer eager measures eager all the same"
+    )
+    assert all("scores" not in reason for reason in absent.values())
+
+
+def test_a_long_peer_that_is_named_is_measured(monkeypatch):
+    served, absent = _what_runs(monkeypatch, "--cell", "cpu", "--seq", "8192", "--peer", "eager", "--dtype", "bf16")
+    assert [(shape.n, names) for shape, names in served.items()] == [(8192, ["eager"])] * 2
+    assert all("scores" not in reason for reason in absent.values())
+
+
+def test_only_our_trained_cells_have_an_aim():
+    ours, frozen = attention_providers.providers("cpu", [], ["torch"])[0]
+
+    def aims(provider=ours, device="cpu", **shape):
+        cells = attention_cells.Cells(replace(SHAPE, **{"n": 256} | shape), device)
+        return [cells.facts(direction, provider).get("aim") for direction in ("forward", "training")]
+
+    none, peers_only, both = [None, None], [0.0, 0.0], [0.90, 0.75]
+    expected = {63: none, 64: peers_only, 255: peers_only, 256: both, 8192: both, 8193: peers_only}
+    assert {n: aims(n=n) for n in expected} == expected
+    assert aims(mask="full", dtype="bf16") == both
+    assert aims(mask="padded") == aims(dtype="fp16") == aims(device="cuda") == none
+    assert aims(frozen) == aims(EAGER) == aims(None) == none
+
+
+def test_the_report_says_which_aims_are_reached():
+    def record(n, **more):
+        times = {"ms": 2.0, "ms_p20": 2.0, "ms_p80": 2.0, "wrong": None, "aim": 0.75}
+        return {**vars(replace(SHAPE, n=n)), "direction": "training", "provider": "dpb cpp", **times, **more}
+
+    records = [
+        record(256, of_limit={"no bias": 0.75}, x_peer=1.0),
+        record(512, of_limit={"no bias": 0.74}, x_peer=3.0),
+        record(1024, of_limit={"no bias": 2.0}, x_peer=0.99),
+        record(2048, of_limit={"no bias": 2.0}, x_peer=2.0, wrong="dq off by 1, budget 0"),
+        record(4096, of_limit={"no bias": 0.9}),  # every peer is left out
+        record(64, of_limit={"no bias": 0.1}, x_peer=1.5, aim=0.0),
+        record(8192),  # without the limit nothing is known
+    ]
+    assert [is_reached(r) for r in records] == [True, False, False, False, True, True, False]
+    untimed = record(128, unmeasured="not measured: time limit")
+    del untimed["ms"]
+    result = {"bench": "attention", "absent": {}, "records": [*records, untimed]}
+    assert (
+        "aim (training 0.75 of the limit, no peer faster): reached in 3 of 8 cells; 1 not timed; missed: training fp32 "
+        "512 causal, training fp32 1024 causal, training fp32 2048 causal, training fp32 8192 causal"
+    ) in tables(result)
+    rows = {line.split()[1]: line for line in tables(result).splitlines() if line.split()[:1] == ["fp32"]}
+    assert [("reached" in rows[str(r["n"])], "missed" in rows[str(r["n"])]) for r in records] == [
+        (is_reached(r), not is_reached(r)) for r in records
+    ]
+    assert "aim" not in tables(result | {"records": [{k: v for k, v in records[0].items() if k != "aim"}]})
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -258,7 +337,7 @@ def test_memory_doubles_the_length_until_it_does_not_fit(tmp_path, monkeypatch):
         (["--mask", "diagonal"], "diagonal"),
         (["--head-dim", "257"], "257"),
         (["--batch", "0"], "0"),
-        (["--backend", "cpp"], "cpp"),
+        (["--backend", "cuda"], "cuda"),
         (["--memory", "0"], "0"),
         (["--memory", "9", "--seq", "64"], "--longest"),
         (["--peer", "flash"], "flash"),

@@ -13,6 +13,7 @@ from click.testing import CliRunner  # noqa: E402
 
 from bench import expand as bench_expand  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
+from bench.environment import cpu_name, describe  # noqa: E402
 from bench.lines import Lines, read_lines  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
@@ -39,6 +40,28 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 10_000
     result["records"][0]["graph_error"] = "operation not permitted"
     assert "no CUDA graph: fp32 33 forward eager: operation not permitted" in times_table(result)
+
+
+@pytest.mark.parametrize(
+    "vendor, model, family, products, words",
+    [
+        ("AuthenticAMD", "AMD EPYC", "25", ["AVX-512", "AMX"], "AMD EPYC (Zen 4: AVX-512, AMX)"),
+        ("AuthenticAMD", "AMD EPYC", "25", ["AVX2"], "AMD EPYC (Zen 3: AVX2)"),
+        ("AuthenticAMD", "AMD EPYC", "23", ["AVX2"], "AMD EPYC (AVX2)"),
+        ("GenuineIntel", "Intel Xeon", "25", ["AVX-512", "AMX"], "Intel Xeon (AVX-512, AMX)"),
+    ],
+)
+def test_a_processor_is_named_with_its_products(vendor, model, family, products, words):
+    assert cpu_name({"vendor_id": vendor, "model name": model, "cpu family": family}, products) == words
+
+
+def test_a_torch_that_names_fewer_products(monkeypatch):
+    with_all = describe("cpu")["device"]
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    without = describe("cpu")["device"]
+    assert "products" not in without and "AMX" not in without and without[:-1] in with_all
+    assert without.startswith(cpu_name(products=[])[:-3])
 
 
 def test_lines_are_written_during_the_run_and_match_the_json(tmp_path):

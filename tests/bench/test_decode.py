@@ -19,13 +19,14 @@ from bench.decode import command as bench_decode  # noqa: E402
 from bench.decode import providers as decode_providers  # noqa: E402
 from bench.decode.cells import Cells, Shape, step_of  # noqa: E402
 from bench.decode.providers import PEERS, Provider, limits_of, providers  # noqa: E402
+from bench.providers import default_backends  # noqa: E402
 from bench.report import tables  # noqa: E402
 from dpb_triton import DynamicPositionBias, reference  # noqa: E402
 
 QUICK = ["decode", "--smoke", "--device", "cpu", "--heads", "4"]
 SHAPE = Shape("fp32", batch=2, heads=4, group=2, n=24, head_dim=8, queries=1)
 SHAPES = [SHAPE, replace(SHAPE, group=1), replace(SHAPE, group=4, queries=3), replace(SHAPE, dtype="bf16")]
-OURS, _ = providers("cpu", [], ["torch"])
+OURS, _ = providers("cpu", [], default_backends("cpu")[-1:])
 DEFAULT_PEERS = ("eager", "sdpa with row", "sdpa with row folded")
 
 
@@ -36,7 +37,8 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
     done = CliRunner().invoke(cli, [*QUICK, *options, *paths])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "r.json").read_text())
-    names = {"eager", "sdpa with row", "dpb torch", "dpb torch module", "limit: no bias", "limit: copy"}
+    ours = f"dpb {default_backends('cpu')[-1]}"
+    names = {"eager", "sdpa with row", ours, f"{ours} module", "limit: no bias", "limit: copy"}
     folded = {"sdpa with row folded", "limit: no bias folded"}
     for group, expected in {1: names, 2: names | folded}.items():
         assert {record["provider"] for record in result["records"] if record["group"] == group} == expected
@@ -165,7 +167,7 @@ def test_defaults(where, monkeypatch):
     assert len(seen["absent"]) == len(left_out)
     assert all("--seq 65536 measures it" in reason for reason in seen["absent"].values())
     assert seen["peers"] == DEFAULT_PEERS + (("flex",) if where == "cuda" else ())
-    assert seen["backends"] == {"cpu": ("torch", "triton"), "cuda": ("triton",)}[where]
+    assert seen["backends"] == default_backends(where)
     assert seen["tiles"] == []
     assert CliRunner().invoke(cli, ["decode", "--seq", "65536", "--peer", "flex"]).exit_code == 0
     assert len(seen["shapes"]) == 8 and not seen["absent"] and seen["peers"] == ("flex",)
@@ -183,7 +185,7 @@ def test_defaults(where, monkeypatch):
         (["--queries", "0"], "0"),
         (["--batch", "0"], "0"),
         (["--head-dim", "257"], "257"),
-        (["--backend", "cpp"], "cpp"),
+        (["--backend", "cuda"], "cuda"),
         (["--peer", "flash"], "flash"),
         (["--mask", "causal"], "--mask"),
         (["--device", "cuda"], "torch sees no GPU"),

@@ -17,6 +17,7 @@ from bench.__main__ import cli  # noqa: E402
 from bench.attention import command as bench_attention  # noqa: E402
 from bench.lines import Lines  # noqa: E402
 from bench.report_answer import SUBJECTS, answers  # noqa: E402
+from dpb_triton.dispatch import why_not  # noqa: E402
 
 
 def test_smoke_run_ends_in_sentences():
@@ -25,7 +26,8 @@ def test_smoke_run_ends_in_sentences():
     tables, summary = done.output.split("In short")
     for subject in SUBJECTS.values():
         assert f"\n{subject} (" in summary
-    assert "8 x 64 x 64, fp32" in summary and "head_dim 64, causal, fp32, torch)" in summary
+    best = "cpp" if why_not("cpp", "cpu") is None else "torch"
+    assert "8 x 64 x 64, fp32" in summary and f"head_dim 64, causal, fp32, {best})" in summary
     assert "limit: no bias" in tables and "limit: clone" in tables and "flex" not in tables
     assert max(map(len, summary.splitlines())) <= 100
 

@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t LINE = 64, BFLOAT16 = static_cast<int64_t>(torch::headeronly::ScalarType::BFloat16);
 // Tasks per thread, so that the last ones end at about the same time.
 constexpr int64_t TASKS_PER_THREAD = 4;
+// A thread needs about 20 microseconds of work; with less, its start costs more than it gains.
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 18;
 // A chunk of fewer rows would pack k and v too often.
 constexpr int64_t CHUNK = 192;
 // Backward's tasks, if the keys suffice: a part of the keys has at least SPLIT of them, and begins at a multiple of
@@ -102,22 +104,27 @@ Kernels kernels_for([[maybe_unused]] const Attention& a) {
 #endif
 }
 
-// `call` with the lengths of its longest sequence.
-Attention with_longest(const Attention& call) {
+// `call` with the lengths of its longest sequence, and as many threads as have work.
+Attention completed(const Attention& call) {
   Attention a = call;
   a.longest_query = a.longest_key = 0;
+  int64_t pairs = 0;
   for (int64_t n = 0; n < a.sequences; ++n) {
     const int32_t* s = a.seqlens + 5 * n;
     if (a.seqlens == nullptr) {
       a.longest_query = a.i;
       a.longest_key = a.j;
+      pairs = a.batch * a.i * a.j;
       break;
     }
     STD_TORCH_CHECK(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0 && s[0] + s[1] <= a.i && s[2] + s[3] <= a.j,
                     "dpb_triton: sequence ", n, " has no room in ", a.i, " queries and ", a.j, " keys");
     a.longest_query = std::max<int64_t>(a.longest_query, s[1]);
     a.longest_key = std::max<int64_t>(a.longest_key, s[3]);
+    pairs += int64_t{s[1]} * s[3];
   }
+  const int64_t products = pairs * a.heads * (a.dim + a.value_dim);
+  a.threads = std::clamp<int64_t>(products / PRODUCTS_PER_THREAD, 1, a.threads);
   return a;
 }
 
@@ -146,7 +153,7 @@ bool has_attention() {
 }
 
 bool attention_forward(const Attention& call) {
-  const Attention a = with_longest(call);
+  const Attention a = completed(call);
   const Kernels kernels = kernels_for(a);
   const int64_t units = a.sequences * a.kv_heads;
   if (kernels.is_stream(a)) {
@@ -162,7 +169,7 @@ bool attention_forward(const Attention& call) {
 }
 
 bool attention_backward(const BackwardCall& call) {
-  const Attention a = with_longest(call.attention);
+  const Attention a = completed(call.attention);
   const Gradients& g = call.gradients;
   const Kernels kernels = kernels_for(a);
   const int64_t wanted = (TASKS + a.kv_heads - 1) / a.kv_heads;

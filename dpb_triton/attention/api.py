@@ -97,7 +97,7 @@ def bias_attention(
     The bias exists only inside a tile, forward and backward; the table gets its gradient.
 
     Args:
-        query: (batch, heads, i, head_dim), float16, bfloat16, float32 or (backend "torch") float64; head_dim of 1 to
+        query: (batch, heads, i, head_dim), float16, bfloat16, float32 or (not on "triton") float64; head_dim of 1 to
             256. Any strides, here and below: the transpose of (batch, length, heads, head_dim) is not copied.
         key: (batch, kv_heads, j, head_dim).
         value: (batch, kv_heads, j, value_dim).
@@ -119,7 +119,8 @@ def bias_attention(
         enable_gqa: kv_heads may divide heads; query head h reads the key head h // (heads // kv_heads).
         return_lse: also return the logarithm of the softmax's denominator, differentiable. Merging the results of key
             shards needs it.
-        backend: None takes the fastest available one; "torch" or "triton" takes that one or raises.
+        backend: None takes the fastest available one; "torch", "cpp" (compiled, for the CPU; it leaves float64 to
+            "torch") or "triton" takes that one or raises.
 
     Returns:
         out (batch, heads, i, value_dim) in query's dtype, in memory (batch, i, heads, value_dim); with `return_lse`

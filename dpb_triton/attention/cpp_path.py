@@ -2,8 +2,8 @@
 """bias_attention on a CPU by the compiled kernels of csrc/, forward and backward; the rest goes to `torch_path.py`.
 
 The kernels read and write memory by its address, so this file hands them addresses, strides and sizes. They serve
-float32, bfloat16 and float16. A masked pair with NaN or Inf may spoil their results. Then a
-result is not finite, and `torch_path.py` computes the call again.
+float32, bfloat16 and float16. A masked pair with NaN or Inf may spoil their results. Then a result is not finite, and
+`torch_path.py` computes the call again.
 """
 
 import torch
@@ -58,7 +58,7 @@ def backward(
             dlse = dlse.contiguous()
         state = state.contiguous()
         options = seed, longest_query, offset, signed, left, right, scale, softcap, dropout_p
-        # forward's lse is the first half of nothing here: backward reads only the state
+        # backward reads no lse, so any address stands in its place
         arguments = _arguments(query, key, value, table, key_bias, seqlens, out, state, state, *options)
         gradients = (
             *_rows(dout), *(_rows(dq) if needs_dq else _NO_ROWS),

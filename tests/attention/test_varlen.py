@@ -239,7 +239,8 @@ def test_a_mask_of_a_neighbour_is_not_read(number, options, attention_backend, d
                               *((name, 9, 16) for name in ("dk", "dv", "dmask"))):  # fmt: skip
         clean, beside = (torch.cat([x[name][:start], x[name][stop:]]) for x in found)
         assert clean.isfinite().all(), name
-        torch.testing.assert_close(beside, clean, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        # "cpp" hands a call with NaN to "torch", which rounds otherwise
+        torch.testing.assert_close(beside, clean, atol=4e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_masks_and_dropout(attention_backend, device):

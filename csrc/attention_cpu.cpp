@@ -64,7 +64,7 @@ bool run_tasks(const Tasks& tasks, int64_t threads) {
 
 #ifdef DPB_X86
 bool has_bf16() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
+  static const bool has = Isa::DPB_MOST >= Isa::avx512_bf16 && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 #endif

@@ -66,7 +66,7 @@ bool run_tasks(const Tasks& tasks, int64_t threads) {
 
 #ifdef DPB_X86
 bool has_bf16() {
-  static const bool has = __builtin_cpu_supports("avx512bf16");
+  static const bool has = Isa::DPB_MOST >= Isa::avx512_bf16 && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 #endif
@@ -117,7 +117,8 @@ Attention completed(const Attention& call) {
       pairs = a.batch * a.i * a.j;
       break;
     }
-    STD_TORCH_CHECK(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0 && s[0] + s[1] <= a.i && s[2] + s[3] <= a.j,
+    const int64_t last_query = int64_t{s[0]} + s[1], last_key = int64_t{s[2]} + s[3];  // int32 may overflow
+    STD_TORCH_CHECK(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0 && last_query <= a.i && last_key <= a.j,
                     "dpb_triton: sequence ", n, " has no room in ", a.i, " queries and ", a.j, " keys");
     a.longest_query = std::max<int64_t>(a.longest_query, s[1]);
     a.longest_key = std::max<int64_t>(a.longest_key, s[3]);

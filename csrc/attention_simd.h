@@ -40,7 +40,7 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * LANES)));
 typedef Vec Unaligned __attribute__((aligned(4), may_alias));
-typedef IntVec IntUnaligned __attribute__((aligned(4), may_alias));
+typedef IntVec IntUnaligned __attribute__((aligned(2), may_alias));  // rows of bfloat16 may begin at any of them
 
 DPB_INLINE Vec load(const float* from) {
   return *reinterpret_cast<const Unaligned*>(from);
@@ -113,9 +113,9 @@ DPB_INLINE Vec exp2_of(Vec x) {
   p = p * f + 2.4022646e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  IntVec bits;
+  UintVec bits;  // unsigned, because a far smaller x overflows
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3f800000;
+  bits = (bits << 23) + 0x3f800000u;
   Vec power;
   std::memcpy(&power, &bits, sizeof(power));
   const Vec result = p * power;

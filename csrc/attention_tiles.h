@@ -59,6 +59,9 @@ inline void fill_band(const Attention& a, const Sequence& s, int64_t head, int64
   std::fill(band, band + (low - first), -INFINITE);
   std::fill(band + (high - first), band + (last - first), -INFINITE);
   const auto copy = [&](int64_t begin, int64_t end, int64_t step) {
+    if (begin == end) {
+      return;  // at an offset of 2^60 the address below has no meaning
+    }
     const float* from = zero + std::abs(at - begin) * (a.is_signed && at < begin ? -1 : 1) * a.table_column;
     for (int64_t c = begin; c < end; ++c) {
       band[c - first] = from[(c - begin) * step] * LOG2E;

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-// DPB_BASELINE: for a test that compares the versions
+// DPB_BASELINE: for a test that compares the versions. DPB_MOST: the last one that a test build uses.
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(DPB_BASELINE)
 #define DPB_X86 1
 #define DPB_INLINE inline __attribute__((always_inline))
@@ -44,14 +44,20 @@
 namespace dpb_triton {
 
 #ifdef DPB_X86
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
+// For a test that compares the versions: the last one that the build may take.
+#ifndef DPB_MOST
+#define DPB_MOST avx512_bf16
+#endif
+
+// Not avx512_bf16: only products of bfloat16 have that version.
 inline Isa host_isa() {
-  static const Isa isa =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-          ? Isa::avx512
-      : __builtin_cpu_supports("avx2") ? Isa::avx2
-                                       : Isa::baseline;
+  static const Isa isa = Isa::DPB_MOST >= Isa::avx512 && __builtin_cpu_supports("avx512f") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+                             ? Isa::avx512
+                         : Isa::DPB_MOST >= Isa::avx2 && __builtin_cpu_supports("avx2") ? Isa::avx2
+                                                                                        : Isa::baseline;
   return isa;
 }
 

@@ -48,6 +48,7 @@ LEFT_OUT = {  # by pattern
     "attention/test_bad_input.py": BEFORE,
     "attention/test_reference.py": NO_KERNEL,
     "attention/test_decode.py": NO_KERNEL,
+    "attention/test_cpp.py": CPU_ONLY,
     "expand/test_bad_input.py": BEFORE,
     "bench/test_*.py": OWN_PROCESSES,
     "csrc/test_csrc.py": OFFLINE,

@@ -20,7 +20,8 @@ from dpb_triton.attention import torch_grid as attention_cpu_grid
 from dpb_triton.attention import torch_products as attention_cpu_products
 from dpb_triton.dispatch import why_not
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpp", "triton")
+ON_CPU = ("torch", "cpp")  # not interpreted, so a test may try more
 NAN, INF = float("nan"), float("inf")
 
 
@@ -120,12 +121,13 @@ QUICK = ("rows that see nothing", "float mask with -inf")
 
 
 def on_backends(first=None):
-    """All CASES on torch, and the first `first` of ON_TRITON on Triton."""
-    pairs = [(name, "torch") for name in CASES] + [(name, "triton") for name in ON_TRITON[:first]]
-    params = [
-        (pytest.param if backend == "torch" or name in QUICK else slow)(CASES[name], backend, id=f"{name}-{backend}")
-        for name, backend in pairs
-    ]
+    """All CASES on torch and C++, and the first `first` of ON_TRITON on Triton."""
+    pairs = [(name, backend) for name in CASES for backend in ON_CPU]
+    pairs += [(name, "triton") for name in ON_TRITON[:first]]
+    params = []
+    for name, backend in pairs:
+        param = slow if backend == "triton" and name not in QUICK else pytest.param
+        params.append(param(CASES[name], backend, id=f"{name}-{backend}"))
     return pytest.mark.parametrize(("case", "attention_backend"), params)
 
 
@@ -157,14 +159,14 @@ def places(case, name):
 def test_one_nan(case, name, attention_backend, attend, device):
     numbers = [(name, index, NAN) for index in places(case, name)]
     # the interpreter is slow, so it gets all numbers in one call
-    for part in [[number] for number in numbers] if attention_backend == "torch" else [numbers]:
+    for part in [[number] for number in numbers] if attention_backend in ON_CPU else [numbers]:
         check(attend, case, part, device)
 
 
 @on_backends()
 def test_whole_keys_hold_nothing_else(case, attention_backend, attend, device):
     """Whole rows of key and value in every head, masked for some queries or for all."""
-    for number in (NAN, INF, -INF)[: 3 if attention_backend == "torch" else 1]:
+    for number in (NAN, INF, -INF)[: 3 if attention_backend in ON_CPU else 1]:
         rows = [(name, (slice(None), slice(None), y), number) for name in ("key", "value") for y in (0, 3, 8, 19)]
         check(attend, case, rows, device)
 
@@ -382,9 +384,10 @@ def check_call(call, backend, device):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("attention_backend", ON_CPU)
 @given(call=calls())
-def test_random_calls_torch(call, device):
-    check_call(call, "torch", device)
+def test_random_calls(call, attention_backend, device):
+    check_call(call, attention_backend, device)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,20 +73,61 @@ def test_every_thread_of_the_cuda_kernels_on_the_host(band_test, seed):
     assert run(band_test, seed) == "4266 cases\n"
 
 
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """`build_extension` in a folder of its own, once for the same flags."""
+    return cache(lambda *flags: build_extension(tmp_path_factory.mktemp("build"), *flags))
+
+
+@pytest.fixture
+def sanitized(build):
+    """A function that runs a program of this folder with arguments, on a build with AddressSanitizer."""
+    if sys.platform != "linux":
+        pytest.skip("the test preloads gcc's AddressSanitizer")
+    path = build("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer")
+    preload = " ".join(run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so"))
+    options = "detect_leaks=0:allocator_may_return_null=1"
+
+    def run_program(name, *arguments):
+        command = sys.executable, ROOT / "tests/csrc" / name, *arguments
+        return run(*command, PYTHONPATH=path, LD_PRELOAD=preload, ASAN_OPTIONS=options)
+
+    return run_program
+
+
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="the test preloads gcc's AddressSanitizer")
-def test_random_calls_under_address_sanitizer(tmp_path):
-    path = build_extension(
-        tmp_path, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"
-    )
-    preload = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
-    out = run(
-        sys.executable, ROOT / "tests/csrc/fuzz.py", 10_000, 7,
-        PYTHONPATH=path, LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
-    )  # fmt: skip
+def test_random_calls_under_address_sanitizer(sanitized):
+    out = sanitized("fuzz.py", 10_000, 7)
     accepted, _, calls = out.split()[:3]
     assert calls == "10000" and 3000 < int(accepted) < 9000, out
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_random_attention_under_address_sanitizer(sanitized):
+    assert int(sanitized("fuzz_attention.py", 400, 7).split()[0]) > 500
+
+
+# The flags of a build that uses at most that instruction set, and whether this processor has it.
+INSTRUCTION_SETS = {
+    "baseline": (["-DDPB_BASELINE"], lambda: True),
+    "avx2": (["-DDPB_MOST=avx2"], lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")),
+    "avx512": (["-DDPB_MOST=avx512"], lambda: torch.backends.cpu.get_cpu_capability() == "AVX512"),
+    "its own": ([], lambda: True),
+}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_random_attention_with_each_instruction_set(name, build):
+    """The sets round differently; each result is within the budget of the definition."""
+    flags, is_here = INSTRUCTION_SETS[name]
+    if not is_here():
+        pytest.skip(f"this processor has no {name}")
+    out = run(sys.executable, ROOT / "tests/csrc/fuzz_attention.py", 300, 3, PYTHONPATH=build(*flags))
+    assert int(out.split()[0]) > 400
 
 
 SAME_BITS = """
@@ -105,13 +147,11 @@ torch.save(found, sys.argv[1])
 
 @pytest.mark.slow
 @needs_compiler
-def test_same_bits_with_any_threads_and_instruction_set(tmp_path):
+def test_same_bits_with_any_threads_and_instruction_set(build, tmp_path):
     """The machine's own instruction set gives the bits of its architecture's baseline; 2 threads give the bits of 1."""
     results = []
     for name, flags in (("host", []), ("baseline", ["-DDPB_BASELINE"])):
-        (tmp_path / name).mkdir()
-        path = build_extension(tmp_path / name, *flags)
-        run(sys.executable, "-c", SAME_BITS, tmp_path / f"{name}.pt", PYTHONPATH=path)
+        run(sys.executable, "-c", SAME_BITS, tmp_path / f"{name}.pt", PYTHONPATH=build(*flags))
         results.append(torch.load(tmp_path / f"{name}.pt"))
     host, baseline = results
     assert len(host) == 48

@@ -18,7 +18,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ATTENTION_SOURCES = [f"csrc/attention_{part}.cpp" for part in ("cpu", "baseline", "avx2", "avx512", "avx512_bf16", "amx")]
+ATTENTION_PARTS = ("cpu", "baseline", "avx2", "avx512", "avx512_bf16", "amx")
+ATTENTION_SOURCES = [f"csrc/attention_{part}.cpp" for part in ATTENTION_PARTS]
 CXX_SOURCES = ["csrc/module.cpp", "csrc/expand_cpu.cpp", "csrc/reduce_cpu.cpp", *ATTENTION_SOURCES]
 CUDA_SOURCES = ["csrc/band_cuda.cu"]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))

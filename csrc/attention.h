@@ -28,9 +28,9 @@ struct Attention {
   int64_t batch, heads, kv_heads, i, j, dim, value_dim, dtype, offset, is_signed;
   int64_t left, right;  // bounds, so large that they bound nothing if there is none
   int64_t threads;
-  float scale, softcap, keep_factor;  // softcap: 0 if none; keep_factor: 1 / (1 - dropout_p)
-  const int64_t* seed;                // dropout's, or null
-  int64_t threshold, number_stride;   // drops a score whose hash is below the threshold; rows per head in its number
+  float scale, softcap, keep_factor;   // softcap: 0 if none; keep_factor: 1 / (1 - dropout_p)
+  const int64_t* seed;                 // dropout's, or null
+  int64_t threshold, number_stride;    // drops a score whose hash is below the threshold; rows per head in its number
   int64_t longest_query, longest_key;  // of a sequence
 };
 
@@ -62,8 +62,8 @@ inline int64_t stream_partial(const Attention& a) {
   return STREAM_ROWS * (2 + (a.value_dim + 15) / 16 * 16);
 }
 
-// Backward cuts the keys into `splits` parts of split_keys keys, and the sequences into `parts`. dquery: the gradients of
-// q of each split, (batch, heads, splits, i, …), or null if there is one split. dtable: that of each task.
+// Backward cuts the keys into `splits` parts of split_keys keys, and the sequences into `parts`. dquery: the gradients
+// of q of each split, (batch, heads, splits, i, …), or null if there is one split. dtable: that of each task.
 struct BackwardPlan {
   const Attention* attention;
   const Gradients* gradients;
@@ -84,14 +84,14 @@ struct Tasks {
   const void* plan;
 };
 
-#define DPB_DECLARE(isa)                                   \
-  namespace isa {                                          \
-  Tasks tasks(const ForwardPlan& plan, int64_t count);    \
-  Tasks tasks(const StreamPlan& plan, int64_t count);     \
-  Tasks finish(const StreamPlan& plan, int64_t count);    \
-  bool is_stream(const Attention& attention);             \
-  Tasks tasks(const BackwardPlan& plan, int64_t count);   \
-  Tasks finish(const BackwardPlan& plan, int64_t count);  \
+#define DPB_DECLARE(isa)                                 \
+  namespace isa {                                        \
+  Tasks tasks(const ForwardPlan& plan, int64_t count);   \
+  Tasks tasks(const StreamPlan& plan, int64_t count);    \
+  Tasks finish(const StreamPlan& plan, int64_t count);   \
+  bool is_stream(const Attention& attention);            \
+  Tasks tasks(const BackwardPlan& plan, int64_t count);  \
+  Tasks finish(const BackwardPlan& plan, int64_t count); \
   }
 DPB_DECLARE(baseline)
 DPB_DECLARE(avx2)
@@ -102,6 +102,6 @@ DPB_DECLARE(amx)
 namespace amx {
 // Whether the processor has AMX, Linux allows it, and a first product is right. Only with AVX-512 and its bfloat16.
 bool is_available();
-}
+}  // namespace amx
 
 }  // namespace dpb_triton

@@ -8,8 +8,16 @@
 #include "convert.h"
 
 #ifdef DPB_X86
-#include <cpuid.h>
+// GCC 12 warns of variables that its own intrinsics leave undefined on purpose (GCC bug 105593).
+#pragma GCC diagnostic push
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cpuid.h>
 
 DPB_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,f16c", "prefer-vector-width=512")
 
@@ -29,8 +37,7 @@ bool is_available() {
     return false;
   }
 #endif
-  static const bool is_right = are_tiles_right();
-  return is_right;
+  return are_tiles_right();
 }
 
 }  // namespace dpb_triton::amx

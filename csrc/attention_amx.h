@@ -23,12 +23,12 @@ namespace dpb_triton::DPB_ISA {
 inline thread_local uint32_t emulated[8][16][16];
 
 #define DPB_TILE_ZERO(tile) std::memset(emulated[tile], 0, sizeof(emulated[tile]))
-#define DPB_TILE_LOAD(tile, from, stride)                                                             \
-  for (int row = 0; row < 16; ++row) {                                                                \
+#define DPB_TILE_LOAD(tile, from, stride)                                                              \
+  for (int row = 0; row < 16; ++row) {                                                                 \
     std::memcpy(emulated[tile][row], reinterpret_cast<const char*>(from) + row * (stride), LINE_SIZE); \
   }
-#define DPB_TILE_STORE(tile, to, stride)                                                  \
-  for (int row = 0; row < 16; ++row) {                                                    \
+#define DPB_TILE_STORE(tile, to, stride)                                                       \
+  for (int row = 0; row < 16; ++row) {                                                         \
     std::memcpy(reinterpret_cast<char*>(to) + row * (stride), emulated[tile][row], LINE_SIZE); \
   }
 #define DPB_TILE_PRODUCT(sum, a, b) emulate_product(emulated[sum], emulated[a], emulated[b])
@@ -89,7 +89,8 @@ struct Sums {
   int64_t used;
   bool is_zero = false;
 
-  DPB_INLINE explicit Sums(int64_t used) : used(used) {}
+  DPB_INLINE explicit Sums(int64_t used) : used(used) {
+  }
 
   DPB_INLINE int64_t rows() const {
     return used;

@@ -37,7 +37,7 @@ struct BackwardStrip {
   float *ds, *slopes;                 // rows of DS_ROW and of BLOCK_KEYS
   Word *p_pairs, *ds_pairs, *ds_words;
   int64_t rows, length, value_length, dim, first, end, key_first, key_panel, dquery_row;
-  int64_t y;  // the block's first key
+  int64_t y;                                 // the block's first key
   const uint32_t *first_hash, *second_hash;  // dropout's, or null
   uint32_t threshold;
   float factor, softcap, keep_factor;
@@ -138,8 +138,7 @@ struct BackwardStrip {
     if (f.first_hash == nullptr) {
       DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-          store(f.ds + row * DS_ROW + column + v * LANES,
-                (sum.get(row, v) - f.delta[row]) * load(p[row] + v * LANES));
+          store(f.ds + row * DS_ROW + column + v * LANES, (sum.get(row, v) - f.delta[row]) * load(p[row] + v * LANES));
         }
       }
       return;
@@ -249,8 +248,10 @@ struct Backward {
   const Attention& a;
   const Gradients& g;
   int64_t length, value_length, dquery_row, keys_padded, pair_row;
-  Word *key, *value, *key_pairs, *query, *dout, *query_pairs, *dout_pairs, *untransposed, *p_pairs, *ds_pairs, *ds_words, *scratch;
-  float *key_bias, *dkey_bias, *band, *dband, *dkey, *dvalue, *dquery, *largest, *inverse, *delta, *ds, *slopes, *row, *other;
+  Word *key, *value, *key_pairs, *query, *dout, *query_pairs, *dout_pairs, *untransposed, *p_pairs, *ds_pairs,
+      *ds_words, *scratch;
+  float *key_bias, *dkey_bias, *band, *dband, *dkey, *dvalue, *dquery, *largest, *inverse, *delta, *ds, *slopes, *row,
+      *other;
   bool has_nan = false;
 
   Backward(const BackwardPlan& plan, Arena& arena) : plan(plan), a(*plan.attention), g(*plan.gradients) {
@@ -333,8 +334,7 @@ struct Backward {
           std::fill_n(dband - MARGIN, band_length(s.i, s.j), 0.0f);
         }
         for (int64_t y = begin; y < begin + count; y += BLOCK_KEYS) {
-          run_block(s, keys, y, std::min(BLOCK_KEYS, begin + count - y), begin, head, dq,
-                    dtable != nullptr);
+          run_block(s, keys, y, std::min(BLOCK_KEYS, begin + count - y), begin, head, dq, dtable != nullptr);
         }
         if (dtable != nullptr) {
           fold(s, dtable + (head - kv_head * group) * g.table_width);
@@ -419,8 +419,8 @@ struct Backward {
   }
 
   // All query rows against the keys y … + count - 1.
-  void run_block(const Sequence& s, const Keys& keys, int64_t y, int64_t count, int64_t begin, int64_t head,
-                 float* dq, bool needs_dtable) {
+  void run_block(const Sequence& s, const Keys& keys, int64_t y, int64_t count, int64_t begin, int64_t head, float* dq,
+                 bool needs_dtable) {
     const int64_t from = std::max(keys.first, y), to = std::min(keys.end, y + count);
     const int64_t first = std::max<int64_t>(0, from - s.offset - a.right) / 2 * 2;
     const int64_t last = std::min(s.i, to - s.offset + a.left);
@@ -528,8 +528,7 @@ struct Backward {
       for (int64_t c = 0; c < dim; ++c) {
         row[c] = from[c * BLOCK_KEYS];
       }
-      check += write_row(row, factor, dim,
-                         const_cast<T*>(row_of<T>(rows, s.batch, kv_head, s.first_key + begin + y)));
+      check += write_row(row, factor, dim, const_cast<T*>(row_of<T>(rows, s.batch, kv_head, s.first_key + begin + y)));
     }
     has_nan |= check != 0;
   }

@@ -69,6 +69,11 @@ bool has_bf16() {
   static const bool has = Isa::DPB_MOST >= Isa::avx512_bf16 && __builtin_cpu_supports("avx512bf16");
   return has;
 }
+
+bool has_amx() {
+  static const bool has = Isa::DPB_MOST >= Isa::amx && amx::is_available();
+  return has;
+}
 #endif
 
 // What the kernels of one instruction set offer.
@@ -81,7 +86,10 @@ struct Kernels {
   bool (*is_stream)(const Attention& attention);
 };
 
-#define DPB_KERNELS(isa) Kernels{&isa::tasks, &isa::tasks, &isa::finish, &isa::tasks, &isa::finish, &isa::is_stream}
+#define DPB_KERNELS(isa)                                                               \
+  Kernels {                                                                            \
+    &isa::tasks, &isa::tasks, &isa::finish, &isa::tasks, &isa::finish, &isa::is_stream \
+  }
 
 // The fastest ones that this processor has.
 Kernels kernels_for([[maybe_unused]] const Attention& a) {
@@ -89,7 +97,7 @@ Kernels kernels_for([[maybe_unused]] const Attention& a) {
   switch (host_isa()) {
     case Isa::avx512:
       return a.dtype != BFLOAT16 || !has_bf16() ? DPB_KERNELS(avx512)
-             : amx::is_available()              ? DPB_KERNELS(amx)
+             : has_amx()                        ? DPB_KERNELS(amx)
                                                 : DPB_KERNELS(avx512_bf16);
     case Isa::avx2:
       return DPB_KERNELS(avx2);

@@ -2,13 +2,14 @@
 // out = softmax(scale q k^T + bias) v on the CPU, without a tensor of i * j numbers.
 //
 //                keys of a block (BLOCK)
-//   strip        [ panel ][ panel ][ panel ] …        q of the strip times k^T, panel by panel: the sums stay in registers
-//   HEIGHT rows  [ WIDTH keys wide         ]          + band, maximum; then p = exp2(s - maximum), its sum; then p v
+//   strip        [ panel ][ panel ][ panel ] …        q of the strip times k^T, panel by panel: the sums stay in
+//   registers HEIGHT rows  [ WIDTH keys wide         ]          + band, maximum; then p = exp2(s - maximum), its sum;
+//   then p v
 //
 // A strip's scores, HEIGHT x BLOCK, stay in the L1 cache from the first product to the second. The strips of
-// BLOCK_ROWS rows take the same block of k and v from the L2 cache. A task packs k and v of one key head once, and serves all query heads of it,
-// for all rows or for a chunk of them. A row's numbers and the order of its sums do not depend on the strip, the chunk
-// or the thread that computes it: the same bits with any number of threads.
+// BLOCK_ROWS rows take the same block of k and v from the L2 cache. A task packs k and v of one key head once, and
+// serves all query heads of it, for all rows or for a chunk of them. A row's numbers and the order of its sums do not
+// depend on the strip, the chunk or the thread that computes it: the same bits with any number of threads.
 //
 // The schedule is FlashAttention-2's (Dao 2023, arXiv:2307.08691).
 #pragma once
@@ -29,11 +30,11 @@ struct ForwardStrip {
   const Word *query, *key, *value;  // key: of the block's first panel; value: of all keys
   const float *bias, *key_bias;     // of the block's first key; key_bias is null if it adds nothing
   float *scores, *out, *largest, *sum;
-  int64_t rows, length;  // words of a query row
-  int64_t first, end;  // the columns of the block that the strip sees, multiples of WIDTH
-  int64_t value_dim, out_row;  // out_row: stride of out
-  int64_t value_first, value_panel;  // the block's first key among the packed ones; words of a column of v
-  int64_t y;  // the block's first key
+  int64_t rows, length;                      // words of a query row
+  int64_t first, end;                        // the columns of the block that the strip sees, multiples of WIDTH
+  int64_t value_dim, out_row;                // out_row: stride of out
+  int64_t value_first, value_panel;          // the block's first key among the packed ones; words of a column of v
+  int64_t y;                                 // the block's first key
   const uint32_t *first_hash, *second_hash;  // dropout's, or null
   uint32_t threshold;
   float factor, softcap;
@@ -139,6 +140,14 @@ struct ForwardStrip {
   }
 };
 
+// Clears the first of the two numbers in a word.
+DPB_INLINE void clear_first(int32_t& word) {
+  word &= static_cast<int32_t>(0xffff0000u);
+}
+
+DPB_INLINE void clear_first(float&) {
+}
+
 // One task. T: the dtype of the tensors; E: that of the products' factors.
 template <class E, class T>
 struct Forward {
@@ -181,12 +190,30 @@ struct Forward {
       const T* v = row_of<T>(a.value, s.batch, kv_head, s.first_key + begin);
       pack_columns<E>(k, a.key.row, count, a.dim, key, scratch);
       pack_pairs<E>(v, a.value.row, count, padded, a.value_dim, value);
+      clear_keys(visible.begin - begin);
     }
     const int64_t group = a.heads / a.kv_heads;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       fill_band(a, s, head, band);
       for (int64_t x = first; x < last; x += BLOCK_ROWS) {
         run_rows(s, keys, head, x, std::min(BLOCK_ROWS, last - x), begin);
+      }
+    }
+  }
+
+  // Sets the first keys, fewer than a panel, to zero: no query sees them, and they may hold NaN.
+  void clear_keys(int64_t count) {
+    for (int64_t c = 0; count > 0 && c < length; ++c) {
+      std::fill_n(key + c * WIDTH, count, 0);
+    }
+    for (int64_t column = 0; count > 0 && column < a.value_dim; column += WIDTH) {
+      const int64_t width = width_at(column, a.value_dim);
+      Word* panel = value + column * (padded / Words<E>::PAIR);
+      std::fill_n(panel, count / Words<E>::PAIR * width, 0);
+      if (count % Words<E>::PAIR != 0) {  // the other half of these words is a seen key
+        for (int64_t c = 0; c < width; ++c) {
+          clear_first(panel[count / Words<E>::PAIR * width + c]);
+        }
       }
     }
   }
@@ -239,7 +266,8 @@ struct Forward {
     float check = 0;
     for (int64_t row = 0; row < rows; ++row) {
       const bool is_empty = largest[row] == -INFINITE;
-      check += write_row(out + row * out_row, is_empty ? 0.0f : a.keep_factor / sum[row], a.value_dim, to + row * a.out.row);
+      check +=
+          write_row(out + row * out_row, is_empty ? 0.0f : a.keep_factor / sum[row], a.value_dim, to + row * a.out.row);
       a.lse[place + row] = is_empty ? -INFINITE : LN2 * (largest[row] + std::log2(sum[row]));
       a.largest[place + row] = largest[row];
       sums[place + row] = sum[row];

@@ -94,8 +94,7 @@ DPB_INLINE void pack_panel(const T* from, int64_t stride, int64_t rows, int64_t 
 }
 
 template <class E, class T>
-void pack_pairs(const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t dim,
-                typename Words<E>::Word* to) {
+void pack_pairs(const T* from, int64_t stride, int64_t rows, int64_t padded, int64_t dim, typename Words<E>::Word* to) {
   for (int64_t first = 0; first < dim; first += WIDTH) {
     const int64_t width = width_at(first, dim);
     pack_panel<E>(from, stride, rows, padded, dim, first, width, to);

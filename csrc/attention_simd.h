@@ -2,8 +2,8 @@
 // Vectors of floats, and the words that matrix products take. Each attention_<isa>.cpp includes this after it has named
 // an instruction set, so nothing here may be called from another file.
 //
-// A word is 32 bits of a factor: one float32, or two bfloat16 that are neighbours in the dimension that the product sums
-// over. So one code multiplies both types:
+// A word is 32 bits of a factor: one float32, or two bfloat16 that are neighbours in the dimension that the product
+// sums over. So one code multiplies both types:
 //
 //   sum(row, column) += a(row, step) * b(step, column)        one instruction per LANES columns and word
 #pragma once
@@ -205,7 +205,8 @@ struct Sums {
   using Word = typename Words<E>::Word;
   Vec sum[ROWS][VECS];
 
-  DPB_INLINE explicit Sums(int64_t) {}
+  DPB_INLINE explicit Sums(int64_t) {
+  }
 
   // The number of rows that are in use.
   static constexpr int64_t rows() {

@@ -21,7 +21,8 @@ DPB_INLINE Vec sums_of(Vec (&sum)[LANES]) {
 #if DPB_LANES == 16
   Vec a[8], b[4], c[2];
   DPB_UNROLL16 for (int r = 0; r < 8; ++r) {  // lanes of two sums alternate, in each half of 128 bits
-    a[r] = _mm512_add_ps(_mm512_unpacklo_ps(sum[2 * r], sum[2 * r + 1]), _mm512_unpackhi_ps(sum[2 * r], sum[2 * r + 1]));
+    a[r] =
+        _mm512_add_ps(_mm512_unpacklo_ps(sum[2 * r], sum[2 * r + 1]), _mm512_unpackhi_ps(sum[2 * r], sum[2 * r + 1]));
   }
   DPB_UNROLL16 for (int r = 0; r < 4; ++r) {
     const __m512d low = (__m512d)a[2 * r], high = (__m512d)a[2 * r + 1];

@@ -2,8 +2,8 @@
 // What forward and backward share: the sequences, the band of a head, and the keys that a strip of queries sees.
 //
 // Bias and bounds come from a *band*: the table of one head laid out over y - x, in units of log2, with -inf at the
-// distances that a bound forbids. The bias of a row x is then a slice of the band, one element further left than that of
-// the row above, so a tile adds it with plain loads.
+// distances that a bound forbids. The bias of a row x is then a slice of the band, one element further left than that
+// of the row above, so a tile adds it with plain loads.
 //
 //   band[y - x + i - 1]        x = i - 1: [b0 b1 b2 b3 …        x = i - 2: [   b1 b2 b3 …
 #pragma once
@@ -48,7 +48,8 @@ DPB_INLINE int64_t band_length(int64_t i, int64_t j) {
   return MARGIN + i + j + 2 * WIDTH + 2 * MARGIN;
 }
 
-// Writes the columns [first, last) of a head's band to `band`; column 0 is y - x = 1 - i. Columns after the last have -inf.
+// Writes the columns [first, last) of a head's band to `band`; column 0 is y - x = 1 - i. Columns after the last have
+// -inf.
 inline void fill_band(const Attention& a, const Sequence& s, int64_t head, int64_t first, int64_t last, float* band) {
   const float* zero = a.table + head * a.table_head + a.table_zero * a.table_column;
   // distance = x + offset - y = at - column; from `low` to `high` it is allowed, and at `middle` it becomes negative
@@ -97,8 +98,8 @@ inline Keys keys_of(const Attention& a, const Sequence& s) {
       --keys.end;
     }
     // a tile may begin before the first seen key
-    keys.has_bias = keys.first % WIDTH != 0 ||
-                    std::any_of(bias + keys.first, bias + keys.end, [](float b) { return b != 0; });
+    keys.has_bias =
+        keys.first % WIDTH != 0 || std::any_of(bias + keys.first, bias + keys.end, [](float b) { return b != 0; });
   }
   return keys;
 }

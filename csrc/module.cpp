@@ -98,7 +98,14 @@ PyMODINIT_FUNC PyInit__C() {
       method<BackwardCall, BACKWARD_ARGUMENTS, &attention_backward>("attention_backward"),
       {nullptr, nullptr, 0, nullptr},
   };
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, has_attention() ? methods : nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C",
+                                   nullptr,
+                                   -1,
+                                   has_attention() ? methods : nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   return PyModule_Create(&definition);
 }

@@ -44,20 +44,21 @@
 namespace dpb_triton {
 
 #ifdef DPB_X86
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // For a test that compares the versions: the last one that the build may take.
 #ifndef DPB_MOST
-#define DPB_MOST avx512_bf16
+#define DPB_MOST amx
 #endif
 
-// Not avx512_bf16: only products of bfloat16 have that version.
+// At most avx512: only products of bfloat16 have more.
 inline Isa host_isa() {
-  static const Isa isa = Isa::DPB_MOST >= Isa::avx512 && __builtin_cpu_supports("avx512f") &&
-                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-                             ? Isa::avx512
-                         : Isa::DPB_MOST >= Isa::avx2 && __builtin_cpu_supports("avx2") ? Isa::avx2
-                                                                                        : Isa::baseline;
+  static const Isa isa =
+      Isa::DPB_MOST >= Isa::avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+          ? Isa::avx512
+      : Isa::DPB_MOST >= Isa::avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
+                                                                                                      : Isa::baseline;
   return isa;
 }
 

@@ -114,6 +114,8 @@ INSTRUCTION_SETS = {
     "baseline": (["-DDPB_BASELINE"], lambda: True),
     "avx2": (["-DDPB_MOST=avx2"], lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")),
     "avx512": (["-DDPB_MOST=avx512"], lambda: torch.backends.cpu.get_cpu_capability() == "AVX512"),
+    "avx512_bf16": (["-DDPB_MOST=avx512_bf16"], torch.cpu._is_avx512_bf16_supported),
+    "amx, emulated": (["-DDPB_AMX_EMULATED"], torch.cpu._is_avx512_bf16_supported),
     "its own": ([], lambda: True),
 }
 

@@ -20,8 +20,8 @@ struct Attention {
   float* lse;      // (batch, heads, i), contiguous
   float* largest;  // like lse, in units of log2; the sum of exp2(score - largest) comes after all of these
   const float* table;
-  int64_t table_head, table_column, table_zero;  // strides; the column of distance 0
-  const float* key_bias;                         // (batch, j) or null
+  int64_t table_width, table_head, table_column, table_zero;  // columns; strides; the column of distance 0
+  const float* key_bias;                                      // (batch, j) or null
   int64_t key_bias_batch;
   const int32_t* seqlens;  // (sequences, 5) or null
   int64_t sequences;       // the batch if not packed
@@ -39,7 +39,6 @@ struct Gradients {
   Rows dout, dquery, dkey, dvalue;  // dquery.data or dkey.data is null if it is not wanted
   const float* dlse;                // like lse, or null
   float *dtable, *dkey_bias;        // (heads, table_width) and (batch, kv_heads, j), contiguous, or null
-  int64_t table_width;
 };
 
 // Forward cuts the rows of a sequence into chunks of chunk_rows rows.

@@ -295,8 +295,8 @@ struct Backward {
     const int64_t each = (a.sequences + plan.parts - 1) / plan.parts;
     float* dtable = nullptr;
     if (g.dtable != nullptr) {
-      dtable = plan.dtable + task * (a.heads / a.kv_heads) * g.table_width;
-      std::fill_n(dtable, a.heads / a.kv_heads * g.table_width, 0.0f);
+      dtable = plan.dtable + task * (a.heads / a.kv_heads) * a.table_width;
+      std::fill_n(dtable, a.heads / a.kv_heads * a.table_width, 0.0f);
     }
     for (int64_t n = part * each; n < std::min((part + 1) * each, a.sequences); ++n) {
       run_sequence(sequence_of(a, n), kv_head, split, dtable);
@@ -337,7 +337,7 @@ struct Backward {
           run_block(s, keys, y, std::min(BLOCK_KEYS, begin + count - y), begin, head, dq, dtable != nullptr);
         }
         if (dtable != nullptr) {
-          fold(s, dtable + (head - kv_head * group) * g.table_width);
+          fold(s, dtable + (head - kv_head * group) * a.table_width);
         }
       }
       if (plan.dquery == nullptr && g.dquery.data != nullptr) {
@@ -544,7 +544,7 @@ struct Finish {
   bool has_nan = false;
 
   Finish(const BackwardPlan& plan, Arena& arena) : plan(plan), a(*plan.attention), g(*plan.gradients) {
-    row = arena.take<float>(std::max(plan.dquery_row, g.table_width));
+    row = arena.take<float>(std::max(plan.dquery_row, a.table_width));
   }
 
   void run(const BackwardPlan&, int64_t task) {
@@ -574,14 +574,14 @@ struct Finish {
 
   void add_tables(int64_t head) {
     const int64_t group = a.heads / a.kv_heads, tasks = plan.parts * plan.splits;
-    std::fill_n(row, g.table_width, 0.0f);
+    std::fill_n(row, a.table_width, 0.0f);
     for (int64_t task = 0; task < tasks; ++task) {
-      const float* from = plan.dtable + ((head / group * tasks + task) * group + head % group) * g.table_width;
-      for (int64_t c = 0; c < g.table_width; ++c) {
+      const float* from = plan.dtable + ((head / group * tasks + task) * group + head % group) * a.table_width;
+      for (int64_t c = 0; c < a.table_width; ++c) {
         row[c] += from[c];
       }
     }
-    has_nan |= write_row(row, 1.0f, g.table_width, g.dtable + head * g.table_width) != 0;
+    has_nan |= write_row(row, 1.0f, a.table_width, g.dtable + head * a.table_width) != 0;
   }
 };
 

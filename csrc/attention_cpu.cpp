@@ -112,10 +112,20 @@ Kernels kernels_for([[maybe_unused]] const Attention& a) {
 #endif
 }
 
+// Raises if queries of this many rows see distances that the table has not.
+void check_reach(const Attention& a, int64_t i, int64_t j, int64_t offset) {
+  const int64_t low = std::max(offset - (j - 1), -a.right), high = std::min(offset + i - 1, a.left);
+  const int64_t n = a.is_signed ? (a.table_width + 1) / 2 : a.table_width;
+  STD_TORCH_CHECK(i <= 0 || j <= 0 || low > high || (high < n && -low < n),
+                  "dpb_triton: the queries see distances from ", low, " to ", high, ", the table holds 0 to ", n - 1);
+}
+
 // `call` with the lengths of its longest sequence, and as many threads as have work.
 Attention completed(const Attention& call) {
   Attention a = call;
   a.longest_query = a.longest_key = 0;
+  STD_TORCH_CHECK(a.query.data != nullptr && a.key.data != nullptr && a.value.data != nullptr && a.table != nullptr,
+                  "dpb_triton: query, key, value or table has no storage: has it been freed?");
   int64_t pairs = 0;
   for (int64_t n = 0; n < a.sequences; ++n) {
     const int32_t* s = a.seqlens + 5 * n;
@@ -123,6 +133,7 @@ Attention completed(const Attention& call) {
       a.longest_query = a.i;
       a.longest_key = a.j;
       pairs = a.batch * a.i * a.j;
+      check_reach(a, a.i, a.j, a.offset);
       break;
     }
     const int64_t last_query = int64_t{s[0]} + s[1], last_key = int64_t{s[2]} + s[3];  // int32 may overflow
@@ -131,6 +142,7 @@ Attention completed(const Attention& call) {
     a.longest_query = std::max<int64_t>(a.longest_query, s[1]);
     a.longest_key = std::max<int64_t>(a.longest_key, s[3]);
     pairs += int64_t{s[1]} * s[3];
+    check_reach(a, s[1], s[3], s[4]);
   }
   const int64_t products = pairs * a.heads * (a.dim + a.value_dim);
   a.threads = std::clamp<int64_t>(products / PRODUCTS_PER_THREAD, 1, a.threads);
@@ -195,7 +207,7 @@ bool attention_backward(const BackwardCall& call) {
     last += a.batch * a.heads;
   }
   if (g.dtable != nullptr) {
-    dtable.reset(new float[count * (a.heads / a.kv_heads) * g.table_width]);
+    dtable.reset(new float[count * (a.heads / a.kv_heads) * a.table_width]);
     last += a.heads;
   }
   plan.dquery = dquery.get();

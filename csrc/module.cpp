@@ -37,14 +37,14 @@ struct Arguments {
     read_all(to.data, to.batch, to.head, to.row);
   }
   void read(dpb_triton::Attention& to) {
-    read_all(to.query, to.key, to.value, to.out, to.lse, to.largest, to.table, to.table_head, to.table_column,
-             to.table_zero, to.key_bias, to.key_bias_batch, to.seqlens, to.sequences, to.batch, to.heads, to.kv_heads,
-             to.i, to.j, to.dim, to.value_dim, to.dtype, to.offset, to.is_signed, to.left, to.right, to.threads,
-             to.scale, to.softcap, to.keep_factor, to.seed, to.threshold, to.number_stride);
+    read_all(to.query, to.key, to.value, to.out, to.lse, to.largest, to.table, to.table_width, to.table_head,
+             to.table_column, to.table_zero, to.key_bias, to.key_bias_batch, to.seqlens, to.sequences, to.batch,
+             to.heads, to.kv_heads, to.i, to.j, to.dim, to.value_dim, to.dtype, to.offset, to.is_signed, to.left,
+             to.right, to.threads, to.scale, to.softcap, to.keep_factor, to.seed, to.threshold, to.number_stride);
   }
   void read(dpb_triton::BackwardCall& to) {
     dpb_triton::Gradients& g = to.gradients;
-    read_all(to.attention, g.dout, g.dquery, g.dkey, g.dvalue, g.dlse, g.dtable, g.dkey_bias, g.table_width);
+    read_all(to.attention, g.dout, g.dquery, g.dkey, g.dvalue, g.dlse, g.dtable, g.dkey_bias);
   }
   template <class... T>
   void read_all(T&... to) {
@@ -52,9 +52,10 @@ struct Arguments {
   }
 };
 
-constexpr Py_ssize_t FORWARD_ARGUMENTS = 45, BACKWARD_ARGUMENTS = FORWARD_ARGUMENTS + 20;
+constexpr Py_ssize_t FORWARD_ARGUMENTS = 46, BACKWARD_ARGUMENTS = FORWARD_ARGUMENTS + 19;
 
-// dpb_triton/attention/cpp_path.py makes these calls; it has checked all arguments.
+// dpb_triton/attention/cpp_path.py makes these calls. It has checked dtypes and shapes, and `completed` in
+// attention_cpu.cpp checks what these alone do not make safe.
 template <class Call, Py_ssize_t COUNT, bool (*compute)(const Call&)>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != COUNT) {

@@ -30,7 +30,7 @@ def forward(
 ):  # fmt: skip
     """attention_forward: -> out (batch, heads, i, value_dim), lse (batch, heads, i), state (2, batch, heads, i)."""
     if is_served(query, key):
-        query, key, value = map(_unit_stride, (query, key, value))
+        query, key, value, key_bias = map(_unit_stride, (query, key, value, key_bias))
         out = torch_path.like(query, value.shape[3])
         lse = table.new_empty(query.shape[:3])
         state = table.new_empty((2, *lse.shape))
@@ -49,7 +49,7 @@ def backward(
 ):  # fmt: skip
     """attention_backward: -> dq, dk, dv, dtable, dkey_bias; unneeded ones are empty."""
     if is_served(query, key):
-        dout, query, key, value, out = map(_unit_stride, (dout, query, key, value, out))
+        dout, query, key, value, out, key_bias = map(_unit_stride, (dout, query, key, value, out, key_bias))
         dq = torch_path.like(query) if needs_dq else query.new_empty(0)
         dk, dv = (torch_path.like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))
         dtable = table.new_empty(table.shape if needs_dtable else (0,))
@@ -64,7 +64,7 @@ def backward(
             *_rows(dout), *(_rows(dq) if needs_dq else _NO_ROWS),
             *((*_rows(dk), *_rows(dv)) if needs_dkv else (*_NO_ROWS, *_NO_ROWS)),
             0 if dlse is None else dlse.data_ptr(), dtable.data_ptr() if needs_dtable else 0,
-            dkey_bias.data_ptr() if needs_dkey_bias else 0, table.shape[1],
+            dkey_bias.data_ptr() if needs_dkey_bias else 0,
         )  # fmt: skip
         if _C.attention_backward(*arguments, *gradients):
             return dq, dk, dv, dtable, dkey_bias
@@ -80,12 +80,23 @@ def _arguments(
 ):  # fmt: skip
     """The arguments of both kernels, in the order of `Attention` in csrc/attention.h."""
     batch, heads, i, dim = query.shape
+    _, kv_heads, j, value_dim = value.shape
+    if (
+        key.shape != (batch, kv_heads, j, dim) or value.shape[0] != batch or heads % kv_heads
+        or table.shape[0] != heads or not query.dtype == key.dtype == value.dtype or table.dtype != torch.float32
+        or (key_bias is not None and (key_bias.shape != (batch, j) or key_bias.dtype != torch.float32))
+    ):  # fmt: skip
+        # The public functions check the same, with better messages, but a direct call of the operator does not.
+        raise ValueError(
+            "dpb_triton: query, key, value, table and key_bias do not fit, got shapes and dtypes "
+            + ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (query, key, value, table, key_bias) if x is not None)
+        )
     return (
         *_rows(query), *_rows(key), *_rows(value), *_rows(out), lse.data_ptr(), state.data_ptr(),
-        table.data_ptr(), *table.stride(), table.shape[1] // 2 if signed else 0,
+        table.data_ptr(), table.shape[1], *table.stride(), table.shape[1] // 2 if signed else 0,
         *((0, 0) if key_bias is None else (key_bias.data_ptr(), key_bias.stride(0))),
         *((0, batch) if seqlens is None else (seqlens.data_ptr(), seqlens.shape[0])),
-        batch, heads, key.shape[1], i, key.shape[2], dim, value.shape[3], _DTYPES[query.dtype], offset, signed,
+        batch, heads, kv_heads, i, j, dim, value_dim, _DTYPES[query.dtype], offset, signed,
         _bound(left), _bound(right), torch.get_num_threads(), scale, softcap, 1 / (1 - dropout_p),
         seed.data_ptr() if dropout_p else 0, min(round(dropout_p * 2**32), 2**32 - 1), longest_query,
     )  # fmt: skip
@@ -100,4 +111,4 @@ def _rows(tensor):
 
 
 def _unit_stride(tensor):
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -261,3 +261,33 @@ def test_training_takes_no_memory_of_the_size_of_the_scores():
     done = subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 130  # 82 on two threads
+
+
+@pytest.mark.parametrize("change", [
+    {"key": torch.zeros(1, 2, 8, 4)}, {"value": torch.zeros(1, 2, 7, 8)}, {"value": torch.zeros(2, 2, 8, 8)},
+    {"key": torch.zeros(1, 2, 8, 8).bfloat16()}, {"table": torch.zeros(3, 20)}, {"table": torch.zeros(2, 20).double()},
+    {"table": torch.zeros(2, 7)}, {"key_bias": torch.zeros(1, 7)}, {"key_bias": torch.zeros(1, 8).double()},
+    {"offset": 40}, {"query": torch.zeros(1, 3, 4, 8), "table": torch.zeros(3, 20)},
+], ids=lambda change: ", ".join(f"{name} {getattr(x, 'shape', x)}" for name, x in change.items()))  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(change):
+    """As above: only a direct call of the operator gets as far."""
+    arguments = {
+        "query": torch.zeros(1, 2, 4, 8), "key": torch.zeros(1, 2, 8, 8), "value": torch.zeros(1, 2, 8, 8),
+        "table": torch.zeros(2, 20), "key_bias": None, "offset": 0,
+    } | change  # fmt: skip
+    offset = arguments.pop("offset")
+    options = None, None, 4, 8, offset, False, None, None, 0.3, 0.0, 0.0
+    with pytest.raises((ValueError, RuntimeError), match="do not fit|the table holds"):
+        dispatch.OPERATORS["attention_forward"](*arguments.values(), *options)
+
+
+def test_a_key_bias_of_any_strides():
+    """A direct call may have a view as its key bias; the public functions make a tensor of their own."""
+    query, key, value, table, *_ = Case(batch=2, heads=2, kv_heads=2, i=9, j=40).draw()
+    options = None, None, 9, 40, 31, False, None, None, 0.3, 0.0, 0.0
+    wide = torch.randn(2, 80)
+    for key_bias in (wide[:, ::2], wide[:, :1].expand(2, 40), wide[:1, :40].expand(2, 40)):
+        call = dispatch.OPERATORS["attention_forward"]
+        results = [call(query, key, value, table, bias, *options) for bias in (key_bias, key_bias.contiguous())]
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)

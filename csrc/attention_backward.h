@@ -33,8 +33,8 @@ struct BackwardStrip {
 
   const Word *query, *dout, *key, *value, *key_pairs;
   const float *bias, *key_bias, *largest, *inverse, *delta;
-  float *dquery, *dband, *dkey_bias;  // each may be null
-  float *ds, *slopes;                 // rows of DS_ROW and of BLOCK_KEYS
+  float *dquery, *dband, *dband_rest, *dkey_bias;  // each may be null
+  float *ds, *slopes;                              // rows of DS_ROW and of BLOCK_KEYS
   Word *p_pairs, *ds_pairs, *ds_words;
   int64_t rows, length, value_length, dim, first, end, key_first, key_panel, dquery_row;
   int64_t y;                                 // the block's first key
@@ -173,13 +173,9 @@ struct BackwardStrip {
   static DPB_INLINE void add_dquery(const BackwardStrip& f, int64_t column) {
     Sums<E, ROWS, VECS> sum(f.rows);
     const int64_t rows = sum.rows();
-    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
-      DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        sum.set(row, v, load(f.dquery + row * f.dquery_row + column + v * LANES));
-      }
-    }
     const Word* keys = f.key_pairs + column * f.key_panel + (f.key_first + f.first) / PAIR * (VECS * LANES);
     const int64_t count = (f.end - f.first) / PAIR;
+    sum.clear();
     if constexpr (PAIR == 1) {
       sum.add(f.ds + f.first, DS_ROW, 1, keys, count);
     } else {
@@ -187,7 +183,8 @@ struct BackwardStrip {
     }
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        store(f.dquery + row * f.dquery_row + column + v * LANES, sum.get(row, v));
+        float* dquery = f.dquery + row * f.dquery_row + column + v * LANES;
+        store(dquery, load(dquery) + sum.get(row, v));
       }
     }
   }
@@ -201,11 +198,15 @@ struct BackwardStrip {
       std::fill_n(ds + f.end, 2 * MARGIN, 0.0f);
     }
     for (int64_t diagonal = f.first - (ROWS - 1); diagonal < f.end; diagonal += LANES) {
-      Vec sum = load(f.dband + diagonal);
+      Vec sum = {};
       DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         sum += load(f.ds + row * DS_ROW + diagonal + row);
       }
-      store(f.dband + diagonal, sum);
+      // A diagonal has as many terms as the sequence has rows, and they cancel. So what an addition rounds away is kept
+      // too (Knuth's two-sum).
+      const Vec before = load(f.dband + diagonal), after = before + sum, added = after - before;
+      store(f.dband + diagonal, after);
+      store(f.dband_rest + diagonal, load(f.dband_rest + diagonal) + ((before - (after - added)) + (sum - added)));
     }
   }
 };
@@ -221,17 +222,15 @@ struct TransposedProduct {
   template <int64_t ROWS>
   static void run(const TransposedProduct& product) {
     const TransposedProduct f = product;
+    // the tile's own sum first, then the total, as in `ForwardStrip`
     Sums<E, ROWS, 2> sum(f.rows);
     const int64_t rows = sum.rows();
-    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
-      DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        sum.set(row, v, load(f.total + row * BLOCK_KEYS + v * LANES));
-      }
-    }
+    sum.clear();
     sum.add(f.a, f.a_row, f.a_step, f.b, f.count);
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
-        store(f.total + row * BLOCK_KEYS + v * LANES, sum.get(row, v));
+        float* total = f.total + row * BLOCK_KEYS + v * LANES;
+        store(total, load(total) + sum.get(row, v));
       }
     }
   }
@@ -250,8 +249,8 @@ struct Backward {
   int64_t length, value_length, dquery_row, keys_padded, pair_row;
   Word *key, *value, *key_pairs, *query, *dout, *query_pairs, *dout_pairs, *untransposed, *p_pairs, *ds_pairs,
       *ds_words, *scratch;
-  float *key_bias, *dkey_bias, *band, *dband, *dkey, *dvalue, *dquery, *largest, *inverse, *delta, *ds, *slopes, *row,
-      *other;
+  float *key_bias, *dkey_bias, *band, *dband, *dband_rest, *dkey, *dvalue, *dquery, *largest, *inverse, *delta, *ds,
+      *slopes, *row, *other;
   bool has_nan = false;
 
   Backward(const BackwardPlan& plan, Arena& arena) : plan(plan), a(*plan.attention), g(*plan.gradients) {
@@ -277,6 +276,7 @@ struct Backward {
     dkey_bias = arena.take<float>(keys_padded);
     band = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
     dband = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
+    dband_rest = arena.take<float>(band_length(a.longest_query, a.longest_key)) + MARGIN;
     dkey = arena.take<float>(keys_padded * ceil_to(a.dim, 2));
     dvalue = arena.take<float>(keys_padded * ceil_to(a.value_dim, 2));
     dquery = plan.dquery == nullptr ? arena.take<float>(a.longest_query * dquery_row) : nullptr;
@@ -332,6 +332,7 @@ struct Backward {
         fill_band(a, s, head, band);
         if (dtable != nullptr) {
           std::fill_n(dband - MARGIN, band_length(s.i, s.j), 0.0f);
+          std::fill_n(dband_rest - MARGIN, band_length(s.i, s.j), 0.0f);
         }
         for (int64_t y = begin; y < begin + count; y += BLOCK_KEYS) {
           run_block(s, keys, y, std::min(BLOCK_KEYS, begin + count - y), begin, head, dq, dtable != nullptr);
@@ -462,6 +463,7 @@ struct Backward {
       strip.ds = ds;
       strip.slopes = slopes;
       strip.dband = needs_dtable ? dband + y - (x + at) + s.i - 1 : nullptr;
+      strip.dband_rest = dband_rest + y - (x + at) + s.i - 1;
       strip.dkey_bias = g.dkey_bias == nullptr ? nullptr : dkey_bias + y - begin;
       strip.p_pairs = p_pairs + at / PAIR * WIDTH;
       strip.ds_pairs = ds_pairs + at / PAIR * WIDTH;
@@ -514,7 +516,7 @@ struct Backward {
     for (int64_t c = 0; c < s.i + s.j - 1; ++c) {
       const int64_t distance = s.offset + s.i - 1 - c;
       if (distance <= a.left && -distance <= a.right) {
-        dtable[a.table_zero + (a.is_signed ? distance : std::abs(distance))] += dband[c];
+        dtable[a.table_zero + (a.is_signed ? distance : std::abs(distance))] += dband[c] + dband_rest[c];
       }
     }
   }

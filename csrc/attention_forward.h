@@ -124,17 +124,15 @@ struct ForwardStrip {
   template <int64_t ROWS, int64_t VECS>
   static DPB_INLINE void add_values(const ForwardStrip& f, const float* rescale, const Word* p, const Word* value,
                                     int64_t count, int64_t column) {
+    // The block's own sum first, then the total: one long chain of additions would round worse.
     Sums<E, ROWS, VECS> sum(f.rows);
     const int64_t rows = sum.rows();
-    DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
-      DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        sum.set(row, v, load(f.out + row * f.out_row + column + v * LANES) * rescale[row]);
-      }
-    }
+    sum.clear();
     sum.add(p, BLOCK, 1, value, count);
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
-        store(f.out + row * f.out_row + column + v * LANES, sum.get(row, v));
+        float* out = f.out + row * f.out_row + column + v * LANES;
+        store(out, load(out) * rescale[row] + sum.get(row, v));
       }
     }
   }

@@ -13,7 +13,7 @@ from .gpu.show import read
 RESULTS = Path(__file__).parent / "results"
 GPU = "h200/2026-11-27-third"
 CPU_BIAS = "cpu-epyc-2-threads.json"
-CPU_ATTENTION = "attention-cpu-amd.json"
+CPU_ATTENTION = "attention-cpu-2-threads.json"
 OURS = ("dpb triton", "dpb cpp", "dpb torch")  # the backend that is chosen by default comes first
 PEERS = {  # those that add the same bias; a table that is not trained counts forward only
     "sdpa with bias": "SDPA, bias as mask",

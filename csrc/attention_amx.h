@@ -19,6 +19,12 @@
 
 namespace dpb_triton::DPB_ISA {
 
+// All memory is as the program has written it. GCC's intrinsics do not say what tiles read, so it could move or drop
+// stores that only they need.
+DPB_INLINE void settle(const void* memory) {
+  __asm__ volatile("" : : "r"(memory) : "memory");
+}
+
 #ifdef DPB_AMX_EMULATED
 inline thread_local uint32_t emulated[8][16][16];
 
@@ -65,6 +71,7 @@ struct TileUnit {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shape;
+    settle(&shape);
     _tile_loadconfig(&shape);
   }
   TileUnit(const TileUnit&) = delete;
@@ -108,6 +115,7 @@ struct Sums {
   DPB_INLINE void add(const Word* a, int64_t a_row, int64_t, const Word* b, int64_t steps) {
     constexpr int64_t ROW = VECS * LANES * 4;
     const bool is_tall = used > 16;
+    settle(sum);
     if (is_zero) {
       DPB_TILE_ZERO(0);
       DPB_TILE_ZERO(1);
@@ -144,6 +152,7 @@ struct Sums {
       DPB_TILE_STORE(1, sum[0] + LANES, ROW);
       DPB_TILE_STORE(3, sum[16] + LANES, ROW);
     }
+    settle(sum);
   }
 };
 

@@ -119,7 +119,7 @@ def test_random_calls_under_address_sanitizer(sanitized):
 @pytest.mark.slow
 @needs_compiler
 def test_random_attention_under_address_sanitizer(sanitized):
-    assert int(sanitized("fuzz_attention.py", 150, 7).split()[0]) > 180
+    assert int(sanitized("fuzz_attention.py", 50, 7).split()[0]) > 60
 
 
 # The flags of a build that uses at most that instruction set, and whether this processor has it.
@@ -127,7 +127,7 @@ INSTRUCTION_SETS = {
     "baseline": (["-DDPB_BASELINE"], lambda: True),
     "avx2": (["-DDPB_MOST=avx2"], lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")),
     "avx512": (["-DDPB_MOST=avx512"], lambda: torch.backends.cpu.get_cpu_capability() == "AVX512"),
-    "avx512_bf16": (["-DDPB_MOST=avx512_bf16"], torch.cpu._is_avx512_bf16_supported),
+    "avx512_bf16, beside AMX": (["-DDPB_MOST=avx512_bf16"], torch.cpu._is_amx_tile_supported),
     "amx, emulated": (["-DDPB_AMX_EMULATED"], torch.cpu._is_avx512_bf16_supported),
     "its own": ([], lambda: True),
 }
@@ -141,8 +141,8 @@ def test_random_attention_with_each_instruction_set(name, build):
     flags, is_here = INSTRUCTION_SETS[name]
     if not is_here():
         pytest.skip(f"this processor has no {name}")
-    out = run(sys.executable, ROOT / "tests/csrc/fuzz_attention.py", 120, 3, PYTHONPATH=build(*flags))
-    assert int(out.split()[0]) > 140
+    out = run(sys.executable, ROOT / "tests/csrc/fuzz_attention.py", 40, 3, PYTHONPATH=build(*flags))
+    assert int(out.split()[0]) > 50
 
 
 SAME_BITS = """

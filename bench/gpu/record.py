@@ -101,6 +101,7 @@ def _bench(arguments):
     if arguments[0] == "host":
         return _host(arguments)
     importlib.import_module(MODULES[arguments[0]], "bench")
+    replace("default_backends", lambda device: ("triton",))
     replace("why_not_measured", lambda backend, device: None if backend == "triton" else "is not recorded")
     replace("peak_mib", lambda call, device: (call(), None)[1])
     replace("measure", lambda calls, *rest: {name: Time([1.0]) for name, call in calls.items() if [call()]})

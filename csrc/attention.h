@@ -8,6 +8,16 @@
 
 namespace dpb_triton {
 
+constexpr int64_t LINE = 64;  // bytes of a cache line
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
+constexpr int64_t ceil_to(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
 // A tensor (batch, heads, rows, dim): its strides in elements; a row is contiguous.
 struct Rows {
   char* data;
@@ -58,7 +68,7 @@ struct StreamPlan {
 constexpr int64_t STREAM_ROWS = 8;
 
 inline int64_t stream_partial(const Attention& a) {
-  return STREAM_ROWS * (2 + (a.value_dim + 15) / 16 * 16);
+  return STREAM_ROWS * (2 + ceil_to(a.value_dim, LINE / 4));
 }
 
 // Backward cuts the keys into `splits` parts of split_keys keys, and the sequences into `parts`. dquery: the gradients

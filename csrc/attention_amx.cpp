@@ -2,21 +2,9 @@
 // The attention kernels for AVX-512 with products of bfloat16 by AMX. Nobody has run them on such a processor yet: the
 // tests run them with emulated tiles.
 
-#include <algorithm>
-
-#include "attention.h"
-#include "convert.h"
+#include "attention_x86.h"
 
 #ifdef DPB_X86
-// GCC 12 warns of variables that its own intrinsics leave undefined on purpose (GCC bug 105593).
-#pragma GCC diagnostic push
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include <cpuid.h>
 
 DPB_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,f16c", "prefer-vector-width=512")

@@ -29,16 +29,15 @@ DPB_INLINE void settle(const void* memory) {
 inline thread_local uint32_t emulated[8][16][16];
 
 #define DPB_TILE_ZERO(tile) std::memset(emulated[tile], 0, sizeof(emulated[tile]))
-#define DPB_TILE_LOAD(tile, from, stride)                                                              \
-  for (int row = 0; row < 16; ++row) {                                                                 \
-    std::memcpy(emulated[tile][row], reinterpret_cast<const char*>(from) + row * (stride), LINE_SIZE); \
+#define DPB_TILE_LOAD(tile, from, stride)                                                         \
+  for (int row = 0; row < 16; ++row) {                                                            \
+    std::memcpy(emulated[tile][row], reinterpret_cast<const char*>(from) + row * (stride), LINE); \
   }
-#define DPB_TILE_STORE(tile, to, stride)                                                       \
-  for (int row = 0; row < 16; ++row) {                                                         \
-    std::memcpy(reinterpret_cast<char*>(to) + row * (stride), emulated[tile][row], LINE_SIZE); \
+#define DPB_TILE_STORE(tile, to, stride)                                                  \
+  for (int row = 0; row < 16; ++row) {                                                    \
+    std::memcpy(reinterpret_cast<char*>(to) + row * (stride), emulated[tile][row], LINE); \
   }
 #define DPB_TILE_PRODUCT(sum, a, b) emulate_product(emulated[sum], emulated[a], emulated[b])
-constexpr int64_t LINE_SIZE = 64;
 
 inline void emulate_product(uint32_t (&sum)[16][16], const uint32_t (&a)[16][16], const uint32_t (&b)[16][16]) {
   for (int row = 0; row < 16; ++row) {
@@ -94,7 +93,6 @@ struct Sums {
 
   alignas(64) float sum[HEIGHT][VECS * LANES];
   int64_t used;
-  bool is_zero = false;
 
   DPB_INLINE explicit Sums(int64_t used) : used(used) {
   }
@@ -108,28 +106,15 @@ struct Sums {
   DPB_INLINE void set(int64_t row, int64_t v, Vec value) {
     store(sum[row] + v * LANES, value);
   }
-  DPB_INLINE void clear() {
-    is_zero = true;
-  }
   // a_step is 1, and steps a multiple of STEPS.
-  DPB_INLINE void add(const Word* a, int64_t a_row, int64_t, const Word* b, int64_t steps) {
+  DPB_INLINE void multiply(const Word* a, int64_t a_row, int64_t, const Word* b, int64_t steps) {
     constexpr int64_t ROW = VECS * LANES * 4;
     const bool is_tall = used > 16;
     settle(sum);
-    if (is_zero) {
-      DPB_TILE_ZERO(0);
-      DPB_TILE_ZERO(1);
-      DPB_TILE_ZERO(2);
-      DPB_TILE_ZERO(3);
-      is_zero = false;
-    } else {
-      DPB_TILE_LOAD(0, sum[0], ROW);
-      DPB_TILE_LOAD(2, sum[16], ROW);
-      if constexpr (VECS == 2) {
-        DPB_TILE_LOAD(1, sum[0] + LANES, ROW);
-        DPB_TILE_LOAD(3, sum[16] + LANES, ROW);
-      }
-    }
+    DPB_TILE_ZERO(0);
+    DPB_TILE_ZERO(1);
+    DPB_TILE_ZERO(2);
+    DPB_TILE_ZERO(3);
     for (int64_t step = 0; step < steps; step += STEPS, a += STEPS, b += STEPS * VECS * LANES) {
       DPB_TILE_LOAD(4, a, a_row * 4);
       DPB_TILE_LOAD(6, b, ROW);
@@ -177,8 +162,7 @@ inline bool are_tiles_right() {
     }
   }
   Sums<BFloat16, 32, 2> tiles(32);
-  tiles.clear();
-  tiles.add(a[0], 32, 1, b[0], 32);
+  tiles.multiply(a[0], 32, 1, b[0], 32);
   for (int row = 0; row < 32; ++row) {
     for (int v = 0; v < 2; ++v) {
       Vec expected = {};

@@ -1,14 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The attention kernels for AVX2.
 
-#include <algorithm>
-
-#include "attention.h"
-#include "convert.h"
+#include "attention_x86.h"
 
 #ifdef DPB_X86
-#include <immintrin.h>
-
 DPB_TARGET("avx2,fma,f16c")
 
 #define DPB_ISA avx2

@@ -5,7 +5,7 @@
 //   strip          [ panel ][ panel ] …     s = scale q k^T + band,  p = exp2(s - largest) / sum
 //   HEIGHT rows    [                ]       ds = p * (do v^T - delta),  delta = rowsum(do * out) - dlse
 //                                           dq += ds k    dband[y - x + i - 1] += ds    (one pass over the tile)
-//   STRIPS strips                           dv^T += do^T p    dk^T += q^T ds
+//   8 or 4 strips                           dv^T += do^T p    dk^T += q^T ds
 //
 // A task has a part of the keys of one key head, for one or several sequences and all query heads of the key head. It
 // keeps dk and dv in its scratch memory, transposed, so that the products read p and ds as they were written. The keys
@@ -27,7 +27,7 @@ constexpr int64_t DS_ROW = MARGIN + BLOCK_KEYS + 2 * MARGIN;
 
 // What one strip needs. Pointers with rows belong to the strip's first row, those with keys to the block's first key.
 template <class E>
-struct BackwardStrip {
+struct BackwardStrip : StripScores {
   using Word = typename Words<E>::Word;
   static constexpr int64_t PAIR = Words<E>::PAIR, PANEL = BLOCK_ROWS / PAIR * WIDTH;
 
@@ -37,10 +37,7 @@ struct BackwardStrip {
   float *ds, *slopes;                              // rows of DS_ROW and of BLOCK_KEYS
   Word *p_pairs, *ds_pairs, *ds_words;
   int64_t rows, length, value_length, dim, first, end, key_first, key_panel, dquery_row;
-  int64_t y;                                 // the block's first key
-  const uint32_t *first_hash, *second_hash;  // dropout's, or null
-  uint32_t threshold;
-  float factor, softcap, keep_factor;
+  float keep_factor;
 
   template <int64_t ROWS>
   static void run(const BackwardStrip& strip) {
@@ -99,8 +96,7 @@ struct BackwardStrip {
   static DPB_INLINE void add_scores(const BackwardStrip& f, int64_t column, float (*p)[WIDTH], float (*kept)[WIDTH]) {
     Sums<E, ROWS, 2> sum(f.rows);
     const int64_t rows = sum.rows();
-    sum.clear();
-    sum.add(f.query, f.length, 1, f.key + column * f.length, f.length);
+    sum.multiply(f.query, f.length, 1, f.key + column * f.length, f.length);
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
         store(p[row] + v * LANES, sum.get(row, v) * f.factor);
@@ -133,8 +129,7 @@ struct BackwardStrip {
   static DPB_INLINE void add_gradients(const BackwardStrip& f, int64_t column, const float (*p)[WIDTH]) {
     Sums<E, ROWS, 2> sum(f.rows);
     const int64_t rows = sum.rows();
-    sum.clear();
-    sum.add(f.dout, f.value_length, 1, f.value + column * f.value_length, f.value_length);
+    sum.multiply(f.dout, f.value_length, 1, f.value + column * f.value_length, f.value_length);
     if (f.first_hash == nullptr) {
       DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
         DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
@@ -175,11 +170,10 @@ struct BackwardStrip {
     const int64_t rows = sum.rows();
     const Word* keys = f.key_pairs + column * f.key_panel + (f.key_first + f.first) / PAIR * (VECS * LANES);
     const int64_t count = (f.end - f.first) / PAIR;
-    sum.clear();
     if constexpr (PAIR == 1) {
-      sum.add(f.ds + f.first, DS_ROW, 1, keys, count);
+      sum.multiply(f.ds + f.first, DS_ROW, 1, keys, count);
     } else {
-      sum.add(f.ds_words + f.first / PAIR, BLOCK_KEYS / PAIR, 1, keys, count);
+      sum.multiply(f.ds_words + f.first / PAIR, BLOCK_KEYS / PAIR, 1, keys, count);
     }
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
@@ -225,8 +219,7 @@ struct TransposedProduct {
     // the tile's own sum first, then the total, as in `ForwardStrip`
     Sums<E, ROWS, 2> sum(f.rows);
     const int64_t rows = sum.rows();
-    sum.clear();
-    sum.add(f.a, f.a_row, f.a_step, f.b, f.count);
+    sum.multiply(f.a, f.a_row, f.a_step, f.b, f.count);
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < 2; ++v) {
         float* total = f.total + row * BLOCK_KEYS + v * LANES;
@@ -292,7 +285,7 @@ struct Backward {
   void run(const BackwardPlan&, int64_t task) {
     const int64_t split = task % plan.splits, part = task / plan.splits % plan.parts;
     const int64_t kv_head = task / plan.splits / plan.parts;
-    const int64_t each = (a.sequences + plan.parts - 1) / plan.parts;
+    const int64_t each = ceil_div(a.sequences, plan.parts);
     float* dtable = nullptr;
     if (g.dtable != nullptr) {
       dtable = plan.dtable + task * (a.heads / a.kv_heads) * a.table_width;
@@ -476,12 +469,7 @@ struct Backward {
       strip.key_first = y - begin;
       strip.key_panel = keys_padded / PAIR;
       strip.dquery_row = dquery_row;
-      strip.y = y;
-      strip.first_hash = a.seed == nullptr ? nullptr : dropout.first + at;
-      strip.second_hash = dropout.second + at;
-      strip.threshold = static_cast<uint32_t>(a.threshold);
-      strip.factor = a.softcap != 0 ? a.scale / a.softcap : a.scale * LOG2E;
-      strip.softcap = a.softcap * LOG2E;
+      strip.set(a, dropout, at, y);
       strip.keep_factor = a.keep_factor;
       with_rows<Strip>(height, strip);
     }
@@ -502,7 +490,7 @@ struct Backward {
 
   // total (dim, made even; BLOCK_KEYS) += a^T b over `count` pairs of rows from row `x` on.
   void add_transposed(const Word* pairs, int64_t x, int64_t dim, const Word* b, int64_t count, float* total) {
-    const int64_t half = (dim + 1) / 2, strips = (2 * half + HEIGHT - 1) / HEIGHT, step = IS_TILED ? 1 : dim;
+    const int64_t half = (dim + 1) / 2, strips = ceil_div(2 * half, HEIGHT), step = IS_TILED ? 1 : dim;
     for (int64_t n = 0; n < strips; ++n) {  // strips of about one height: few rows use the registers badly
       const int64_t first = n * half / strips * 2, last = (n + 1) * half / strips * 2;
       const Word* from = pairs + first * pair_row + x / PAIR * step;

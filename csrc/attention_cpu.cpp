@@ -19,7 +19,7 @@
 namespace dpb_triton {
 namespace {
 
-constexpr int64_t LINE = 64, BFLOAT16 = static_cast<int64_t>(torch::headeronly::ScalarType::BFloat16);
+constexpr int64_t BFLOAT16 = static_cast<int64_t>(torch::headeronly::ScalarType::BFloat16);
 // Tasks per thread, so that the last ones end at about the same time.
 constexpr int64_t TASKS_PER_THREAD = 4;
 // A thread needs about 20 microseconds of work; with less, its start costs more than it gains.
@@ -31,10 +31,6 @@ constexpr int64_t CHUNK = 192;
 constexpr int64_t TASKS = 16, SPLIT = 512, ALIGN = 128;
 // A part of the keys of a decoding step has at least that many.
 constexpr int64_t STREAM_SPLIT = 1024;
-
-int64_t ceil_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 bool run_tasks(const Tasks& tasks, int64_t threads) {
   if (tasks.count == 0) {
@@ -150,10 +146,10 @@ Attention completed(const Attention& call) {
 }
 
 bool stream(const Attention& a, const Kernels& kernels, int64_t units) {
-  const int64_t wanted = (TASKS + units - 1) / units;
+  const int64_t wanted = ceil_div(TASKS, units);
   const int64_t most = std::clamp<int64_t>(a.longest_key / STREAM_SPLIT, 1, std::max<int64_t>(1, wanted));
-  const int64_t split_keys = std::max<int64_t>(1, (a.longest_key + most - 1) / most);
-  StreamPlan plan{&a, std::max<int64_t>(1, (a.longest_key + split_keys - 1) / split_keys), split_keys, nullptr};
+  const int64_t split_keys = std::max<int64_t>(1, ceil_div(a.longest_key, most));
+  StreamPlan plan{&a, std::max<int64_t>(1, ceil_div(a.longest_key, split_keys)), split_keys, nullptr};
   const std::unique_ptr<float[]> partial(new float[units * plan.splits * stream_partial(a)]);
   plan.partial = partial.get();
   bool is_finite = run_tasks(kernels.stream(plan, units * plan.splits), a.threads);
@@ -182,9 +178,9 @@ bool attention_forward(const Attention& call) {
   }
   ForwardPlan plan{&a, 1, std::max<int64_t>(a.longest_query, 1)};
   if (units > 0 && units % a.threads != 0 && units < TASKS_PER_THREAD * a.threads) {
-    const int64_t wanted = (TASKS_PER_THREAD * a.threads + units - 1) / units;
-    plan.chunk_rows = std::max(CHUNK, (a.longest_query + wanted - 1) / wanted);
-    plan.chunks = std::max<int64_t>(1, (a.longest_query + plan.chunk_rows - 1) / plan.chunk_rows);
+    const int64_t wanted = ceil_div(TASKS_PER_THREAD * a.threads, units);
+    plan.chunk_rows = std::max(CHUNK, ceil_div(a.longest_query, wanted));
+    plan.chunks = std::max<int64_t>(1, ceil_div(a.longest_query, plan.chunk_rows));
   }
   return run_tasks(kernels.forward(plan, units * plan.chunks), a.threads);
 }
@@ -193,11 +189,11 @@ bool attention_backward(const BackwardCall& call) {
   const Attention a = completed(call.attention);
   const Gradients& g = call.gradients;
   const Kernels kernels = kernels_for(a);
-  const int64_t wanted = (TASKS + a.kv_heads - 1) / a.kv_heads;
+  const int64_t wanted = ceil_div(TASKS, a.kv_heads);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(a.sequences, 1));
-  const int64_t most = std::clamp<int64_t>(a.longest_key / SPLIT, 1, (wanted + parts - 1) / parts);
-  const int64_t split_keys = std::max(ALIGN, ceil_to((a.longest_key + most - 1) / most, ALIGN));
-  const int64_t splits = std::max<int64_t>(1, (a.longest_key + split_keys - 1) / split_keys);
+  const int64_t most = std::clamp<int64_t>(a.longest_key / SPLIT, 1, ceil_div(wanted, parts));
+  const int64_t split_keys = std::max(ALIGN, ceil_to(ceil_div(a.longest_key, most), ALIGN));
+  const int64_t splits = std::max<int64_t>(1, ceil_div(a.longest_key, split_keys));
   BackwardPlan plan{&a, &g, parts, splits, split_keys, ceil_to(a.dim, LINE / 4), nullptr, nullptr};
   const int64_t count = a.kv_heads * parts * splits;
   std::unique_ptr<float[]> dquery, dtable;

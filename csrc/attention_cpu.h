@@ -6,7 +6,7 @@
 
 namespace dpb_triton {
 
-// Whether this compiler and processor have kernels at all.
+// Whether this compiler has made the kernels.
 bool has_attention();
 
 struct BackwardCall {

@@ -2,9 +2,8 @@
 // out = softmax(scale q k^T + bias) v on the CPU, without a tensor of i * j numbers.
 //
 //                keys of a block (BLOCK)
-//   strip        [ panel ][ panel ][ panel ] …        q of the strip times k^T, panel by panel: the sums stay in
-//   registers HEIGHT rows  [ WIDTH keys wide         ]          + band, maximum; then p = exp2(s - maximum), its sum;
-//   then p v
+//   strip        [ panel ][ panel ][ panel ] …    q k^T, panel by panel: the sums stay in registers; + band, maximum
+//   HEIGHT rows  [ WIDTH  ][       ][       ]     then p = exp2(s - maximum), its sum, and p v
 //
 // A strip's scores, HEIGHT x BLOCK, stay in the L1 cache from the first product to the second. The strips of
 // BLOCK_ROWS rows take the same block of k and v from the L2 cache. A task packs k and v of one key head once, and
@@ -23,21 +22,17 @@ constexpr int64_t BLOCK = 256;
 
 // What one strip needs. `query` to `sum` belong to the strip's first row.
 template <class E>
-struct ForwardStrip {
+struct ForwardStrip : StripScores {
   using Word = typename Words<E>::Word;
   static constexpr int64_t PAIR = Words<E>::PAIR;
 
   const Word *query, *key, *value;  // key: of the block's first panel; value: of all keys
   const float *bias, *key_bias;     // of the block's first key; key_bias is null if it adds nothing
   float *scores, *out, *largest, *sum;
-  int64_t rows, length;                      // words of a query row
-  int64_t first, end;                        // the columns of the block that the strip sees, multiples of WIDTH
-  int64_t value_dim, out_row;                // out_row: stride of out
-  int64_t value_first, value_panel;          // the block's first key among the packed ones; words of a column of v
-  int64_t y;                                 // the block's first key
-  const uint32_t *first_hash, *second_hash;  // dropout's, or null
-  uint32_t threshold;
-  float factor, softcap;
+  int64_t rows, length;              // words of a query row
+  int64_t first, end;                // the columns of the block that the strip sees, multiples of WIDTH
+  int64_t value_dim, out_row;        // out_row: stride of out
+  int64_t value_first, value_panel;  // the block's first key among the packed ones; words of a column of v
 
   template <int64_t ROWS>
   static void run(const ForwardStrip& strip) {
@@ -49,8 +44,7 @@ struct ForwardStrip {
       top[row] = splat(-INFINITE);
     }
     for (int64_t column = f.first; column < f.end; column += WIDTH) {
-      sum.clear();
-      sum.add(f.query, f.length, 1, f.key + column * f.length, f.length);
+      sum.multiply(f.query, f.length, 1, f.key + column * f.length, f.length);
       if (f.softcap != 0) {
         cap(f, sum, f.scores + column);
       }
@@ -127,8 +121,7 @@ struct ForwardStrip {
     // The block's own sum first, then the total: one long chain of additions would round worse.
     Sums<E, ROWS, VECS> sum(f.rows);
     const int64_t rows = sum.rows();
-    sum.clear();
-    sum.add(p, BLOCK, 1, value, count);
+    sum.multiply(p, BLOCK, 1, value, count);
     DPB_UNROLL16 for (int64_t row = 0; row < rows; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
         float* out = f.out + row * f.out_row + column + v * LANES;
@@ -248,28 +241,19 @@ struct Forward {
         strip.length = length;
         strip.value_dim = a.value_dim;
         strip.out_row = out_row;
-        strip.y = y;
-        strip.first_hash = a.seed == nullptr ? nullptr : dropout.first + row;
-        strip.second_hash = dropout.second + row;
-        strip.threshold = static_cast<uint32_t>(a.threshold);
-        strip.factor = a.softcap != 0 ? a.scale / a.softcap : a.scale * LOG2E;
-        strip.softcap = a.softcap * LOG2E;
+        strip.set(a, dropout, row, y);
         strip.value_first = y - packed;
         with_rows<ForwardStrip<E>>(height, strip);
       }
     }
     const int64_t place = (s.batch * a.heads + head) * a.i + s.first_query + x;
-    float* sums = a.largest + a.batch * a.heads * a.i;
     T* to = const_cast<T*>(row_of<T>(a.out, s.batch, head, s.first_query + x));
     float check = 0;
     for (int64_t row = 0; row < rows; ++row) {
       const bool is_empty = largest[row] == -INFINITE;
       check +=
           write_row(out + row * out_row, is_empty ? 0.0f : a.keep_factor / sum[row], a.value_dim, to + row * a.out.row);
-      a.lse[place + row] = is_empty ? -INFINITE : LN2 * (largest[row] + std::log2(sum[row]));
-      a.largest[place + row] = largest[row];
-      sums[place + row] = sum[row];
-      check += sum[row] * 0.0f;
+      check += write_state(a, place + row, largest[row], sum[row]);
     }
     has_nan |= check != 0;
   }

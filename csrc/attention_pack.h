@@ -13,14 +13,10 @@
 
 namespace dpb_triton::DPB_ISA {
 
-DPB_INLINE int64_t ceil_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // The number of words that hold `count` neighbours.
 template <class E>
 DPB_INLINE int64_t words(int64_t count) {
-  return (count + Words<E>::PAIR - 1) / Words<E>::PAIR;
+  return ceil_div(count, Words<E>::PAIR);
 }
 
 // The same, up to what a product takes in one step.
@@ -148,7 +144,7 @@ DPB_INLINE void transpose(const W* from, int64_t from_stride, W* to, int64_t to_
 #endif
 }
 
-// `scratch` has WIDTH * (words<E>(dim) + LANES) words.
+// `scratch` has WIDTH * (steps<E>(dim) + LANES) words.
 template <class E, class T>
 void pack_columns(const T* from, int64_t stride, int64_t rows, int64_t dim, typename Words<E>::Word* to,
                   typename Words<E>::Word* scratch) {

@@ -218,15 +218,14 @@ struct Sums {
   DPB_INLINE void set(int64_t row, int64_t v, Vec value) {
     sum[row][v] = value;
   }
-  DPB_INLINE void clear() {
+  // sum(row, …) = the sum of a(row, step) * b(step, …) over all steps. Neighbours of a: `a_row` and `a_step` words
+  // apart.
+  DPB_INLINE void multiply(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t steps) {
     DPB_UNROLL16 for (int64_t row = 0; row < ROWS; ++row) {
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
         sum[row][v] = Vec{};
       }
     }
-  }
-  // sum(row, …) += a(row, step) * b(step, …) over all steps. Neighbours of a: `a_row` and `a_step` words apart.
-  DPB_INLINE void add(const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step) {
       decltype(load(b)) columns[VECS];
       DPB_UNROLL for (int64_t v = 0; v < VECS; ++v) {
@@ -243,9 +242,7 @@ struct Sums {
     }
   }
 };
-#endif
 
-#ifndef DPB_AMX
 struct TileUnit {};  // nothing to prepare
 #endif
 

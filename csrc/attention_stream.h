@@ -78,7 +78,7 @@ constexpr int64_t LEAST_DIM = LANES * Words<E>::PAIR;
 
 // A block of keys for the rows of a key head.
 template <class E, class T>
-struct StreamBlock {
+struct StreamBlock : Scores {
   static constexpr int64_t PAIR = Words<E>::PAIR, STEP = LANES * PAIR;
 
   const typename Words<E>::Word* query;  // (rows, steps, LANES) words
@@ -87,12 +87,11 @@ struct StreamBlock {
   const float* bias[STREAM_ROWS];  // of each row and the block's first key
   const float* key_bias;           // or null
   float *scores, *out, *largest, *sum;
-  float factor, softcap;
 
   template <int64_t ROWS>
   static void run(const StreamBlock& block) {
     const StreamBlock f = block;
-    const int64_t steps = (f.dim + STEP - 1) / STEP;
+    const int64_t steps = ceil_div(f.dim, STEP);
     for (int64_t first = 0; first < f.count; first += LANES) {
       const T* keys[LANES];
       for (int64_t lane = 0; lane < LANES; ++lane) {
@@ -189,18 +188,19 @@ struct Stream {
   using Word = typename Words<E>::Word;
   const Attention& a;
   StreamBlock<E, T> block;
-  float *key_bias, *band, *rows;
+  float *key_bias, *band, *columns, *weights;
   Word* query;
   int64_t steps;
   bool has_nan = false;
 
   Stream(const StreamPlan& plan, Arena& arena) : a(*plan.attention) {
-    steps = (a.dim + LEAST_DIM<E> - 1) / LEAST_DIM<E>;
+    steps = ceil_div(a.dim, LEAST_DIM<E>);
     key_bias = arena.take<float>(STREAM_BLOCK);
     band = arena.take<float>(STREAM_ROWS * (STREAM_BLOCK + STREAM_ROWS + LANES));
     query = arena.take<Word>(STREAM_ROWS * steps * LANES);
     block.scores = arena.take<float>(STREAM_ROWS * STREAM_BLOCK);
-    rows = arena.take<float>(STREAM_ROWS * LANES);
+    columns = arena.take<float>(LANES);
+    weights = arena.take<float>(plan.splits);
   }
 
   void run(const StreamPlan& plan, int64_t task) {
@@ -230,8 +230,7 @@ struct Stream {
     block.value_row = a.value.row;
     block.dim = a.dim;
     block.value_dim = a.value_dim;
-    block.factor = a.softcap != 0 ? a.scale / a.softcap : a.scale * LOG2E;
-    block.softcap = a.softcap * LOG2E;
+    block.set(a);
     for (int64_t y = begin; y < end; y += STREAM_BLOCK) {
       block.count = std::min(STREAM_BLOCK, end - y);
       block.key = row_of<T>(a.key, s.batch, kv_head, s.first_key + y);
@@ -279,7 +278,6 @@ struct Stream {
     const int64_t kv_head = unit % a.kv_heads, group = a.heads / a.kv_heads;
     const Sequence s = sequence_of(a, unit / a.kv_heads);
     const float* parts = plan.partial + unit * plan.splits * stream_partial(a);
-    float* sums = a.largest + a.batch * a.heads * a.i;
     float check = 0;
     for (int64_t row = 0; row < group * s.i; ++row) {
       float largest = -INFINITE, sum = 0;
@@ -289,7 +287,11 @@ struct Stream {
       const bool is_empty = largest == -INFINITE;
       for (int64_t split = 0; split < plan.splits; ++split) {
         const float* part = parts + split * stream_partial(a);
-        sum += part[STREAM_ROWS + row] * (is_empty ? 1.0f : std::exp2(part[row] - largest));
+        weights[split] = is_empty ? 0.0f : std::exp2(part[row] - largest);
+        sum += part[STREAM_ROWS + row] * (is_empty ? 1.0f : weights[split]);
+      }
+      for (int64_t split = 0; !is_empty && split < plan.splits; ++split) {
+        weights[split] /= sum;
       }
       const int64_t head = kv_head * group + row / s.i, x = s.first_query + row % s.i;
       T* to = const_cast<T*>(row_of<T>(a.out, s.batch, head, x));
@@ -297,17 +299,13 @@ struct Stream {
         Vec total = {};
         for (int64_t split = 0; split < plan.splits; ++split) {
           const float* part = parts + split * stream_partial(a);
-          const float weight = is_empty ? 0.0f : std::exp2(part[row] - largest) / sum;
-          total += load(part + 2 * STREAM_ROWS + row * ceil_to(a.value_dim, LANES) + column) * weight;
+          total += load(part + 2 * STREAM_ROWS + row * ceil_to(a.value_dim, LANES) + column) * weights[split];
         }
-        store(rows, total);
-        check += write_row(rows, 1.0f, LANES, to + std::min(column, a.value_dim - LANES));
+        store(columns, total);
+        check += write_row(columns, 1.0f, LANES, to + std::min(column, a.value_dim - LANES));
       }
       const int64_t place = (s.batch * a.heads + head) * a.i + x;
-      a.lse[place] = is_empty ? -INFINITE : LN2 * (largest + std::log2(sum));
-      a.largest[place] = largest;
-      sums[place] = sum;
-      check += sum * 0.0f;
+      check += write_state(a, place, largest, sum);
     }
     return check != 0;
   }

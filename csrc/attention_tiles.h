@@ -17,9 +17,8 @@ namespace dpb_triton::DPB_ISA {
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 // Rows that take the same block of keys.
 constexpr int64_t BLOCK_ROWS = IS_TILED ? 4 * HEIGHT : 8 * HEIGHT;
-constexpr int64_t LINE = 64;  // bytes; each part of the scratch memory begins at a multiple
 
-// Hands out parts of a task's scratch memory; with a null pointer it only counts the bytes.
+// Hands out parts of a task's scratch memory, each at a multiple of LINE; with a null pointer it only counts the bytes.
 struct Arena {
   char* memory;
   int64_t bytes = 0;
@@ -146,6 +145,31 @@ DPB_INLINE IntVec is_kept(uint32_t first, uint32_t second, int64_t y, uint32_t t
   return (IntVec)(mix((keys ^ first) * 0x9e3779b1u + second) >= threshold);
 }
 
+// How scores are made, in units of log2: factor * q k^T, or softcap * tanh(factor * q k^T).
+struct Scores {
+  float factor, softcap;  // softcap: 0 if none
+
+  void set(const Attention& a) {
+    factor = a.softcap != 0 ? a.scale / a.softcap : a.scale * LOG2E;
+    softcap = a.softcap * LOG2E;
+  }
+};
+
+// The same for the rows of a strip and the keys from y on, and which of the scores dropout keeps.
+struct StripScores : Scores {
+  int64_t y;
+  const uint32_t *first_hash, *second_hash;  // null without dropout
+  uint32_t threshold;
+
+  void set(const Attention& a, const Dropout& dropout, int64_t row, int64_t first_key) {
+    Scores::set(a);
+    y = first_key;
+    first_hash = a.seed == nullptr ? nullptr : dropout.first + row;
+    second_hash = a.seed == nullptr ? nullptr : dropout.second + row;
+    threshold = static_cast<uint32_t>(a.threshold);
+  }
+};
+
 // Strips have HEIGHT rows; the last two share what is left. Only even heights and 1 are compiled, so that pairs of rows
 // stay together, and the extension builds soon. Products of tiles take whole strips.
 DPB_INLINE int64_t strip_of(int64_t left) {
@@ -176,6 +200,14 @@ DPB_INLINE float write_row(const float* from, float factor, int64_t count, T* to
     to[c] = convert<T>(value);
   }
   return check;
+}
+
+// Writes lse and state of the row at `place` of (batch, heads, i). Returns 0, or NaN if the sum is NaN or infinite.
+DPB_INLINE float write_state(const Attention& a, int64_t place, float largest, float sum) {
+  a.lse[place] = largest == -INFINITE ? -INFINITE : LN2 * (largest + std::log2(sum));
+  a.largest[place] = largest;
+  a.largest[a.batch * a.heads * a.i + place] = sum;
+  return sum * 0.0f;
 }
 
 }  // namespace dpb_triton::DPB_ISA

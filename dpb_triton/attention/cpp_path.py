@@ -6,12 +6,14 @@ float32, bfloat16 and float16. A masked pair with NaN or Inf may spoil their res
 `torch_path.py` computes the call again.
 """
 
+import importlib
+
 import torch
 
 from .. import dispatch
 from . import torch_path
 
-_C = None if dispatch.CSRC_ERROR else __import__("dpb_triton._C", fromlist=["_C"])
+_C = None if dispatch.CSRC_ERROR else importlib.import_module("dpb_triton._C")
 IS_BUILT = hasattr(_C, "attention_forward")
 # As torch numbers them in C++.
 _DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
@@ -49,6 +51,16 @@ def backward(
 ):  # fmt: skip
     """attention_backward: -> dq, dk, dv, dtable, dkey_bias; unneeded ones are empty."""
     if is_served(query, key):
+        shape = *query.shape[:3], value.shape[3]
+        if (
+            any(x.shape != shape or x.dtype != query.dtype for x in (dout, out))
+            or state.shape != (2, *shape[:3]) or state.dtype != torch.float32
+            or (dlse is not None and (dlse.shape != shape[:3] or dlse.dtype != torch.float32))
+        ):  # fmt: skip
+            raise ValueError(
+                f"dpb_triton: dout, out, state and dlse do not fit a result of shape {shape} and {query.dtype}, got "
+                + ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (dout, out, state, dlse) if x is not None)
+            )
         dout, query, key, value, out, key_bias = map(_unit_stride, (dout, query, key, value, out, key_bias))
         dq = torch_path.like(query) if needs_dq else query.new_empty(0)
         dk, dv = (torch_path.like(tensor) if needs_dkv else tensor.new_empty(0) for tensor in (key, value))

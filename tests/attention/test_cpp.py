@@ -291,3 +291,17 @@ def test_a_key_bias_of_any_strides():
         results = [call(query, key, value, table, bias, *options) for bias in (key_bias, key_bias.contiguous())]
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", [
+    {"dout": torch.zeros(1, 2, 3, 8)}, {"dout": torch.zeros(1, 2, 4, 8).bfloat16()}, {"out": torch.zeros(1, 2, 4, 7)},
+    {"state": torch.zeros(2, 1, 2, 3)}, {"state": torch.zeros(2, 1, 2, 4).double()}, {"dlse": torch.zeros(1, 2, 3)},
+], ids=lambda change: ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in change.items()))  # fmt: skip
+def test_gradients_that_do_not_fit_are_refused(change):
+    query, key, table = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 8, 8), torch.zeros(2, 20)
+    given = {"dout": query, "dlse": None, "out": query, "state": torch.zeros(2, 1, 2, 4)} | change
+    options = None, None, 4, 8, 0, False, None, None, 0.3, 0.0, 0.0, False, True, True, True, False
+    with pytest.raises(ValueError, match="do not fit a result"):
+        dispatch.OPERATORS["attention_backward"](
+            given["dout"], given["dlse"], query, key, key, table, None, given["out"], given["state"], *options
+        )

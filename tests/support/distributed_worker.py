@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 CASES = distributed_context.CASES | distributed_shards.CASES | distributed_training.CASES | distributed_tensor.CASES
-SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)}  # all others: (2, 4)
+SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)} | {
+    name: (2,) for name in distributed_shards.CASES if "triton" in name or "compiled" in name
+}  # all others: (2, 4)
 
 
 def names_for(size):

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Which heads of a MultiheadAttention a process computes. By default all; `distributed/own_heads.py` has a rank's."""
 
+from typing import TypeVar
+
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor | None)
 
 
 class AllHeads:
-    """All heads, so every tensor stays as it is. A subclass takes the part of its heads.
+    """All heads, so every tensor stays as it is. A subclass takes the part of its heads."""
 
-    The arguments may be None, which stays None, except in the last two.
-    """
-
-    def shared(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Inputs of the call, which have a gradient from all heads."""
+    def shared(self, *tensors: T) -> tuple[T, ...]:
+        """Inputs of the call, or None: their gradient comes from all heads. Tensors that are one stay one."""
         return tensors
 
     def mask(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -22,7 +23,7 @@ class AllHeads:
         """The rows of in_proj_weight or in_proj_bias, (3 * heads * head_dim, …): of q, of k, of v."""
         return parameter
 
-    def part(self, parameter: Tensor | None) -> Tensor | None:
+    def part(self, parameter: Tensor) -> Tensor:
         """Of q_proj_weight, k_proj_weight, v_proj_weight, bias_k or bias_v."""
         return parameter
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The heads of one rank of a MultiheadAttention whose parameters are DTensors on a mesh of one dimension."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..multihead_heads import AllHeads
+from ..multihead_heads import AllHeads, T
 
 
 class OwnHeads(AllHeads):
@@ -15,9 +17,9 @@ class OwnHeads(AllHeads):
         self.mesh = mesh
         self.num_heads = num_heads
 
-    def shared(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        # the module tells self-attention by one tensor being query, key and value, and one sum is enough then
-        found = {id(x): x if x is None or not x.requires_grad else self._summed(x) for x in tensors}
+    def shared(self, *tensors: T) -> tuple[T, ...]:
+        # one tensor as query, key and value is self-attention, and needs one sum
+        found: dict[int, Any] = {id(x): self._summed(x) if x is not None and x.requires_grad else x for x in tensors}
         return tuple(found[id(x)] for x in tensors)
 
     def _summed(self, x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class OwnHeads(AllHeads):
         rows = parameter.unflatten(0, (3, -1)).redistribute(placements=[Shard(1)])
         return rows.to_local().flatten(0, 1)
 
-    def part(self, parameter: Tensor | None) -> Tensor | None:
+    def part(self, parameter: Tensor) -> Tensor:
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def output(self, out_proj: nn.Module, out: Tensor) -> Tensor:

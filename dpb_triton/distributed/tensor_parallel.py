@@ -48,8 +48,8 @@ class HeadParallel(ParallelStyle):
 
     Raises:
         TypeError: the module is neither, or the last layer of the bias's MLP is no Linear.
-        ValueError: the mesh has several dimensions, or its size does not divide the number of heads, or the module's
-            parameters are on another mesh already (fully_shard comes after parallelize_module).
+        ValueError: the mesh has several dimensions, or its size does not divide the number of heads, or a parameter is
+            a DTensor already (fully_shard comes after parallelize_module).
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -69,22 +69,26 @@ class HeadParallel(ParallelStyle):
             raise ValueError(f"mesh must have one dimension, got {device_mesh.ndim}, {device_mesh}")
         if pos_bias.heads % device_mesh.size():
             raise ValueError(f"the mesh's {device_mesh.size()} ranks must divide the module's {pos_bias.heads} heads")
-        for name, parameter in module.named_parameters():
-            if isinstance(parameter, DTensor) and parameter.device_mesh != device_mesh:
-                raise ValueError(
-                    f"{name} is already distributed over another mesh, {parameter.device_mesh}; HeadParallel needs "
-                    "plain parameters, so fully_shard comes after it"
-                )
 
         # layers may share a module, and each of them applies the style
-        if not isinstance(last.weight, DTensor):
+        done = [each for each in (module, pos_bias) if _mesh_of(each) == device_mesh]
+        if module in done:
+            return module
+        finished = {id(parameter) for each in done for parameter in each.parameters()}
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, DTensor) and id(parameter) not in finished:
+                raise ValueError(
+                    f"{name} must be no DTensor yet, got one on {parameter.device_mesh}: apply HeadParallel once, and "
+                    "fully_shard after it"
+                )
+        if pos_bias not in done:
             for layer in pos_bias.mlp.modules():
                 self._distribute(layer, device_mesh, {"weight": Shard(0), "bias": Shard(0)} if layer is last else {})
             # functions of this module and not, as distribute_module's hooks, lambdas: those do not pickle
             pos_bias.mlp.register_forward_pre_hook(partial(_replicated_input, mesh=device_mesh))
             pos_bias.mlp.register_forward_hook(_local_output)
             pos_bias.register_load_state_dict_pre_hook(_distribute_loaded)
-        if isinstance(module, MultiheadAttention) and not isinstance(module.out_proj.weight, DTensor):
+        if isinstance(module, MultiheadAttention):
             self._distribute(module, device_mesh, _PROJECTIONS)
             self._distribute(module.out_proj, device_mesh, {"weight": Shard(1)})
             module.register_load_state_dict_pre_hook(_distribute_loaded)
@@ -92,11 +96,23 @@ class HeadParallel(ParallelStyle):
         return module
 
     def _distribute(self, layer: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Placement]) -> None:
-        """Make DTensors of the layer's own parameters, replicated if they have no placement."""
+        """Make DTensors of the layer's own parameters and buffers, replicated if they have no placement."""
         for name, parameter in layer.named_parameters(recurse=False):
             placement = placements.get(name, Replicate())
             shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=self.src_data_rank)
             layer.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
+        for name, buffer in layer.named_buffers(recurse=False):
+            layer._buffers[name] = distribute_tensor(buffer, mesh, [Replicate()], src_data_rank=self.src_data_rank)
+
+
+def _mesh_of(module: MultiheadAttention | DynamicPositionBias) -> DeviceMesh | None:
+    """The mesh of a module to which the style was applied."""
+    if isinstance(module, MultiheadAttention):
+        return module._heads.mesh if isinstance(module._heads, OwnHeads) else None
+    for hook in module.mlp._forward_pre_hooks.values():
+        if isinstance(hook, partial) and hook.func is _replicated_input:
+            return hook.keywords["mesh"]
+    return None
 
 
 def _replicated_input(mlp: nn.Module, inputs: Any, *, mesh: DeviceMesh) -> Any:

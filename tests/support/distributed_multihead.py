@@ -69,7 +69,8 @@ def every_call(name):
             call = dict(form)
             kinds = call.pop("attn_mask"), call.pop("padding", "none")
             query, key, value = draw(module, batch, 5, 7)
-            inputs = [(query, key, value), (query, key, key), (key, key, key)][number % 3 if module.kdim == module.vdim else 0]
+            kinds_of_inputs = (query, key, value), (query, key, key), (key, key, key)
+            inputs = kinds_of_inputs[number % 3 if name not in ("kdim", "kdim and vdim", "all") else 0]
             i = 7 if inputs[0] is key else 5
             masks = {k: x for k, x in draw_masks(module, batch, i, 7, *kinds).items() if x is not None}
             assert_close(results(parallel, inputs, call, masks), results(module, inputs, call, masks))

@@ -20,8 +20,17 @@ import quick_interpreter
 import torch
 import torch.distributed as dist
 
-CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES | distributed_multihead.CASES | distributed_loading.CASES
-SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,), "data and tensor parallel training of an encoder": (4,), "data and tensor parallel loading": (4,)}  # all others: (2, 4)
+CASES = (
+    distributed_context.CASES
+    | distributed_training.CASES
+    | distributed_tensor.CASES
+    | distributed_multihead.CASES
+    | distributed_loading.CASES
+)
+SIZES = {  # all others: (2, 4)
+    **dict.fromkeys(("context triton", "context nan triton", "tensor parallel compiled"), (2,)),
+    **{name: (4,) for name in CASES if name.startswith("data and tensor parallel")},
+}
 
 
 def names_for(size):

@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 
 import distributed_context
+import distributed_loading
+import distributed_multihead
 import distributed_shards
 import distributed_tensor
 import distributed_training
@@ -20,9 +22,13 @@ import quick_interpreter
 import torch
 import torch.distributed as dist
 
-CASES = distributed_context.CASES | distributed_shards.CASES | distributed_training.CASES | distributed_tensor.CASES
-SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)} | {
-    name: (2,) for name in distributed_shards.CASES if "triton" in name or "compiled" in name
+GROUPS = (
+    distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_multihead,
+    distributed_loading,
+)  # fmt: skip
+CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
+SIZES = {name: (2,) for name in CASES if "triton" in name or "compiled" in name} | {
+    name: (4,) for name in CASES if name.startswith("data and tensor parallel")
 }  # all others: (2, 4)
 
 

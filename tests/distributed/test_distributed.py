@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several processes against one: torchrun starts 2 processes, then 4, and each launch runs all its cases."""
+"""Several processes against one: torchrun starts 2, 4 and 8 processes, and each launch runs all its cases."""
 
 import json
 
@@ -32,7 +32,7 @@ def launch(tmp_path_factory):
 
 CASES = [
     (pytest.param if size == 2 else slow)(size, name, id=f"{size}-{name}")
-    for size in (2, 4)
+    for size in (2, 4, 8)
     for name in distributed_worker.names_for(size)
 ]
 

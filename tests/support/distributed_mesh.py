@@ -5,7 +5,6 @@ import math
 import shutil
 import tempfile
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -96,7 +95,10 @@ class Mesh:
         copies = dist.get_world_size() // math.prod(sizes)  # of the training; usually one
         names = ("copy", "data", "context", "tensor")
         self.mesh = init_device_mesh("cpu", (copies, *sizes), mesh_dim_names=names)
-        self.sizes, self.shards = sizes, self.mesh["data", "context"]._flatten("shards")
+        self.shards = self.mesh["data", "context"]._flatten("shards")
+
+    def own(self, batch):
+        return batch.chunk(self.mesh["data"].size())[self.mesh["data"].get_local_rank()]
 
     def place(self, model):
         if self.mesh["tensor"].size() > 1:
@@ -121,24 +123,23 @@ def optimizer_of(model):
 
 
 def train(model, optimizer, steps, total, mesh=None, placement="zigzag", **options):
-    """[(loss, norm of the gradients)] of these steps, of the whole batch on every rank."""
-    if mesh is None:
-        attend = partial(bias_attention, is_causal=True)
-    else:
+    """(steps, 2): the loss and the norm of the gradients of the whole batch, on every rank."""
+    attend = partial(bias_attention, is_causal=True)
+    if mesh is not None:
         shards = ContextShards(mesh.mesh["context"], total, placement=placement)
-        attend = partial(context_parallel_attention, shards=shards, is_causal=True, **options)
+
+        def attend(*tensors):
+            return context_parallel_attention(*tensors, shards, is_causal=True, **options)
+
     found = []
     for step in steps:
-        tokens = batches(total)[step]
+        tokens, share = batches(total)[step], BATCH * total
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if mesh is not None:
-            tokens = tokens.chunk(mesh.sizes[0])[mesh.mesh["data"].get_local_rank()]
-        inputs, targets, share = tokens[:, :-1], tokens[:, 1:], total
-        if mesh is not None:
-            inputs, targets = shards.shard(inputs, 1), shards.shard(targets, 1)
-            share = total / mesh.sizes[1]  # fully_shard averages over the ranks; their slices may differ in length
+            share /= mesh.shards.size()  # fully_shard averages over the ranks, and their slices may differ in length
+            inputs, targets = (mesh.own(shards.shard(x, 1)) for x in (inputs, targets))
         logits = model(inputs, total, attend)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        loss = loss / (len(tokens) * share)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / share
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)
@@ -224,14 +225,18 @@ def checkpoint(before, after):
 
 CASES = {
     "mesh 2 x 2 x 1": partial(training, 2, 2, 1),
-    "mesh 1 x 2 x 2": partial(training, 1, 2, 2),
     "mesh 2 x 1 x 2": partial(training, 2, 1, 2),
+    "mesh 1 x 2 x 2": partial(training, 1, 2, 2),
+    "mesh 1 x 2 x 2 by all_to_all": partial(training, 1, 2, 2, method="all_to_all"),
     "mesh 1 x 2 x 2 of odd length": partial(training, 1, 2, 2, total=15),
+    "mesh 1 x 4 x 1 of contiguous slices": partial(training, 1, 4, 1, placement="contiguous", total=15),
     "checkpoint from 2 x 1 x 2 to 1 x 2 x 2": partial(checkpoint, (2, 1, 2), (1, 2, 2)),
     "checkpoint from 1 x 2 x 2 to 2 x 2 x 1": partial(checkpoint, (1, 2, 2), (2, 2, 1)),
     "mesh 2 x 2 x 2": partial(training, 2, 2, 2),
-    "mesh 1 x 4 x 2": partial(training, 1, 4, 2),
-    "mesh 1 x 2 x 4": partial(training, 1, 2, 4),
-    "mesh 2 x 4 x 1": partial(training, 2, 4, 1),
+    "mesh 2 x 4 x 1": partial(training, 2, 4, 1, placement="contiguous"),
+    "mesh 1 x 2 x 4": partial(training, 1, 2, 4, total=15),
+    "mesh 1 x 4 x 2 by all_to_all": partial(training, 1, 4, 2, method="all_to_all"),
     "checkpoint from 4 processes to 8": partial(checkpoint, (2, 1, 2), (1, 2, 4)),
 }
+FIRST_OF_8 = list(CASES).index("mesh 2 x 2 x 2")
+SIZES = {name: (4,) if place < FIRST_OF_8 else (8,) for place, name in enumerate(CASES)}

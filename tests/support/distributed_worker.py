@@ -12,14 +12,16 @@ import traceback
 from pathlib import Path
 
 import distributed_context
+import distributed_mesh
 import distributed_tensor
 import distributed_training
 import quick_interpreter
 import torch
 import torch.distributed as dist
 
-CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES
-SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)}  # all others: (2, 4)
+CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES | distributed_mesh.CASES
+# all others: (2, 4)
+SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)} | distributed_mesh.SIZES
 
 
 def names_for(size):

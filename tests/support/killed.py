@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Runs a script whose first attempt is killed at a certain moment.
 
-torchrun … killed.py SCRIPT MOMENT COUNT RANK…: these ranks kill themselves when the moment comes for the COUNTth time.
-With "float64" as the first word the script's tensors have that dtype.
+torchrun … killed.py SCRIPT DTYPE [MOMENT COUNT RANK…]
+
+These ranks kill themselves when the moment comes for the COUNTth time. DTYPE is torch's default dtype.
 """
 
 import os
@@ -36,11 +37,8 @@ def kill(moment, count):
     setattr(owner, name, wrapper)
 
 
-def main(*words):
-    if words[0] == "float64":
-        torch.set_default_dtype(torch.float64)
-        words = words[1:]
-    script, moment, count, *ranks = words
+def main(script, dtype, moment=None, count=0, *ranks):
+    torch.set_default_dtype(getattr(torch, dtype))
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] in ranks:
         kill(moment, int(count))
     runpy.run_path(script, run_name="__main__")

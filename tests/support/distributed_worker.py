@@ -13,13 +13,16 @@ from pathlib import Path
 
 import distributed_context
 import distributed_mesh
+import distributed_shards
 import distributed_tensor
 import distributed_training
+import pytest
 import quick_interpreter
 import torch
 import torch.distributed as dist
 
-CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES | distributed_mesh.CASES
+GROUPS = distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_mesh
+CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
 # all others: (2, 4)
 SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)} | distributed_mesh.SIZES
 
@@ -34,7 +37,7 @@ def run(name):
     try:
         torch.manual_seed(0)
         CASES[name]()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         error = traceback.format_exc()
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -70,10 +70,10 @@ def torchrun(processes, *words, options=(), cwd=None, **environment):
 
 
 def finished(process, timeout):
-    """(exit status, stdout, stderr). At the timeout torchrun stops its processes, and TimeoutExpired is raised."""
+    """(exit status, stdout, stderr). At the timeout torchrun stops its processes."""
     try:
         output = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         process.terminate()
         process.communicate()
         raise

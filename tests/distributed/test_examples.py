@@ -19,7 +19,7 @@ def test_examples(name, tmp_path):
     example = EXAMPLES[name]
     script = tmp_path / "example.py"
     script.write_text(example.code)
-    status, output, errors = finished(torchrun(example.processes, script, cwd=tmp_path), timeout=120)
+    status, output, errors = finished(torchrun(example.processes, script, cwd=tmp_path), timeout=240)
     assert status == 0, output + errors
     assert example.output is None or output == example.output
 

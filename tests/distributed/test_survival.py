@@ -66,7 +66,6 @@ def steps_from(*pieces):
         pytest.param(2, ("write", 2, 1), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="2-while saving"),
         slow(4, ("backward", EVERY + 2, 1), steps_from((1, EVERY + 1), (EVERY + 1, STEPS)), id="4-in backward"),
         slow(4, ("backward", 1, 3), steps_from((1, STEPS)), id="4-before a checkpoint"),
-        slow(4, ("write", 2, 2), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="4-while saving"),
         slow(4, ("metadata", 2, 0), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="4-at the end of saving"),
     ],
 )

@@ -15,6 +15,7 @@ from .attention.checks import LARGEST_HEAD_DIM
 from .checks import check_int, is_transformed
 from .expand.api import Backend
 from .module import DynamicPositionBias
+from .multihead_heads import AllHeads
 from .multihead_masks import CausalHint, biased_mask, check_call, check_mask_dtype
 from .tracing import is_tracing, unrecorded
 
@@ -48,6 +49,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         TypeError, ValueError: pos_bias is no `DynamicPositionBias`, or has another number of heads.
         AssertionError: as torch's module, for sizes that do not divide.
     """
+
+    _heads: AllHeads = AllHeads()  # which heads this process computes; HeadParallel sets it
+    pos_bias: DynamicPositionBias
 
     if TYPE_CHECKING:  # torch's __call__ would hide the signature of forward
 
@@ -90,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise TypeError(f"pos_bias must be a DynamicPositionBias or None, got {type(pos_bias).__name__}")
         if pos_bias.heads != num_heads:
             raise ValueError(f"pos_bias must have num_heads = {num_heads} heads, got {pos_bias.heads}")
-        self.pos_bias: DynamicPositionBias = pos_bias
+        self.pos_bias = pos_bias
         self.register_forward_pre_hook(_no_fast_path)
 
     def forward(
@@ -139,7 +143,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not is_batched:
             q, k, v = (x.unsqueeze(0) for x in (q, k, v))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        q, k, v = (rearrange(x, f"{tokens} (h d) -> b h n d", h=self.num_heads) for x in (q, k, v))
+        q, k, v = (rearrange(x, f"{tokens} (h d) -> b h n d", d=self.head_dim) for x in (q, k, v))
         i, j = q.shape[2], k.shape[2]
         offset = j - i if offset is None else check_int("offset", offset)
 
@@ -147,16 +151,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal = bool(is_causal) and (not has_mask or _causal_hint.is_true_of(attn_mask, offset))
         is_dropped = is_causal and not need_weights and key_padding_mask is None  # torch's module ignores the mask then
         check_mask_dtype(q, (None if is_dropped else attn_mask, key_padding_mask), is_exact=need_weights)
-        attn_mask = None if is_causal else attn_mask
+        attn_mask, key_padding_mask = self._heads.shared(None if is_causal else attn_mask, key_padding_mask)
+        attn_mask = self._heads.mask(attn_mask)
         if self._is_fused(q, k, v, need_weights, attn_mask):
             out, weights = self._fused(q, k, v, key_padding_mask, is_causal, offset), None
         else:
             out, weights = self._materialised(q, k, v, key_padding_mask, need_weights, attn_mask, is_causal, offset)
-        out = self.out_proj(rearrange(out, f"b h n d -> {tokens} (h d)"))
+        out = self._heads.output(self.out_proj, rearrange(out, f"b h n d -> {tokens} (h d)"))
         if weights is None or not need_weights:
             return (out if is_batched else out.squeeze(0)), None
-        weights = weights.to(q.dtype)
-        weights = weights.mean(1) if average_attn_weights else weights
+        weights = self._heads.weights(weights.to(q.dtype), average_attn_weights)
         return (out, weights) if is_batched else (out.squeeze(0), weights.squeeze(0))
 
     def merge_masks(
@@ -221,18 +225,20 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """embed_dim features each. Arguments that are one tensor share one product."""
-        embed_dim, bias = self.embed_dim, self.in_proj_bias
-        if self.in_proj_weight is None:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        query, key, value = self._heads.shared(query, key, value)
+        weight, bias = self._heads.packed(self.in_proj_weight), self._heads.packed(self.in_proj_bias)
+        if weight is None:
+            parts = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            weights = tuple(map(self._heads.part, parts))
         elif query is key and key is value:
-            return F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+            return F.linear(query, weight, bias).chunk(3, -1)
         elif key is value:
-            parts = [embed_dim, 2 * embed_dim]
-            weight_q, weight_kv = self.in_proj_weight.split(parts)
-            bias_q, bias_kv = (None, None) if bias is None else bias.split(parts)
+            width = weight.shape[0] // 3
+            weight_q, weight_kv = weight.split([width, 2 * width])
+            bias_q, bias_kv = (None, None) if bias is None else bias.split([width, 2 * width])
             return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, -1)
         else:
-            weights = self.in_proj_weight.chunk(3)
+            weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
 
@@ -276,10 +282,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         bias = self.pos_bias(q.shape[2], k.shape[2], offset=offset, dtype=dtype, backend=backend)
         mask = biased_mask(bias, attn_mask, key_padding_mask, is_causal, offset)
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = _append(k, self.bias_k), _append(v, self.bias_v)
+            k, v = _append(k, self._heads.part(self.bias_k)), _append(v, self._heads.part(self.bias_v))
         if self.add_zero_attn:
-            zeros = k.new_zeros(1, 1, self.embed_dim)
-            k, v = _append(k, zeros), _append(v, zeros)
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         if self.bias_k is not None or self.add_zero_attn:
             mask = F.pad(mask, (0, (self.bias_k is not None) + self.add_zero_attn))
         has_mask = is_causal or attn_mask is not None or key_padding_mask is not None

@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).parents[1] / "dpb_triton"
 ARROWS = """
     __init__ __main__
     plot tensor_parallel integrations
-    multihead distributed
-    multihead_masks module
+    distributed
+    multihead
+    multihead_masks multihead_heads module
     table_cache mlp
     plain_layers attention
     expand
@@ -33,7 +34,7 @@ INSIDE = {
     "torch_grid torch_products kernels",
     "attention/kernels": "paged forward decode merge backward dkdv dq dtable prologue launch bias blocks tiles "
     "arguments",
-    "distributed": "context_parallel tensor_parallel shards heads ops ring seeds exchange placement",
+    "distributed": "context_parallel tensor_parallel own_heads shards heads ops ring seeds exchange placement",
     "expand": "api autograd ops torch_path triton_kernels",
     "integrations": "transformers",
     "integrations/transformers": "__init__ attention table mask",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Collectives of rows: every rank sends some rows to every other. Differentiable, with torch.compile too.
+"""Collectives of rows: every rank sends some rows to every other. Differentiable, and one node for torch.compile.
 
 A gather is such an exchange: each rank sends all its rows to everybody. So its derivative, the sum over the ranks,
 needs no padding, however different their lengths are.
@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .. import dispatch
+
 
 def group_of(name):
     """The process group of this name."""
@@ -17,7 +19,7 @@ def group_of(name):
 
 def exchange(rows, sent, received, group_name):
     """Send the first sent[0] rows to rank 0, the next to rank 1, …; return received[0] rows of rank 0, and so on."""
-    return _Exchange.apply(rows, sent, received, group_name)
+    return torch.ops.dpb_triton.exchange(rows, sent, received, group_name)
 
 
 def gather(rows, lengths, group_name):
@@ -40,15 +42,26 @@ def largest_of_ranks(tensor, group_name):
     return functions.wait_tensor(functions.all_reduce(tensor, "max", group_name))
 
 
-class _Exchange(torch.autograd.Function):
-    """apply(rows, sent, received, group_name) -> rows."""
+def _exchange(rows, sent, received, group):
+    functions = torch.ops._c10d_functional
+    return functions.wait_tensor(functions.all_to_all_single(rows.contiguous(), received, sent, group))
 
-    @staticmethod
-    def forward(ctx, rows, sent, received, group_name):
-        ctx.arguments = received, sent, group_name
-        functions = torch.ops._c10d_functional  # torch.compile knows them
-        return functions.wait_tensor(functions.all_to_all_single(rows.contiguous(), received, sent, group_name))
 
-    @staticmethod
-    def backward(ctx, grad):
-        return exchange(grad, *ctx.arguments), None, None, None
+def _fake(rows, sent, received, group):
+    return rows.new_empty((sum(received), *rows.shape[1:]))
+
+
+def _save(ctx, inputs, output):
+    ctx.arguments = inputs[2], inputs[1], inputs[3]
+
+
+def _backward(ctx, grad):
+    """The gradients take the way back."""
+    return exchange(grad, *ctx.arguments), None, None, None
+
+
+_NAME = "dpb_triton::exchange"
+dispatch.LIBRARY.define("exchange(Tensor rows, SymInt[] sent, SymInt[] received, str group) -> Tensor")
+dispatch.LIBRARY.impl("exchange", _exchange, "CompositeExplicitAutograd")
+torch.library.register_fake(_NAME, _fake, lib=dispatch.LIBRARY)
+torch.library.register_autograd(_NAME, _backward, setup_context=_save, lib=dispatch.LIBRARY)

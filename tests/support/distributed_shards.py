@@ -2,15 +2,18 @@
 """Cases for several processes: ContextShards' placements, both methods, masks, packed sequences, dropout, compile."""
 
 from functools import partial
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed_context import EVERYTHING, TOLERANCES, inputs
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpb_triton import ContextShards, bias_attention, bias_attention_varlen
+from dpb_triton import ContextShards, DynamicPositionBias, bias_attention, bias_attention_varlen
 from dpb_triton import context_parallel_attention as attend
 from dpb_triton.dispatch import why_not
+from dpb_triton.distributed import ring
 
 TOTAL = 37
 PACKED = [0, 9, 9, 10, 26, 31, 37]  # with an empty sequence, and one of a single position
@@ -94,6 +97,218 @@ def compare(
         close(local_mask.grad, shards.shard(mask.grad, mask.dim() - 1), msg=lambda m: f"gradient of mask: {m}")
 
 
+def kept_pairs(shards, method, dropout_p, size):
+    """(heads, total, total): which pairs dropout keeps for a batch of 1, seen through one-hot values."""
+    total = shards.total
+    query = torch.zeros(1, 4, shards.length, size, dtype=torch.float64)  # every key has the same weight
+    value = shards.shard(torch.eye(total, dtype=torch.float64).expand(1, 4, -1, -1), 2)
+    table = torch.zeros(4, total, dtype=torch.float64)
+    out = attend(query, query, value, table, shards, method=method, dropout_p=dropout_p)
+    return shards.unshard(out, 2)[0] > 0
+
+
+def dropout(placement, method):
+    """Given the pairs that dropout keeps, results and gradients are those of the formula. No two heads drop alike."""
+    shards, dropout_p = ContextShards(mesh_of_all(), TOTAL, placement=placement), 0.3
+    torch.manual_seed(7)
+    kept = kept_pairs(shards, method, dropout_p, 8)
+    assert abs(kept.double().mean() - 0.7) < 0.05
+    rows = kept.flatten(0, 1).double() - 0.7
+    alike = (rows @ rows.T).fill_diagonal_(0).abs().max()  # of two rows that drop alike: about 0.21 * TOTAL
+    assert alike < 0.8 * 0.21 * TOTAL, alike
+
+    *whole, table = inputs(torch.float64, 4, 4, False)
+    query, key, value = (x.detach()[:1].requires_grad_() for x in whole)
+    distance = (torch.arange(TOTAL)[:, None] - torch.arange(TOTAL)).abs()
+    scores = query @ key.mT * 8**-0.5 + table[:, distance]
+    causal = torch.ones(TOTAL, TOTAL, dtype=torch.bool).tril()
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(3) * kept / (1 - dropout_p)
+    (weights @ value).square().sum().backward()
+
+    local = [shards.shard(x.detach(), 2).requires_grad_() for x in (query, key, value)]
+    local_table = table.detach().clone().requires_grad_()
+    torch.manual_seed(7)
+    out = attend(*local, local_table, shards, method=method, dropout_p=dropout_p, is_causal=True)
+    out.square().sum().backward()
+    dist.all_reduce(local_table.grad)
+    close = partial(torch.testing.assert_close, atol=1e-10, rtol=1e-10)
+    close(shards.unshard(out, 2), weights @ value)
+    close(local_table.grad, table.grad)
+    for ours, theirs in zip(local, (query, key, value), strict=True):
+        close(ours.grad, shards.shard(theirs.grad, 2))
+
+
+def compiled(method, packed, mask=None):
+    """One graph without a break. The ring's second graph, with free sizes, serves all other lengths."""
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    call = torch.compile(attend, fullgraph=True, backend=count)
+    totals = (37, 50, 64) if method == "ring" else (37, 50)
+    for total in totals:
+        options = {"cu_seqlens": [0, 11, total]} if packed else {"total": total}
+        compare("zigzag", method, call=call, mask=mask, is_causal=True, kv_heads=2, **options)
+    assert 1 <= len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+def compiled_with_gradients():
+    """AOTAutograd traces forward and backward, by the operators' fake kernels."""
+    mesh = mesh_of_all()
+    module = DynamicPositionBias(8, 4)
+
+    def loss(query, key, value, shards, method):
+        out = attend(query, key, value, module.table(TOTAL), shards, method=method, is_causal=True)
+        return out.square().mean()
+
+    torch._dynamo.reset()
+    shards = ContextShards(mesh, TOTAL)
+    for method in METHODS:
+        found = []
+        for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            *whole, _ = inputs(torch.float32, 4, 4, False)
+            local = [shards.shard(x.detach(), 2).requires_grad_() for x in whole]
+            call(*local, shards, method).backward()
+            found.append([x.grad for x in (*local, *module.parameters())])
+            module.zero_grad()
+        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def there_and_back():
+    """`shard` and `unshard` are each other's inverse, of every dtype and dimension, and their gradients are right."""
+    mesh = mesh_of_all()
+    for options in ({"total": TOTAL}, {"cu_seqlens": torch.tensor(PACKED)}, {"total": 1}, {"total": 0}):
+        for placement in ("zigzag", "contiguous"):
+            shards = ContextShards(mesh, placement=placement, **options)
+            total = shards.total
+            assert sum(shards.lengths) == total and shards.lengths[shards.rank] == shards.length
+            for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float64):
+                whole = torch.arange(6 * total).view(2, total, 3).to(dtype)
+                assert torch.equal(shards.unshard(shards.shard(whole, 1), 1), whole)
+            starts = torch.tensor([0, total] if options.get("total") is not None else PACKED)
+            positions = torch.arange(total) - starts[torch.searchsorted(starts, torch.arange(total), right=True) - 1]
+            assert torch.equal(shards.positions(), shards.shard(positions, 0))
+    shards = ContextShards(mesh, TOTAL)
+    weight = torch.randn(mesh.size(), TOTAL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = torch.randn(TOTAL, dtype=torch.float64).requires_grad_()
+    rows = shards.shard(whole, 0)
+    (grad,) = torch.autograd.grad((shards.unshard(rows, 0) * weight[shards.rank]).sum(), rows)
+    torch.testing.assert_close(grad, shards.shard(weight.sum(0), 0))  # the sum of the ranks' losses
+    (grad,) = torch.autograd.grad(rows.sum(), whole)
+    assert torch.equal(grad, torch.zeros(TOTAL, dtype=torch.float64).index_fill(0, shards._rows, 1))
+
+
+def equal_work():
+    """Under causality all ranks of a zigzag compute about as many pairs; the operators get no others."""
+    mesh = mesh_of_all()
+    ranks = mesh.size()
+    for total in (32 * ranks, 32 * ranks + 5):
+        shards = ContextShards(mesh, total)
+        pairs = shards.pairs(is_causal=True)
+        assert sum(pairs) == total * (total + 1) // 2
+        assert max(pairs) <= 1.05 * sum(pairs) / ranks and min(pairs) >= 0.95 * sum(pairs) / ranks
+        own = shards.positions() + 1
+        assert pairs[shards.rank] == own.sum()  # query x sees x + 1 keys
+    if ranks > 1:
+        pairs = ContextShards(mesh, total, placement="contiguous").pairs(is_causal=True)
+        assert max(pairs) > 1.3 * sum(pairs) / ranks
+    packed = ContextShards(mesh, cu_seqlens=list(range(0, 40 * ranks + 1, 8 * ranks)))
+    assert max(packed.pairs(is_causal=True)) == min(packed.pairs(is_causal=True))
+    one_each = ContextShards(mesh, cu_seqlens=list(range(8 * ranks + 1)))  # sequences of one position
+    assert max(one_each.lengths) == min(one_each.lengths)
+
+
+def exchange_during_products(direction):
+    """Each hop starts before the products of its step and is awaited after them, forward and backward."""
+    events, calls = [], ring.dispatch.call
+    start = dist.batch_isend_irecv
+
+    def send(operations):
+        number = len(events)
+        events.append(("send", number))
+        requests = start(operations)
+        wait = requests[-1].wait
+
+        class Request:
+            def wait(self):
+                events.append(("wait", number))
+                return wait()
+
+        return [*requests[:-1], Request()]
+
+    def call(name, *arguments):
+        if name.startswith("attention"):
+            events.append(("products", None))
+        return calls(name, *arguments)
+
+    shards = ContextShards(mesh_of_all(), TOTAL)
+    *whole, table = inputs(torch.float64, 4, 4, False)
+    local = [shards.shard(x.detach(), 2).requires_grad_() for x in whole]
+    with mock.patch.object(dist, "batch_isend_irecv", send), mock.patch.object(ring.dispatch, "call", call):
+        out = attend(*local, table, shards, is_causal=True)
+        if direction == "backward":
+            events.clear()
+            out.sum().backward()
+    hops = [number for kind, number in events if kind == "send"]
+    # backward: as many hops of gradients as there are ranks, of which only the last has nothing left to hide behind
+    ranks = shards.ranks
+    assert len(hops) == (ranks - 1 if direction == "forward" else 2 * ranks - 1)
+    for number in hops[:-1] if direction == "backward" else hops:
+        between = events[events.index(("send", number)) : events.index(("wait", number))]
+        assert ("products", None) in between, events
+
+
+def bad_input():
+    mesh, ranks = mesh_of_all(), dist.get_world_size()
+    square = init_device_mesh("cpu", (2, ranks // 2))
+    total = 6 * ranks
+    shards = ContextShards(mesh, total)
+    x, table = torch.ones(1, 2, 6, 8), torch.ones(2, total)
+
+    def check(error, words, function, *arguments, **options):
+        with pytest.raises(error) as found:
+            function(*arguments, **options)
+        assert words in str(found.value), found.value
+
+    check(ValueError, "mesh must have one dimension", ContextShards, square, 5)
+    check(TypeError, "mesh must be a torch.distributed DeviceMesh", ContextShards, dist.group.WORLD, 5)
+    check(ValueError, "placement must be one of 'zigzag', 'contiguous', got 'ring'", ContextShards, mesh, 5,
+          placement="ring")  # fmt: skip
+    check(ValueError, "either total or cu_seqlens", ContextShards, mesh)
+    check(ValueError, "either total or cu_seqlens", ContextShards, mesh, 5, cu_seqlens=[0, 5])
+    check(TypeError, "total must be an int", ContextShards, mesh, 5.0)
+    check(ValueError, "cu_seqlens must start at 0", ContextShards, mesh, cu_seqlens=[1, 5])
+    check(ValueError, "cu_seqlens must not decrease, got 5 and then 4", ContextShards, mesh, cu_seqlens=[0, 5, 4])
+    check(TypeError, "cu_seqlens[1] must be an int", ContextShards, mesh, cu_seqlens=[0, 5.5])
+    check(TypeError, "cu_seqlens must be ints", ContextShards, mesh, cu_seqlens=torch.ones(2))
+    check(ValueError, f"tensor must have {total} positions in dimension 1", shards.shard, torch.ones(2, 5), 1)
+    check(ValueError, "tensor must have 6 positions in dimension 1", shards.unshard, torch.ones(2, 5), 1)
+    check(TypeError, "tensor must be a Tensor", shards.shard, [1], 0)
+    check(ValueError, "method must be 'ring' or 'all_to_all', got 'ulysses'", attend, x, x, x, table, shards,
+          method="ulysses")  # fmt: skip
+    check(ValueError, "lengths must be None beside ContextShards", attend, x, x, x, table, shards, lengths=[6] * ranks)
+    wrong = x[:, :, :5]
+    check(ValueError, "query must have this rank's 6 positions", attend, wrong, wrong, wrong, table, shards)
+    check(ValueError, "key_padding_mask must have the shape (batch, i) = (1, 6)", attend, x, x, x, table, shards,
+          key_padding_mask=torch.zeros(1, total, dtype=torch.bool))  # fmt: skip
+    check(ValueError, "dropout_p must be at least 0 and less than 1", attend, x, x, x, table, shards, dropout_p=1.0)
+    packed = ContextShards(mesh, cu_seqlens=[0, total])
+    check(ValueError, "query must have 3 dimensions (total, heads, head_dim)", attend, x, x, x, table, packed)
+    for method in METHODS:
+        check(ValueError, "table is too short", attend, x, x, x, table[:, 1:], shards, method=method)
+    odd, odd_table = x.repeat(1, 3, 1, 1)[:, : 2 * ranks - 1], torch.ones(2 * ranks - 1, total)
+    check(ValueError, f"a number of heads that the mesh's {ranks} ranks divide, got {2 * ranks - 1}", attend, odd, odd,
+          odd, odd_table, shards, method="all_to_all")  # fmt: skip
+    many, three = x.repeat(1, 3 * ranks, 1, 1), x.repeat(1, 3, 1, 1)[:, :3]
+    check(ValueError, "a number of key heads that", attend, many, three, three, torch.ones(6 * ranks, total), shards,
+          method="all_to_all", enable_gqa=True)  # fmt: skip
+
+
 CASES = {
     f"shards {placement} {method} {name}": partial(compare, placement, method, **options)
     for placement in ("zigzag", "contiguous")
@@ -107,4 +322,32 @@ CASES = {
         "hidden": {"mask": "bool", "is_causal": True},
         "weighted": {"mask": "floating", "softcap": 2.0},
     }.items()
+} | {
+    "shards of few key heads": partial(compare, method="all_to_all", heads=4, kv_heads=1, is_causal=True),
+    "shards of odd heads": partial(compare, heads=3, kv_heads=1, is_causal=True),
+    "shards of a short sequence": partial(compare, total=3, is_causal=True),
+    "shards of a short sequence by heads": partial(compare, method="all_to_all", total=3, is_causal=True),
+    "shards of packed sequences in bfloat16": partial(compare, cu_seqlens=PACKED, dtype=torch.bfloat16, mask="bool"),
+    "shards by heads in bfloat16": partial(compare, method="all_to_all", dtype=torch.bfloat16, mask="floating"),
+    "shards in float32 by C++": partial(compare, dtype=torch.float32, backend="cpp", mask="floating", is_causal=True),
+    "shards packed by C++": partial(compare, dtype=torch.float32, backend="cpp", cu_seqlens=PACKED, is_causal=True),
+    "shards triton": partial(
+        compare, dtype=torch.float32, backend="triton", cu_seqlens=[0, 5, 9], heads=2, kv_heads=2, is_causal=True
+    ),
+    "shards triton dense": partial(
+        compare, dtype=torch.float32, backend="triton", total=9, heads=2, kv_heads=2, is_causal=True, mask="floating"
+    ),
+    "shards there and back": there_and_back,
+    "shards of equal work": equal_work,
+    "shards exchange during products": partial(exchange_during_products, "forward"),
+    "shards exchange during products of backward": partial(exchange_during_products, "backward"),
+    "shards bad input": bad_input,
+    "shards dropout in a ring": partial(dropout, "zigzag", "ring"),
+    "shards dropout in a contiguous ring": partial(dropout, "contiguous", "ring"),
+    "shards dropout by heads": partial(dropout, "zigzag", "all_to_all"),
+    "shards compiled ring": partial(compiled, "ring", False),
+    "shards compiled packed ring": partial(compiled, "ring", True, "floating"),
+    "shards compiled by heads": partial(compiled, "all_to_all", False, "bool"),
+    "shards compiled packed by heads": partial(compiled, "all_to_all", True),
+    "shards compiled with gradients": compiled_with_gradients,
 }

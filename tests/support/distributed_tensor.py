@@ -75,12 +75,23 @@ def bad_input():
     square = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     with pytest.raises(ValueError, match="ranks must divide the module's 3 heads"):
         parallelize_module(DynamicPositionBias(4, 3), mesh, HeadParallel())
-    with pytest.raises(TypeError, match="HeadParallel is for a DynamicPositionBias.*got Linear"):
+    with pytest.raises(TypeError, match="HeadParallel is for dpb_triton's .* MultiheadAttention, got a .*Linear"):
         parallelize_module(torch.nn.Linear(4, 4), mesh, HeadParallel())
-    with pytest.raises(TypeError, match="HeadParallel is not for a MultiheadAttention"):
-        parallelize_module(MultiheadAttention(8, 4), mesh, HeadParallel())
-    with pytest.raises(ValueError, match="mesh must have one dimension"):
-        HeadParallel()._apply(DynamicPositionBias(4, 4), square)
+    with pytest.raises(TypeError, match="got a torch.nn.modules.activation.MultiheadAttention"):
+        parallelize_module(torch.nn.MultiheadAttention(8, 4), mesh, HeadParallel())
+    module = MultiheadAttention(9, 3)
+    with pytest.raises(ValueError, match="ranks must divide the module's 3 heads"):
+        parallelize_module(module, mesh, HeadParallel())
+    assert not any(isinstance(x, DTensor) for x in module.parameters())
+    for module in (DynamicPositionBias(4, 4), MultiheadAttention(8, 4)):
+        with pytest.raises(ValueError, match="weight must be no DTensor yet, got one on DeviceMesh"):
+            parallelize_module(fully_shard(module, mesh=mesh), mesh, HeadParallel())
+    module = parallelize_module(MultiheadAttention(8, 4), mesh, HeadParallel())
+    parallelize_module(module, mesh, {"": HeadParallel(), "pos_bias": HeadParallel()})  # once more is no error
+    assert len(module.pos_bias.mlp._forward_pre_hooks) == 1
+    for module in (DynamicPositionBias(4, 4), MultiheadAttention(8, 4)):
+        with pytest.raises(ValueError, match="mesh must have one dimension"):
+            HeadParallel()._apply(module, square)
     odd = DynamicPositionBias(4, 4)
     odd.mlp.append(torch.nn.Identity())
     with pytest.raises(TypeError, match="last layer of the module's mlp must be a Linear, got Identity"):

@@ -12,7 +12,9 @@ import traceback
 from pathlib import Path
 
 import distributed_context
+import distributed_loading
 import distributed_mesh
+import distributed_multihead
 import distributed_shards
 import distributed_tensor
 import distributed_training
@@ -21,10 +23,16 @@ import quick_interpreter
 import torch
 import torch.distributed as dist
 
-GROUPS = distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_mesh
+GROUPS = (
+    distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_multihead,
+    distributed_loading, distributed_mesh,
+)  # fmt: skip
 CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
-# all others: (2, 4)
-SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)} | distributed_mesh.SIZES
+SIZES = (
+    {name: (2,) for name in CASES if "triton" in name or "compiled" in name}
+    | {name: (4,) for name in CASES if name.startswith("data and tensor parallel")}
+    | distributed_mesh.SIZES
+)  # all others: (2, 4)
 
 
 def names_for(size):

@@ -52,7 +52,7 @@ LEFT_OUT = {  # by pattern
     "expand/test_bad_input.py": BEFORE,
     "bench/test_*.py": OWN_PROCESSES,
     "csrc/test_csrc.py": OFFLINE,
-    "distributed/test_distributed.py": OWN_PROCESSES,
+    "distributed/test_*.py": OWN_PROCESSES,
     "module/test_foreign_parameters.py": CPU_ONLY,
     "module/test_kept_table.py": NO_KERNEL,
     "attention/test_flops.py": CPU_ONLY,

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Several processes against one: torchrun starts 2 processes, then 4, and each launch runs all its cases."""
+"""Several processes against one: torchrun starts 2, 4 and 8 processes, and each launch runs all its cases."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 import distributed_worker
 from quick import slow
-
-ROOT = Path(__file__).parents[2]
+from torchrun import ROOT, finished, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +22,9 @@ def launch(tmp_path_factory):
     def results(size):
         if size not in launches:
             path = tmp_path_factory.mktemp("distributed") / "results.json"
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
-                *(str(ROOT / "tests/support/distributed_worker.py"), str(path)),
-            ]
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "TRITON_INTERPRET": "1",  # the processes are on the CPU
-            }
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            launches[size] = json.loads(path.read_text()) if path.exists() else {}, done.stdout + done.stderr
+            worker = ROOT / "tests/support/distributed_worker.py"
+            _, *output = finished(torchrun(size, worker, path, TRITON_INTERPRET="1"), timeout=300)
+            launches[size] = json.loads(path.read_text()) if path.exists() else {}, "".join(output)
         return launches[size]
 
     return results
@@ -45,7 +32,7 @@ def launch(tmp_path_factory):
 
 CASES = [
     (pytest.param if size == 2 else slow)(size, name, id=f"{size}-{name}")
-    for size in (2, 4)
+    for size in (2, 4, 8)
     for name in distributed_worker.names_for(size)
 ]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import distributed_context
 import distributed_loading
+import distributed_mesh
 import distributed_multihead
 import distributed_shards
 import distributed_tensor
@@ -24,12 +25,14 @@ import torch.distributed as dist
 
 GROUPS = (
     distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_multihead,
-    distributed_loading,
+    distributed_loading, distributed_mesh,
 )  # fmt: skip
 CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
-SIZES = {name: (2,) for name in CASES if "triton" in name or "compiled" in name} | {
-    name: (4,) for name in CASES if name.startswith("data and tensor parallel")
-}  # all others: (2, 4)
+SIZES = (
+    {name: (2,) for name in CASES if "triton" in name or "compiled" in name}
+    | {name: (4,) for name in CASES if name.startswith("data and tensor parallel")}
+    | distributed_mesh.SIZES
+)  # all others: (2, 4)
 
 
 def names_for(size):

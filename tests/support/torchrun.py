@@ -57,7 +57,9 @@ def without_examples(text):
 def torchrun(processes, *words, options=(), cwd=None, **environment):
     """Start a script on one machine: -> subprocess.Popen with pipes of text."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    dropped = "TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"  # to compile all imports anew triples a start
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    inherited["PYTHONPYCACHEPREFIX"] = str(ROOT / "build/pycache")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*command, *options, *map(str, words)],

@@ -16,6 +16,7 @@ from .attention.api import bias_attention, bias_attention_varlen
 from .attention.flops import register_with_counter
 from .attention.paged import bias_attention_paged
 from .distributed.context_parallel import context_parallel_attention
+from .distributed.shards import ContextShards
 from .expand.api import expand_bias
 from .expand.autograd import ExpandBias, ReduceBias
 from .module import DynamicPositionBias
@@ -24,6 +25,7 @@ from .plot import plot_bias
 
 __version__ = "0.1.0"
 __all__ = [
+    "ContextShards",
     "DynamicPositionBias",
     "ExpandBias",
     "MultiheadAttention",

@@ -33,7 +33,7 @@ INSIDE = {
     "torch_grid torch_products kernels",
     "attention/kernels": "paged forward decode merge backward dkdv dq dtable prologue launch bias blocks tiles "
     "arguments",
-    "distributed": "context_parallel tensor_parallel ring",
+    "distributed": "context_parallel tensor_parallel shards heads ops ring seeds exchange placement",
     "expand": "api autograd ops torch_path triton_kernels",
     "integrations": "transformers",
     "integrations/transformers": "__init__ attention table mask",

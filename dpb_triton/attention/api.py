@@ -19,7 +19,23 @@ from .key_bias import check_key_padding_mask, key_bias_of, packed_key_bias_of, s
 Backend: TypeAlias = Literal["torch", "cpp", "triton"]
 
 
-def _attend(
+def drawn_seed(query: Tensor, call: Call) -> Tensor | None:
+    """Dropout's seed, int64 (1,). None without dropout.
+
+    It is from torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other.
+    """
+    if call.dropout_p == 0:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+
+
+def in_accumulator(table: Tensor, query: Tensor) -> Tensor:
+    """The table in float32, or in float64 for a query of that dtype."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return table if table.dtype == dtype else table.to(dtype)
+
+
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,14 +47,11 @@ def _attend(
     signed: bool,
     call: Call,
     return_lse: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments of shape (batch, heads, length, head_dim) in, (out, lse) out."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    table = table if table.dtype == dtype else table.to(dtype)
-    seed = None
-    if call.dropout_p > 0:
-        # from torch's generator, so torch.manual_seed, checkpointing and CUDA graphs treat it as any other
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    """Checked arguments of shape (batch, heads, length, head_dim) in, (out, lse) out. seed: dropout's, if given."""
+    table = in_accumulator(table, query)
+    seed = drawn_seed(query, call) if seed is None else seed
     numbers = call.left, call.right, call.scale, call.softcap, call.dropout_p
     arguments = query, key, value, table, key_bias, seqlens, seed, *longest, offset, signed, *numbers
     if torch.is_grad_enabled() and (  # spelled out: `any` of a generator costs a microsecond
@@ -157,7 +170,7 @@ def bias_attention(
     if key_padding_mask is not None:
         key_bias, shift = key_bias_of(key_padding_mask, query)
     longest = query.shape[2], key.shape[2]
-    out, lse = _attend(query, key, value, table, key_bias, None, longest, offset, signed, call, return_lse)
+    out, lse = attend(query, key, value, table, key_bias, None, longest, offset, signed, call, return_lse)
     if not return_lse:
         return out
     return out, lse if shift is None else lse + shift[:, None, None]
@@ -248,9 +261,11 @@ def bias_attention_varlen(
         )
     key_bias = shift = None
     if key_padding_mask is not None:
-        key_bias, shift = packed_key_bias_of(key_padding_mask, query, cu_seqlens_k)
+        number = sequence_numbers(cu_seqlens_k, key.shape[0])
+        # one more than there are sequences: see `sequence_numbers`
+        key_bias, shift = packed_key_bias_of(key_padding_mask, query, number, cu_seqlens_k.shape[0])
     query, key, value = (rearrange(x, "n h d -> 1 h n d") for x in (query, key, value))
-    out, lse = _attend(query, key, value, table, key_bias, seqlens, longest, 0, signed, call, return_lse)
+    out, lse = attend(query, key, value, table, key_bias, seqlens, longest, 0, signed, call, return_lse)
     out = rearrange(out, "1 h n d -> n h d")
     if not return_lse:
         return out

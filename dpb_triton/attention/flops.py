@@ -44,7 +44,8 @@ def count_pairs(query, key, seqlens, longest_query, longest_key, **_):
     return sum(i * j for _, i, _, j, _ in seqlens.tolist())
 
 
-FORMULAS = {"attention_forward": forward_flops, "attention_backward": backward_flops}
+# {operator: (FLOPs of (query, value, pairs), pairs of its arguments)}; other files add theirs
+FORMULAS = {"attention_forward": (forward_flops, count_pairs), "attention_backward": (backward_flops, count_pairs)}
 
 
 def register_formulas():
@@ -54,10 +55,10 @@ def register_formulas():
     for name, formula in FORMULAS.items():
         for suffix in suffixes_of(ops.BACKENDS):
             packet = getattr(torch.ops.dpb_triton, name + suffix)
-            register_flop_formula(packet, get_raw=True)(_formula_of(packet, formula))
+            register_flop_formula(packet, get_raw=True)(_formula_of(packet, *formula))
 
 
-def _formula_of(packet, formula):
+def _formula_of(packet, formula, count_pairs):
     """`formula` as a function of the operator's arguments, which it finds by their names in the schema."""
     names = [argument.name for argument in packet.default._schema.arguments]
 

@@ -32,30 +32,47 @@ def check_key_padding_mask(mask, query, dims, shape):
         raise ValueError(f"key_padding_mask must be on query's device {query.device}, got {mask.device}")
 
 
-def key_bias_of(mask, query):
-    """(key_bias (batch, j), shift (batch,) or None): the mask minus its largest number, and that number."""
+def key_bias_of(mask, query, over_ranks=None):
+    """(key_bias (batch, j), shift (batch,) or None): the mask minus its largest number, and that number.
+
+    over_ranks: if other processes hold other keys, a function that makes the largest number of their largest ones.
+    """
     if mask.dtype == torch.bool:
         return _hidden(mask, query), None
     mask = mask.to(_accumulator(query))
-    if mask.shape[1] == 0:
+    if mask.shape[1] == 0 and over_ranks is None:
         return mask, None
-    shift = _finite(mask.detach().amax(1))
+    largest = mask.new_full((mask.shape[0],), -torch.inf) if mask.shape[1] == 0 else mask.detach().amax(1)
+    shift = _finite(largest if over_ranks is None else over_ranks(largest))
     return _shifted(mask, shift[:, None]), shift
 
 
-def packed_key_bias_of(mask, query, cu_seqlens_k):
-    """(key_bias (1, total_k), shift (sequences + 1,) or None): `key_bias_of` for the packed sequences of (total_k,).
+def packed_key_bias_of(mask, query, number, sequences, over_ranks=None):
+    """(key_bias (1, total_k), shift (sequences,) or None): `key_bias_of` for packed sequences, the mask (total_k,).
 
-    Nothing waits for a GPU. A maximum does not depend on the order of its terms, so a scatter has the same bits in
-    every run.
+    number (total_k,): the sequence of each key, int64, below `sequences`. Nothing waits for a GPU. A maximum does not
+    depend on the order of its terms, so a scatter has the same bits in every run.
     """
     if mask.dtype == torch.bool:
         return _hidden(mask, query)[None], None
     mask = mask.to(_accumulator(query))
-    number = sequence_numbers(cu_seqlens_k, mask.shape[0])
-    lowest = mask.new_full(cu_seqlens_k.shape, -torch.inf)
-    shift = _finite(lowest.scatter_reduce(0, number, mask.detach(), "amax"))
+    largest = mask.new_full((sequences,), -torch.inf).scatter_reduce(0, number, mask.detach(), "amax")
+    shift = _finite(largest if over_ranks is None else over_ranks(largest))
     return _shifted(mask, shift[number])[None], shift
+
+
+def key_bias_and_shift(mask, query, number, sequences, over_ranks=None):
+    """(key_bias, what to add to lse (batch, heads, j) or None) of a mask (batch, j), for as many queries as keys.
+
+    number: None for a dense batch; for packed sequences, with a batch of 1, the sequence of each position.
+    """
+    if mask is None:
+        return None, None
+    if number is None:
+        key_bias, shift = key_bias_of(mask, query, over_ranks)
+        return key_bias, None if shift is None else shift[:, None, None]
+    key_bias, shift = packed_key_bias_of(mask[0], query, number, sequences, over_ranks)
+    return key_bias, None if shift is None else shift[number]
 
 
 def sequence_numbers(cu_seqlens, total):

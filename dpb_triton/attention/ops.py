@@ -48,17 +48,19 @@ _triton_backward = dispatch.on_its_device(f"{__package__}.kernels.backward", "ba
 _triton_paged = dispatch.on_its_device(f"{__package__}.kernels.paged", "paged")
 
 
-def _fake_forward(query, key, value, table, key_bias, *options):
+def fake_forward(query, key, value, table, key_bias, *options):
+    """Empty results of attention_forward's shapes, dtypes and strides."""
     accumulator = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=accumulator)
     return torch_path.like(query, value.shape[3]), lse, lse.new_empty((2, *lse.shape))
 
 
 def _fake_paged(query, key, value, *_):
-    return _fake_forward(query, key, value, *_)[:2]
+    return fake_forward(query, key, value, *_)[:2]
 
 
-def _fake_backward(dout, dlse, query, key, value, table, *args):
+def fake_backward(dout, dlse, query, key, value, table, *args):
+    """Empty results of attention_backward's shapes and dtypes; the last four arguments say which are needed."""
     needs_dq, needs_dkv, needs_dtable, needs_dkey_bias = args[-4:]
     return (
         torch_path.like(query) if needs_dq else query.new_empty((0,)),
@@ -80,8 +82,8 @@ def _on_cuda(by_torch, by_triton):
 
 
 for _name, _schema, _fake, _by_torch, _by_triton, _on_cpu in (
-    ("attention_forward", _FORWARD, _fake_forward, torch_path.forward, _triton_forward, cpp_path.forward),
-    ("attention_backward", _BACKWARD, _fake_backward, torch_path.backward, _triton_backward, cpp_path.backward),
+    ("attention_forward", _FORWARD, fake_forward, torch_path.forward, _triton_forward, cpp_path.forward),
+    ("attention_backward", _BACKWARD, fake_backward, torch_path.backward, _triton_backward, cpp_path.backward),
     ("attention_paged", _PAGED, _fake_paged, torch_paged.paged, _triton_paged, torch_paged.paged_cpp),
 ):
     dispatch.define(

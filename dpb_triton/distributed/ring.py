@@ -1,104 +1,145 @@
 # SPDX-License-Identifier: MIT
-"""Attention around a ring of processes: each process holds a slice of the sequence, and the key shards travel.
+"""Attention around a ring of processes: each process holds a part of the sequence, and the key shards travel.
 
-             step 0      step 1      step 2          Rank r always has the queries of slice r. In the step of shift s
-    rank 0   k0 v0       k2 v2       k1 v1           it has the keys and values of slice r - s. `merge` combines its
-    rank 1   k1 v1       k0 v0       k2 v2           result with the earlier ones by the sums of their softmax.
+             step 0      step 1      step 2          Rank r always has its own queries. In the step of shift s it has
+    rank 0   k0 v0       k2 v2       k1 v1           the keys and values of rank r - s. `merge` combines its result
+    rank 1   k1 v1       k0 v0       k2 v2           with the earlier ones by the sums of their softmax.
     rank 2   k2 v2       k1 v1       k0 v0           Backward goes around once more, given the merged out and state.
                                                      A shard's gradients follow the shard and hop home at the end.
 
-A hop is one message, with key and value flattened together. It travels while the shard before it is computed. Shifts in
-which no rank has work (beyond a window) are left out; the next hop is longer instead. All ranks make all hops, with or
-without work in a step, so nothing depends on the numbers in the tensors.
+`placement.py` says which positions a rank holds. Each of its slabs meets each slab of the shard, one call of the
+operators for each pair of slabs. Under causality a zigzag has two such pairs in every step of every rank.
+
+A hop is one message: key, value and perhaps a number for each key, one after the other as bytes. It travels while the
+shard before it is computed. Shifts in which no rank has work (beyond a window) are left out; the next hop is longer
+instead. All ranks make all hops, with or without work in a step, so nothing depends on the numbers in the tensors.
 
 Memory: two shards in forward; in backward also two shards of gradients in float32. O(n / ranks), nothing is gathered.
 Numerics: results are merged and gradients summed in float32 (float64 for float64) and rounded once, at the end. The
-operator rounds a step's own result to the inputs' dtype.
+operator rounds a pair's own result to the inputs' dtype.
 Determinism: rank r takes the shards in the order r, r - 1, …, and a shard's gradients are summed as it travels.
+Dropout: each pair of slabs has a seed of its own, made from the call's, so no two of them drop alike.
 Communication: torch.distributed's batch_isend_irecv. Ring attention is Liu et al.'s (2023, arXiv:2310.01889).
 """
 
-import functools
-import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .. import dispatch
-from ..attention.checks import longest_distances
+from ..attention.checks import check_reach
 from ..attention.torch_path import like
+from .exchange import gathered_lengths, group_of
+from .placement import placement_of
+from .seeds import seed_of
 
 KEYS, GRADIENTS = 0, 1  # message tags: both kinds may be on their way between the same two ranks
+_ALIGNMENT = 256  # bytes, of each tensor within a message
 
 
-class Step(NamedTuple):
-    """One step of a rank: it holds `source`'s shard, sends it `distance` ranks on, and receives `following`'s shard."""
+def forward(
+    query, key, value, table, key_bias, seed, group_name, kind, cu_seqlens, lengths, signed, left, right, scale,
+    softcap, dropout_p, *, suffix,
+):  # fmt: skip
+    """ring_forward: -> out, lse and state of this rank's queries, as attention_forward's; the ranks' lengths."""
+    ring = Ring(query, table, group_name, kind, cu_seqlens, lengths, signed, left, right)
+    out = torch.zeros((*query.shape[:3], value.shape[3]), dtype=table.dtype, device=query.device)
+    state = torch.stack([torch.full_like(out[..., 0], -torch.inf), torch.zeros_like(out[..., 0])])
+    shard = Shard.of(key, value, key_bias)
+    for step in ring.steps:
+        hop = None if step.is_last else ring.hop(shard, step, KEYS)
+        for pair in step.pairs:
+            inputs = query[:, :, pair.rows], *shard.keys(pair.keys)
+            options = ring.options(pair, seed, scale, softcap, dropout_p)
+            part, _, part_state = dispatch.call("attention_forward", suffix, *_with(inputs, table), *options)
+            merge(out[:, :, pair.rows], state[:, :, :, pair.rows], part, part_state)
+        if hop is not None:
+            shard = hop.wait()
+    lse = (state[0] + state[1].log2()).mul_(math.log(2))
+    out = like(query, value.shape[3]).copy_(out)
+    return out, lse, state, torch.tensor(ring.placement.lengths, dtype=torch.int64, device="cpu")
 
-    source: int
-    has_work: bool
-    distance: int
-    following: int
-    is_last: bool  # the hop only leads home, so the keys skip it; distance 0 if they are home
+
+def backward(
+    dout, dlse, query, key, value, table, key_bias, out, state, seed, group_name, kind, cu_seqlens, lengths, signed,
+    left, right, scale, softcap, dropout_p, needs_dq, needs_dkv, needs_dtable, needs_dkey_bias, *, suffix,
+):  # fmt: skip
+    """ring_backward, the second trip: -> dq, dk, dv, dtable, dkey_bias of this rank's rows; unneeded ones are empty."""
+    lengths = None if lengths is None else lengths.tolist()
+    ring = Ring(query, table, group_name, kind, cu_seqlens, lengths, signed, left, right)
+    dq = torch.zeros_like(query, dtype=table.dtype) if needs_dq else None
+    dtable = torch.zeros_like(table) if needs_dtable else table.new_empty(0)
+    shard = Shard.of(key, value, key_bias)
+    gradient = Shard.gradients(key, value, table.dtype, needs_dkv, needs_dkey_bias)
+    gradient_hop = None
+    for step in ring.steps:
+        hop = None if step.is_last else ring.hop(shard, step, KEYS)
+        parts = []
+        for pair in step.pairs:
+            rows, inputs = pair.rows, (query[:, :, pair.rows], *shard.keys(pair.keys))
+            given = dout[:, :, rows], None if dlse is None else dlse[:, :, rows]
+            result = out[:, :, rows], state[:, :, :, rows]
+            seqlens, pair_seed, *options = ring.options(pair, seed, scale, softcap, dropout_p)
+            needs = True, needs_dq, needs_dkv, needs_dtable, needs_dkey_bias
+            arguments = *given, *_with(inputs, table), *result, seqlens, pair_seed, *options, *needs
+            part = dispatch.call("attention_backward", suffix, *arguments)
+            if needs_dq:
+                dq[:, :, rows] += part[0]
+            if needs_dtable:
+                dtable += part[3]
+            parts.append((pair.keys, part))
+        if gradient_hop is not None:
+            gradient, gradient_hop = gradient_hop.wait(), None
+        for keys, (_, dk, dv, _, dkey_bias) in parts:
+            gradient.add(keys, dk, dv, dkey_bias)
+        if gradient.tensors and step.distance:
+            gradient_hop = ring.hop(gradient, step, GRADIENTS)
+        if hop is not None:
+            shard = hop.wait()
+    if gradient_hop is not None:
+        gradient = gradient_hop.wait()
+    dq = like(query).copy_(dq) if needs_dq else query.new_empty(0)
+    dk, dv = (
+        like(x).copy_(gradient.tensors[name]) if needs_dkv else x.new_empty(0)
+        for name, x in (("key", key), ("value", value))
+    )
+    dkey_bias = gradient.tensors["key_bias"].clone() if needs_dkey_bias else table.new_empty(0)
+    return dq, dk, dv, dtable, dkey_bias
+
+
+def _with(inputs, table):
+    query, key, value, key_bias = inputs
+    return query, key, value, table, key_bias
 
 
 class Ring:
-    """Which rank holds which slice, which shifts need a step, and the hops between them.
+    """The ranks' placement, this rank's steps, and the hops between them."""
 
-    Args:
-        group: the process group, with the ranks in the order of their slices.
-        lengths: the length of each rank's slice.
-        left, right: bounds of the keys that a query sees; None is no bound.
-    """
+    def __init__(self, query, table, group_name, kind, cu_seqlens, lengths, signed, left, right):
+        self.group, self.device = group_of(group_name), query.device
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.placement = placement_for(query, self.group, kind, cu_seqlens, lengths)
+        check_reach_of(table, self.placement, signed, left, right)
+        self.bounds = signed, left, right
+        self.steps = self.placement.steps(self.rank, left, right)
 
-    def __init__(self, group, lengths, left, right):
-        self.group, self.lengths, self.bounds = group, tuple(lengths), (left, right)
-        self.rank, self.size = dist.get_rank(group), len(lengths)
-
-    def steps(self):
-        shifts = _shifts(self.lengths, *self.bounds)
-        for shift, next_shift in itertools.zip_longest(shifts, shifts[1:], fillvalue=self.size):
-            source, following = (self.rank - shift) % self.size, (self.rank - next_shift) % self.size
-            has_work = _has_work(self.lengths, self.rank, source, *self.bounds)
-            distance = (next_shift - shift) % self.size
-            yield Step(source, has_work, distance, following, shift == shifts[-1])
-
-    def options(self, source, signed, scale, softcap):
-        """The operators' options from `seqlens` on, for this rank's queries and the keys of rank `source`."""
-        i, j, offset = self.lengths[self.rank], self.lengths[source], _offset(self.lengths, self.rank, source)
-        return None, None, i, j, offset, signed, *self.bounds, scale, softcap, 0.0
+    def options(self, pair, seed, scale, softcap, dropout_p):
+        """The operators' options from `seqlens` on, for a pair of slabs."""
+        seqlens, i, j, offset = self.placement.grid(pair, self.device)
+        if seed is not None:
+            seed = seed_of(seed, pair.own * 2 * self.size + pair.other)
+        return seqlens, seed, i, j, offset, *self.bounds, scale, softcap, dropout_p
 
     def hop(self, shard, step, tag):
         """Start to send `shard` and to receive the following one: -> Hop."""
-        incoming = Shard.empty_like(shard, self.lengths[step.following])
+        incoming = shard.like(self.placement.lengths[step.following])
         peers = (self.rank + step.distance) % self.size, (self.rank - step.distance) % self.size
         operations = [
             dist.P2POp(dist.isend, shard.flat, group=self.group, tag=tag, group_peer=peers[0]),
             dist.P2POp(dist.irecv, incoming.flat, group=self.group, tag=tag, group_peer=peers[1]),
         ]
         return Hop(shard, incoming, dist.batch_isend_irecv(operations))
-
-
-def _offset(lengths, rank, source):
-    """The position of query 0 of `rank` relative to key 0 of `source`."""
-    return sum(lengths[:rank]) - sum(lengths[:source])
-
-
-def _has_work(lengths, rank, source, left, right):
-    offset = _offset(lengths, rank, source)
-    return longest_distances(lengths[rank], lengths[source], offset, left, right) is not None
-
-
-@functools.lru_cache(maxsize=64)  # ranks^2 comparisons, the same in every call
-def _shifts(lengths, left, right):
-    """The shifts in which some rank has work. 0 is always one of them, because the shards start there."""
-    size = len(lengths)
-    return [
-        shift
-        for shift in range(size)
-        if shift == 0 or any(_has_work(lengths, rank, (rank - shift) % size, left, right) for rank in range(size))
-    ]
 
 
 class Hop:
@@ -114,34 +155,85 @@ class Hop:
 
 
 class Shard:
-    """The keys and values of one rank, or their gradients, stored one after the other in one message."""
+    """The keys of one rank, or their gradients, as the tensors of one message.
 
-    def __init__(self, flat, key_shape, value_shape):
-        self.flat = flat
-        self.key, self.value = (
-            part.view(shape)
-            for part, shape in zip(
-                flat.split([math.prod(key_shape), math.prod(value_shape), 1]), (key_shape, value_shape), strict=False
-            )
-        )
+    Args:
+        shapes: {name: (shape, dim of the positions, dtype)}.
+        length: the number of positions.
+    """
+
+    def __init__(self, shapes, length, device):
+        self.shapes, self.device = shapes, device
+        sizes, found = [], []
+        for shape, dim, dtype in shapes.values():
+            shape = (*shape[:dim], length, *shape[dim + 1 :])
+            size = math.prod(shape) * dtype.itemsize
+            sizes.append(-(-size // _ALIGNMENT) * _ALIGNMENT)
+            found.append((shape, size, dtype))
+        # a message of no bytes would be a case of its own in every backend
+        self.flat = torch.empty(max(sum(sizes), 1), dtype=torch.uint8, device=device)
+        parts = self.flat[: sum(sizes)].split(sizes) if sizes else ()
+        self.tensors = {
+            name: part[:size].view(dtype).view(shape)
+            for name, part, (shape, size, dtype) in zip(shapes, parts, found, strict=True)
+        }
 
     @classmethod
-    def empty(cls, key_shape, value_shape, dtype, device):
-        # one element more than needed, so that the message of a rank without positions is not empty
-        size = math.prod(key_shape) + math.prod(value_shape) + 1
-        return cls(torch.empty(size, dtype=dtype, device=device), key_shape, value_shape)
-
-    @classmethod
-    def of(cls, key, value):
-        shard = cls.empty(key.shape, value.shape, key.dtype, key.device)
-        shard.key.copy_(key)
-        shard.value.copy_(value)
+    def of(cls, key, value, key_bias):
+        """A copy of the keys. key_bias: (batch, length) or None."""
+        tensors = {"key": (key, 2), "value": (value, 2)} | ({} if key_bias is None else {"key_bias": (key_bias, 1)})
+        shapes = {name: (tensor.shape, dim, tensor.dtype) for name, (tensor, dim) in tensors.items()}
+        shard = cls(shapes, key.shape[2], key.device)
+        for name, (tensor, _) in tensors.items():
+            shard.tensors[name].copy_(tensor)
         return shard
 
     @classmethod
-    def empty_like(cls, shard, length):
-        shapes = ((*tensor.shape[:2], length, tensor.shape[3]) for tensor in (shard.key, shard.value))
-        return cls.empty(*shapes, shard.flat.dtype, shard.flat.device)
+    def gradients(cls, key, value, dtype, needs_dkv, needs_dkey_bias):
+        """Zeros for the gradients that are needed; that of key_bias is (batch, kv_heads, length)."""
+        shapes = {"key": (key.shape, 2, dtype), "value": (value.shape, 2, dtype)} if needs_dkv else {}
+        shapes |= {"key_bias": (key.shape[:3], 2, dtype)} if needs_dkey_bias else {}
+        shard = cls(shapes, key.shape[2], key.device)
+        shard.flat.zero_()
+        return shard
+
+    def like(self, length):
+        """An empty shard of another length."""
+        return Shard(self.shapes, length, self.device)
+
+    def keys(self, rows):
+        """key, value and key_bias (or None) of these rows."""
+        key_bias = self.tensors.get("key_bias")
+        return (
+            self.tensors["key"][:, :, rows], self.tensors["value"][:, :, rows],
+            None if key_bias is None else key_bias[:, rows],
+        )  # fmt: skip
+
+    def add(self, rows, dk, dv, dkey_bias):
+        """Add these rows' gradients, those that the shard holds."""
+        for name, part in (("key", dk), ("value", dv), ("key_bias", dkey_bias)):
+            if name in self.tensors:
+                self.tensors[name][:, :, rows] += part
+
+
+def placement_for(query, group, kind, cu_seqlens, lengths):
+    """The placement of a call. Without cu_seqlens it is contiguous, and the ranks ask each other for `lengths`."""
+    ranks, own = dist.get_world_size(group), query.shape[2]
+    if cu_seqlens is None:
+        lengths = gathered_lengths(own, group, query.device) if lengths is None else lengths
+        placement = placement_of("contiguous", (0, sum(lengths)), ranks, tuple(lengths))
+    else:
+        placement = placement_of(kind, tuple(cu_seqlens.tolist()), ranks)
+    held = placement.lengths[dist.get_rank(group)]
+    if held != own:
+        raise ValueError(f"query must have this rank's {held} positions of the {placement.total}, got {own}")
+    return placement
+
+
+def check_reach_of(table, placement, signed, left, right):
+    """Raise unless the table holds every distance of the longest sequence."""
+    n = (table.shape[1] + 1) // 2 if signed else table.shape[1]
+    check_reach(table, n, placement.longest, placement.longest, 0, left, right)
 
 
 def merge(out, state, part, part_state):
@@ -161,88 +253,3 @@ def merge(out, state, part, part_state):
     divisor = total.masked_fill(total == 0, 1)
     out.mul_((ours / divisor).unsqueeze(-1)).addcmul_(part.to(out.dtype), (theirs / divisor).unsqueeze(-1))
     state[0], state[1] = largest, total
-
-
-class RingAttention(torch.autograd.Function):
-    """apply(query, key, value, table, ring, signed, scale, softcap, suffix, with_lse) -> (out, lse).
-
-    The tensors are this rank's slice. Every rank must call it, forward and backward. `with_lse` is False if nobody
-    differentiates lse. The table's gradient covers this rank's queries only.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, table, ring, signed, scale, softcap, suffix, with_lse):
-        ctx.ring, ctx.numbers, ctx.suffix, ctx.with_lse = ring, (signed, scale, softcap), suffix, with_lse
-        out = torch.zeros((*query.shape[:3], value.shape[3]), dtype=table.dtype, device=query.device)
-        state = torch.stack([torch.full_like(out[..., 0], -torch.inf), torch.zeros_like(out[..., 0])])
-        shard = Shard.of(key, value)
-        for step in ring.steps():
-            hop = None if step.is_last else ring.hop(shard, step, KEYS)
-            if step.has_work:
-                options = ring.options(step.source, *ctx.numbers)
-                part, _, part_state = dispatch.call(
-                    "attention_forward", suffix, query, shard.key, shard.value, table, None, *options
-                )
-                merge(out, state, part, part_state)
-            if hop is not None:
-                shard = hop.wait()
-        lse = (state[0] + state[1].log2()).mul_(math.log(2))
-        out = like(query, value.shape[3]).copy_(out)
-        ctx.save_for_backward(query, key, value, table, out, state)
-        if not with_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        needs_dq, needs_dk, needs_dv, needs_dtable = ctx.needs_input_grad[:4]
-        needs = needs_dq, needs_dk or needs_dv, needs_dtable
-        arguments = dout, dlse if ctx.with_lse else None, *ctx.saved_tensors
-        call = _Gradient.apply if torch.is_grad_enabled() else _backward
-        grads = call(ctx.ring, ctx.numbers, ctx.suffix, needs, *arguments)
-        return *(g if is_needed else None for g, is_needed in zip(grads, ctx.needs_input_grad, strict=False)), *[
-            None
-        ] * 6
-
-
-class _Gradient(torch.autograd.Function):
-    """`_backward` under create_graph=True. It fails only if somebody differentiates through it."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "context_parallel_attention has no double backward: its gradients cannot be differentiated again"
-        )
-
-
-def _backward(ring, numbers, suffix, needs, dout, dlse, query, key, value, table, out, state):
-    """The second trip around the ring: -> dq, dk, dv, dtable of this rank's slice; zeros if not needed."""
-    dq, dtable = torch.zeros_like(query, dtype=table.dtype), torch.zeros_like(table)
-    shard = Shard.of(key, value)
-    gradient = Shard.empty(key.shape, value.shape, table.dtype, key.device)
-    gradient.flat.zero_()
-    gradient_hop = None
-    for step in ring.steps():
-        hop = None if step.is_last else ring.hop(shard, step, KEYS)
-        if step.has_work:
-            inputs = dout, dlse, query, shard.key, shard.value, table, None, out, state
-            options = ring.options(step.source, *numbers)
-            parts = dispatch.call("attention_backward", suffix, *inputs, *options, True, *needs, False)
-        if gradient_hop is not None:
-            gradient, gradient_hop = gradient_hop.wait(), None
-        if step.has_work:
-            totals = dq, gradient.key, gradient.value, dtable
-            for total, part, is_needed in zip(totals, parts, (needs[0], needs[1], *needs[1:]), strict=False):
-                if is_needed:
-                    total += part
-        if needs[1] and step.distance:
-            gradient_hop = ring.hop(gradient, step, GRADIENTS)
-        if hop is not None:
-            shard = hop.wait()
-    if gradient_hop is not None:
-        gradient = gradient_hop.wait()
-    return dq.to(query.dtype), gradient.key.to(key.dtype), gradient.value.to(value.dtype), dtable

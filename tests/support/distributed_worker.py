@@ -12,13 +12,15 @@ import traceback
 from pathlib import Path
 
 import distributed_context
+import distributed_shards
 import distributed_tensor
 import distributed_training
+import pytest
 import quick_interpreter
 import torch
 import torch.distributed as dist
 
-CASES = distributed_context.CASES | distributed_training.CASES | distributed_tensor.CASES
+CASES = distributed_context.CASES | distributed_shards.CASES | distributed_training.CASES | distributed_tensor.CASES
 SIZES = {"context triton": (2,), "context nan triton": (2,), "data and tensor parallel": (4,)}  # all others: (2, 4)
 
 
@@ -32,7 +34,7 @@ def run(name):
     try:
         torch.manual_seed(0)
         CASES[name]()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         error = traceback.format_exc()
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

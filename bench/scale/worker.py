@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from dpb_triton import ContextShards, DynamicPositionBias, bias_attention, conte
 from ..memory import peak_mib
 from .model import ALL_TO_ALL, CONTIGUOUS, RING, Work
 
-ROUNDS = 3
+ROUNDS = 4
 MESSAGE = 1 << 22  # bytes
 OPTIONS = {  # of each method: the placement and the call's method
     RING: ("zigzag", "ring"),
@@ -57,7 +56,7 @@ def passes(attend, tensors, dout):
 
 
 def timed(call):
-    """(seconds, this process' CPU seconds): medians over ROUNDS."""
+    """(seconds, this process' CPU seconds) of the fastest round: whatever else runs makes a round slower."""
     call()
     seconds, cpu = [], []
     for _ in range(ROUNDS):
@@ -67,11 +66,11 @@ def timed(call):
         call()
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - used)
-    return median(seconds), median(cpu)
+    return min(seconds), min(cpu)
 
 
 def alone(call, least=0.05):
-    """CPU seconds of a call on one thread, which other processes do not disturb; each round takes `least` seconds."""
+    """CPU seconds of a call on one thread, in the fastest round; each takes `least` seconds."""
     call()
     found = []
     for _ in range(ROUNDS):
@@ -80,7 +79,7 @@ def alone(call, least=0.05):
             call()
             count += 1
         found.append((time.process_time() - began) / count)
-    return median(found)
+    return min(found)
 
 
 def rates(work):
@@ -122,7 +121,7 @@ def hop(size):
         for request in dist.batch_isend_irecv(operations):
             request.wait()
         found.append(time.perf_counter() - began)
-    return median(found)
+    return min(found)
 
 
 def constants(work):
@@ -148,8 +147,11 @@ def points(work):
         def attend(*tensors, shards=shards, method=method):
             return context_parallel_attention(*tensors, shards, method=method, is_causal=True, enable_gqa=is_gqa)
 
+        pairs = shards.pairs(is_causal=True)
+        if method == "all_to_all":  # all pairs of a share of the heads; in units of pairs of all heads
+            pairs = [sum(pairs) / mesh.size()] * mesh.size()
         for kind, call in passes(attend, (*own, table), own_dout).items():
-            found.append(record(name, kind, call) | {"pairs": shards.pairs(is_causal=True)})
+            found.append(record(name, kind, call) | {"pairs": pairs})
     module = DynamicPositionBias(work.mlp_dim, work.heads, depth=work.depth)
     dtable = torch.ones_like(table)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..environment import ROOT
+from ..environment import ROOT, one_line
 from ..report import write_json
 from .machine import gpu
 from .measure import RANKS, SMALL, WORK, measure
@@ -19,11 +19,15 @@ POINTS = ROOT / "bench/results/scale-cpu.json"
 
 @click.command()
 @click.option("--gpu", "name", type=click.Choice(["h200", "h100"]), default="h200", show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--kv-heads", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="128", show_default=True, help="As measured.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--mlp", "mlp_dim", type=click.IntRange(1), default=128, show_default=True, help="Width of the MLP.")
+@click.option("--heads", type=click.IntRange(1), default=Work.heads, show_default=True)
+@click.option("--kv-heads", type=click.IntRange(1), default=Work.kv_heads, show_default=True)
+@click.option(
+    "--head-dim", type=click.Choice(["64", "128"]), default=f"{Work.head_dim}", show_default=True, help="As measured."
+)
+@click.option("--batch", type=click.IntRange(1), default=Work.batch, show_default=True)
+@click.option(
+    "--mlp", "mlp_dim", type=click.IntRange(1), default=Work.mlp_dim, show_default=True, help="Width of the MLP."
+)
 @click.option("--flops", type=click.FloatRange(0, min_open=True), help="TFLOP/s of forward; default: as measured.")
 @click.option("--link", type=click.FloatRange(0, min_open=True), help="GB/s between nodes for each GPU; default: 40.")
 @click.option("--host", type=click.FloatRange(0), help="Microseconds of the host for a call; default: as measured.")
@@ -39,7 +43,7 @@ def scale(name, heads, kv_heads, head_dim, batch, mlp_dim, flops, link, host, is
     if is_measured:
         result = measure(*(SMALL, (1, 2)) if smoke else (WORK, RANKS))
         result["remark"] = remark
-        click.echo(measured_page(result))
+        click.echo(f"{one_line(result['environment'])}\n\n{measured_page(result)}")
         if path:
             write_json(path, result)
             click.echo(f"wrote {path}")
@@ -52,4 +56,5 @@ def scale(name, heads, kv_heads, head_dim, batch, mlp_dim, flops, link, host, is
     work = Work(0, heads, kv_heads, int(head_dim), batch, mlp_dim=mlp_dim)
     click.echo(predicted_page(work, machine))
     if POINTS.exists():
-        click.echo("\n" + measured_page(json.loads(POINTS.read_text())))
+        result = json.loads(POINTS.read_text())
+        click.echo(f"\n{one_line(result['environment'])}\n\n{measured_page(result)}")

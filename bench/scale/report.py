@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from ..environment import one_line
 from . import room
-from .machine import LINK_SHARE, MEASURED, MLP_SHARE, PUBLISHED_BF16
+from .machine import LINK_SHARE, MEASURED, MLP_SHARE, PUBLISHED_BF16, gpu
 from .measure import machine_of
 from .model import ALL_TO_ALL, CONTIGUOUS, METHODS, PARTS, RING, Clock, Prediction, Work, add_mlp, predict
 
@@ -34,7 +34,7 @@ def ms(seconds):
 
 
 def predictions(work, machine, tokens=TOKENS, ranks=GPUS):
-    """{(tokens, ranks): {method: (Prediction, bytes at the peak)}}, without methods that cannot run or do not fit."""
+    """{(tokens, ranks): {method: (Prediction, bytes at the peak)}}, without methods that cannot run."""
     found = {}
     for total in tokens:
         for count in ranks:
@@ -145,6 +145,22 @@ def words(work, machine):
             f"With the heads split inside each node (HeadParallel) and a ring of {nodes} nodes it would be "
             f"{ms(both.seconds)} ms, limit: {both.limit}."
         )
+    lead = [
+        f"{cell[RING][0].seconds / cell[ALL_TO_ALL][0].seconds:.2f} at {tokens_word(total)}"
+        for (total, count), cell in found.items()
+        if count == GPUS[1] and ALL_TO_ALL in cell
+    ]
+    if lead:
+        lines.append(f"Time of the ring over that of all-to-all on {GPUS[1]} GPUs: {', '.join(lead)}.")
+    firsts = {}
+    for count in GPUS[2:]:
+        totals = [1 << power for power in range(13, 28)]
+        limits = {total: predict(replace(work, total=total), machine, count, RING).limit for total in totals}
+        first = next((total for total in totals if limits[total] == "products"), None)
+        if first:
+            firsts.setdefault(first // count, []).append(f"{count}")
+    for own, counts in firsts.items():
+        lines.append(f"Products limit a ring of {', '.join(counts)} GPUs from {own:,} tokens a GPU on.")
     lines.append(
         f"All-to-all ends at {work.heads} GPUs, one for each head. A ring's keys and gradients pass every GPU, so its "
         f"exchange does not shrink: {ms(longest[RING][0].busy['exchange'])} ms at {tokens_word(TOKENS[-1])} tokens."
@@ -154,7 +170,7 @@ def words(work, machine):
         f"The table and its gradient have {size:.0f} MiB each at {tokens_word(TOKENS[-1])} tokens, on every GPU; the "
         f"MLP keeps {room.mlp_bytes(replace(work, total=TOKENS[-1])) / GIB:.3g} GiB."
     )
-    return "\n".join(f"- {line}" for line in lines)
+    return "In words, all of it predicted:\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _sentence(prediction):
@@ -256,7 +272,15 @@ def predicted_page(work, machine, style="simple"):
 
 
 def measured_page(result, style="simple"):
-    """The measured points of a JSON."""
+    """The measured points of a JSON, without the environment."""
+    parts = measured_table(result, style), result.get("remark"), balance_table(result, style)
     constants = ", ".join(f"{name} {value:.3g}" for name, value in result["constants"].items())
-    parts = one_line(result["environment"]), result.get("remark"), measured_table(result, style)
-    return "\n\n".join([*filter(None, parts), balance_table(result, style), f"The machine's constants: {constants}"])
+    return "\n\n".join([*filter(None, parts), f"The machine's constants, per second or in seconds: {constants}"])
+
+
+def docs_page(result):
+    """The tables for docs/: the prediction for a GPU, and the measured points of a JSON."""
+    work = Work(0)
+    machine = gpu("h200", work.head_dim)
+    predicted = prediction_table(work, machine, "github"), sources(work, machine)
+    return "\n\n".join([*predicted, one_line(result["environment"]), measured_page(result, "github")])

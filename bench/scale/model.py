@@ -11,8 +11,8 @@
     host       launches
 
 A ring's message travels while products are computed, so a step takes the longest of: the GPU's work, the link, the
-host. An exchange of all-to-all waits for its tensors, and the products wait for it. Left out: the sum of the MLP's gradients over the
-ranks, some ten thousand numbers, and the rest of the layer.
+host. An exchange of all-to-all waits for its tensors, and the products wait for it.
+Left out: the sum of the MLP's gradients over the ranks, some ten thousand numbers, and the rest of the layer.
 """
 
 from dataclasses import dataclass

@@ -21,17 +21,22 @@ SMALL = Work(total=256, heads=8, kv_heads=8, head_dim=16, size=4, mlp_dim=8)  # 
 SECONDS = 600
 
 
-def launch(what, ranks, work):
+def launch(what, ranks, work, **environment):
     """What `worker.py` found with so many processes of one thread each."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
                    "bench.scale.worker", what, str(path), json.dumps(asdict(work))]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise click.ClickException(f"{ranks} processes failed:\n{done.stderr[-3000:]}")
         return json.loads(path.read_text())
+
+
+def peaks(ranks, work):
+    """The peak memory of the points. With a low threshold glibc keeps no freed memory."""
+    return launch("memory", ranks, work, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 def measure(work, ranks=RANKS):
@@ -42,7 +47,8 @@ def measure(work, ranks=RANKS):
     found["points"] = []
     for count in ranks:
         click.echo(f"{count} processes", err=True)
-        found["points"] += [{"ranks": count} | record for record in launch("points", count, work)]
+        both = zip(launch("points", count, work), peaks(count, work), strict=True)
+        found["points"] += [{"ranks": count} | point | peak for point, peak in both]
     return found
 
 

@@ -4,7 +4,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.scale.worker constants RESULT.json SETTING
 
 `constants` are what the prediction needs of this machine: rank 0 measures its own rates while the others wait, then two
-ranks exchange messages as the ring does. `points` are the times, the CPU times and the memory of each method.
+ranks exchange messages as the ring does. `points` are the times and the CPU times of each method, `memory` is its peak.
 """
 
 import json
@@ -133,11 +133,31 @@ def constants(work):
 
 
 def points(work):
-    """A record per method and pass, and one of the MLP."""
+    """A record per method and pass, and one of the MLP: the seconds of the slowest rank, each rank's CPU seconds."""
+    found = []
+    for name, kind, pairs, call in calls(work):
+        seconds, cpu = zip(*everyone(timed(call)), strict=True)
+        found.append({"method": name, "pass": kind, "pairs": pairs, "seconds": max(seconds), "cpu": cpu})
+    return found
+
+
+def memory(work):
+    """Each rank's peak MiB, in the order of `points`."""
+    return [{"peak_mib": everyone(peak_mib(call, "cpu"))} for *_, call in calls(work)]
+
+
+def everyone(found):
+    """What every rank found."""
+    all_found = [None] * dist.get_world_size()
+    dist.all_gather_object(all_found, found)
+    return all_found
+
+
+def calls(work):
+    """(method, pass, visible pairs of each rank, call) of everything that is measured."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     *tensors, dout, table = inputs(work)
     is_gqa = work.heads != work.kv_heads
-    found = []
     for name, (placement, method) in OPTIONS.items():
         if method == "all_to_all" and work.heads % mesh.size():
             continue
@@ -151,31 +171,21 @@ def points(work):
         if method == "all_to_all":  # all pairs of a share of the heads; in units of pairs of all heads
             pairs = [sum(pairs) / mesh.size()] * mesh.size()
         for kind, call in passes(attend, (*own, table), own_dout).items():
-            found.append(record(name, kind, call) | {"pairs": pairs})
+            yield name, kind, pairs, call
     module = DynamicPositionBias(work.mlp_dim, work.heads, depth=work.depth)
     dtable = torch.ones_like(table)
 
     def mlp():
         return torch.autograd.grad(module.table(work.total), list(module.parameters()), dtable)
 
-    return [*found, record("MLP", "training", mlp)]
-
-
-def record(name, kind, call):
-    """The seconds of the slowest rank, and each rank's CPU seconds and peak memory."""
-    seconds, cpu = timed(call)
-    peak = peak_mib(call, "cpu")
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (seconds, cpu, peak))
-    seconds, cpu, peaks = zip(*everyone, strict=True)
-    return {"method": name, "pass": kind, "seconds": max(seconds), "cpu": cpu, "peak_mib": peaks}
+    yield "MLP", "training", None, mlp
 
 
 def main(what, path, setting):
     """Measure on every rank; rank 0 writes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {"constants": constants, "points": points}[what](Work(**json.loads(setting)))
+    found = {"constants": constants, "points": points, "memory": memory}[what](Work(**json.loads(setting)))
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(found))
     dist.destroy_process_group()

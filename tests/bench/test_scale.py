@@ -256,8 +256,8 @@ def test_the_committed_points_are_complete_and_their_memory_is_that_of_the_formu
     for point in points:
         assert len(point["cpu"]) == point["ranks"]
         *_, size = report.expected_point(result, point)
-        # gloo's own memory, and pages that malloc keeps
-        assert 0.6 * size <= max(point["peak_mib"]) * MIB <= 1.5 * size + 16 * MIB, point
+        # small tensors, gloo's buffers and whole pages come on top
+        assert 0.7 <= max(point["peak_mib"]) * MIB / size <= 1.5, point
 
 
 @pytest.mark.parametrize("smoke", [slow("--smoke")])

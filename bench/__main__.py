@@ -13,6 +13,7 @@ MODULES = {  # of each command, a function of the same name; imported on first u
     "train": ".train.command",
     "codegen": ".codegen.command",
     "sweep": ".sweep.command",
+    "scale": ".scale.command",
     "host": ".host",
     "gpu": ".gpu.command",
     "table": ".report",

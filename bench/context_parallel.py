@@ -3,9 +3,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.context_parallel --length 1024
 
-Every provider gets the same slices; a row is a rank. The error is the largest over that rank's slice, against one
-process in float64. Time and peak memory are of the forward pass, for ours also of forward and backward (FlexAttention
-has no backward on a CPU). If processes outnumber cores, the times say little. A provider that does not run says why.
+A row is a rank. The error is the largest over that rank's positions, against one process in float64. Time and peak
+memory are of the forward pass, for ours also of forward and backward (FlexAttention has no backward on a CPU). If
+processes outnumber cores, the times say little. A provider that does not run says why.
 """
 
 import time
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpb_triton import bias_attention, context_parallel_attention
+from dpb_triton import ContextShards, bias_attention, context_parallel_attention
 
 from .environment import describe, one_line
 from .memory import peak_mib
@@ -32,24 +32,24 @@ def inputs(length):
     return query, key, value, 3 * torch.randn(HEADS, length, generator=generator)
 
 
-def ours(part, table, mesh, length):
+def ours(part, table, shards, method):
     """dpb_triton.context_parallel_attention."""
-    return partial(context_parallel_attention, *part, table, mesh, is_causal=True)
+    return partial(context_parallel_attention, *part, table, shards, method=method, is_causal=True)
 
 
-def ours_trained(part, table, mesh, length):
+def ours_trained(part, table, shards, method):
     """Forward and backward with the table's gradient."""
     leaves = [x.detach().requires_grad_() for x in (*part, table)]
 
     def call():
-        out = context_parallel_attention(*leaves, mesh, is_causal=True)
+        out = context_parallel_attention(*leaves, shards, method=method, is_causal=True)
         torch.autograd.grad(out.square().sum(), leaves)
         return out.detach()
 
     return call
 
 
-def flex(part, table, mesh, length, is_shifted=False):
+def flex(part, table, shards, is_shifted=False):
     """FlexAttention under torch's context parallelism, with a distance table in its score_mod.
 
     Torch's parallel style gathers all keys and rewrites the block mask's mask_mod to global positions, but not a
@@ -59,6 +59,7 @@ def flex(part, table, mesh, length, is_shifted=False):
     from torch.distributed.tensor.parallel import parallelize_module
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    mesh, length = shards.mesh, shards.total
     first = mesh.get_local_rank() * length // mesh.size() if is_shifted else 0
 
     def score_mod(score, b, h, q, kv):
@@ -80,18 +81,21 @@ def flex(part, table, mesh, length, is_shifted=False):
     return call
 
 
-PROVIDERS = {
-    "dpb_triton": ours,
-    "dpb_triton, forward and backward": ours_trained,
-    "torch context_parallel, FlexAttention": flex,
-    "the same, score_mod shifted by hand": partial(flex, is_shifted=True),
+PROVIDERS = {  # how the positions are placed, and what makes the call
+    "dpb_triton, ring": ("zigzag", partial(ours, method="ring")),
+    "dpb_triton, ring, forward and backward": ("zigzag", partial(ours_trained, method="ring")),
+    "dpb_triton, all-to-all": ("contiguous", partial(ours, method="all_to_all")),
+    "dpb_triton, all-to-all, forward and backward": ("contiguous", partial(ours_trained, method="all_to_all")),
+    "torch context_parallel, FlexAttention": ("contiguous", flex),
+    "the same, score_mod shifted by hand": ("contiguous", partial(flex, is_shifted=True)),
 }
 
 
-def measure(build, part, table, mesh, length, expected):
+def measure(build, shards, tensors, table, expected):
     """(error, ms, MiB) on this rank."""
-    call = build(part, table, mesh, length)
-    error = (call().double() - expected).abs().max().item()
+    part = [shards.shard(x, 2).contiguous() for x in tensors]
+    call = build(part, table, shards)
+    error = (call().double() - shards.shard(expected, 2)).abs().max().item()
     times = []
     for _ in range(5):
         dist.barrier()
@@ -108,16 +112,13 @@ def main(length):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    query, key, value, table = inputs(length)
-    own = slice(*(length // mesh.size() * edge for edge in (mesh.get_local_rank(), mesh.get_local_rank() + 1)))
-    part = [x[:, :, own].contiguous() for x in (query, key, value)]
-    whole = [x.double() for x in (query, key, value, table)]
-    expected = bias_attention(*whole, is_causal=True, backend="torch")[:, :, own]
-    del query, key, value, whole
+    *tensors, table = inputs(length)
+    expected = bias_attention(*(x.double() for x in (*tensors, table)), is_causal=True, backend="torch")
     rows = []
-    for name, build in PROVIDERS.items():
+    for name, (placement, build) in PROVIDERS.items():
         try:
-            found = measure(build, part, table, mesh, length, expected)
+            shards = ContextShards(mesh, length, placement=placement)
+            found = measure(build, shards, tensors, table, expected)
         except Exception as error:  # its message goes into the table
             found = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", None, None
         everyone = [None] * mesh.size()

@@ -5,6 +5,7 @@
     <!-- aims: bench/results/NAME.json -->      the same, but only the rows that have an aim
     <!-- gpu: bench/results/FOLDER -->          what `python -m bench.gpu.summary` prints of that folder
     <!-- file: bench/results/NAME.txt -->       that text
+    <!-- scale: bench/results/NAME.json -->    `python -m bench scale`: its prediction, and that file's points
     <!-- headline -->                           `headline.py`'s table
 
 A table of a file that is not there yet is "Not measured yet." A table ends at `<!-- end of table -->`, and so on.
@@ -20,10 +21,11 @@ import click
 from .gpu.summary import summary
 from .headline import markdown
 from .report import page
+from .scale.report import docs_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- (table|aims|gpu|file|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
+MARKED = re.compile(r"(<!-- (table|aims|gpu|file|scale|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def _content(kind, path):
@@ -37,6 +39,8 @@ def _content(kind, path):
     if kind == "file":
         return text
     result = json.loads(text)
+    if kind == "scale":
+        return docs_page(result)
     if kind == "aims":
         result["records"] = [record for record in result["records"] if "aim" in record]
     return page(result)

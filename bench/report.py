@@ -11,6 +11,7 @@ from .lines import read_lines
 from .report_errors import errors_table
 from .report_memory import memory_table
 from .report_parts import mask_of, render, write_origin
+from .scale.report import measured_page
 from .train.report import training_table
 
 
@@ -179,6 +180,8 @@ def tables(result, style="simple", directions=None):
     """The tables of a run of any bench."""
     if result["bench"] == "train":
         return training_table(result, style)
+    if result["bench"] == "scale":
+        return measured_page(result, style)
     if "budgets" in result:
         return memory_table(result, style)
     return errors_table(result, style) if result.get("kind") == "errors" else times_table(result, style, directions)

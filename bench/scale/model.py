@@ -6,7 +6,7 @@
     sums       what plain torch adds between the operators' calls: the ring's merges and its sums of gradients;
                all-to-all's copies into and out of its messages
     exchange   bytes that a rank sends, over its slowest link; latency: that of its messages
-    table      the table's gradient: each call of the backward operator writes all of it, and the ring adds it up
+    table      the table's gradient: each call of the backward operator writes its distances, and the ring adds them
     MLP        the table from the MLP and its backward, on every rank for all distances
     host       launches
 
@@ -170,7 +170,7 @@ def ring(work, machine, ranks, method=RING):
         later = {
             "products": products[1],
             "sums": (rows + keyed) * (8 + work.size) / m.memory,
-            "table": len(calls) * 16 * heads * work.total / m.memory,
+            "table": sum(16 * heads * (i + j) for i, j, _ in calls) / m.memory,
             "host": len(calls) * (m.host_backward + SUM_OPERATIONS * m.host_operation),
         }
         moving = times - is_last  # the keys do not travel in the last step

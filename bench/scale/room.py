@@ -11,7 +11,7 @@
 Left out: small buffers of the kernels, and what the allocator rounds.
 """
 
-from .model import ALL_TO_ALL
+from .model import ALL_TO_ALL, _cdiv
 
 FLOAT = 4
 MIB = 2**20
@@ -41,8 +41,9 @@ def ring_backward(work, ranks):
     rows, keys, _ = own_bytes(work, ranks)
     copies = 2 if ranks > 1 else 1
     shards = copies * (keys + _wide(keys, work))
-    table = FLOAT * work.heads * work.total
-    return {"travelling": shards, "sums": _wide(rows, work) + rows + keys, "table": 2 * table}
+    of_a_call = 2 * _cdiv(work.total, ranks)  # distances, or half of them in a zigzag
+    table = FLOAT * work.heads * (work.total + of_a_call)
+    return {"travelling": shards, "sums": _wide(rows, work) + rows + keys, "table": table}
 
 
 def all_to_all_forward(work, ranks):

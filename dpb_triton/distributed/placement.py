@@ -55,6 +55,18 @@ class Where(NamedTuple):
         return 1 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
+class Grid(NamedTuple):
+    """The operators' options of a Pair, and the distances of the table that it reads: [first, after), perhaps < 0."""
+
+    seqlens: torch.Tensor | None
+    longest_query: int
+    longest_key: int
+    offset: int
+    left: int | None
+    right: int | None
+    distances: tuple[int, int]
+
+
 class Step(NamedTuple):
     """One step of a rank: it has `source`'s shard, sends it `distance` ranks on, and receives `following`'s shard."""
 
@@ -155,14 +167,39 @@ class Placement:
             columns += [self.size[:, slab].cumsum(0) - self.size[:, slab], self.size[:, slab]]
         return torch.stack([*columns, self.first[:, own] - self.first[:, other]], 1)
 
-    def grid(self, pair, device):
-        """The operators' options of a Pair that locate it: seqlens, longest i and j, and the offset."""
-        if self.is_packed:
-            key = pair.own, pair.other
-            seqlens = self._kept((*key, str(device)), lambda: self.pair(*key).int().to(device))
-            return seqlens, *self._kept((*key, "longest"), lambda: [int(self.size[:, slab].max()) for slab in key]), 0
-        i, j = pair.rows.stop - pair.rows.start, pair.keys.stop - pair.keys.start
-        return None, i, j, int(self.first[0, pair.own] - self.first[0, pair.other])
+    def grid(self, pair, signed, left, right, device):
+        """The `Grid` of a Pair that has work."""
+        key = pair.own, pair.other
+        grid, offsets = self._kept(("grid", *key, signed, left, right), lambda: self._grid(pair, signed, left, right))
+        if not self.is_packed:
+            return grid
+        seqlens = self._kept(
+            ("seqlens", *key, signed, left, right, str(device)),
+            lambda: torch.column_stack([self.pair(*key)[:, :4], offsets]).int().to(device),
+        )
+        return grid._replace(seqlens=seqlens, offset=0)
+
+    def _grid(self, pair, signed, left, right):
+        """(Grid, the offset of each sequence): distances count from `shift`, so the table is as short as can be."""
+        _, i, _, j, offset = self.pair(pair.own, pair.other).unbind(1)
+        is_met = (i > 0) & (j > 0)
+        lowest, highest = int((offset - j + 1)[is_met].min()), int((offset + i - 1)[is_met].max())
+        low = lowest if right is None else max(lowest, -right)
+        high = highest if left is None else min(highest, left)
+        if signed:
+            if (high - low) % 2:  # as many columns on both sides, all of them in the table
+                low, high = (low, high + 1) if high < -low else (low - 1, high)
+            shift = (low + high) // 2
+            columns = low, high + 1
+        else:
+            shift = low if low > 0 else min(high, 0)
+            columns = (0, max(high, -low) + 1) if shift == 0 else (abs(low), high + 1) if low > 0 else (-high, -low + 1)
+        # a bound beyond all pairs would only cost a comparison for each
+        left = None if left is None or highest <= left else left - shift
+        right = None if right is None or lowest >= -right else right + shift
+        offsets = offset - shift
+        longest = int(i.max()), int(j.max())
+        return Grid(None, *longest, int(offsets[0]), left, right, columns), offsets
 
     def area(self, pair):
         """The number of all (query, key) pairs of a Pair, those beyond the bounds too."""

@@ -50,12 +50,14 @@ def forward(
     for step in ring.steps:
         hop = None if step.is_last else ring.hop(shard, step, KEYS)
         for pair in step.pairs:
+            columns, *options = ring.options(pair, seed, scale, softcap, dropout_p)
             inputs = query[:, :, pair.rows], *shard.keys(pair.keys)
-            options = ring.options(pair, seed, scale, softcap, dropout_p)
-            part, _, part_state = dispatch.call("attention_forward", suffix, *_with(inputs, table), *options)
+            part, _, part_state = dispatch.call(
+                "attention_forward", suffix, *_with(inputs, table[:, columns]), *options
+            )
             merge(out[:, :, pair.rows], state[:, :, :, pair.rows], part, part_state)
         if hop is not None:
-            shard = hop.wait()
+            shard, hop = hop.wait(), None  # a hop keeps what it sent
     lse = (state[0] + state[1].log2()).mul_(math.log(2))
     out = like(query, value.shape[3]).copy_(out)
     return out, lse, state, torch.tensor(ring.placement.lengths, dtype=torch.int64, device="cpu")
@@ -80,23 +82,23 @@ def backward(
             rows, inputs = pair.rows, (query[:, :, pair.rows], *shard.keys(pair.keys))
             given = dout[:, :, rows], None if dlse is None else dlse[:, :, rows]
             result = out[:, :, rows], state[:, :, :, rows]
-            seqlens, pair_seed, *options = ring.options(pair, seed, scale, softcap, dropout_p)
+            columns, *options = ring.options(pair, seed, scale, softcap, dropout_p)
             needs = True, needs_dq, needs_dkv, needs_dtable, needs_dkey_bias
-            arguments = *given, *_with(inputs, table), *result, seqlens, pair_seed, *options, *needs
-            part = dispatch.call("attention_backward", suffix, *arguments)
+            arguments = *given, *_with(inputs, table[:, columns]), *result, *options, *needs
+            own, dk, dv, of_table, dkey_bias = dispatch.call("attention_backward", suffix, *arguments)
             if needs_dq:
-                dq[:, :, rows] += part[0]
+                dq[:, :, rows] += own
             if needs_dtable:
-                dtable += part[3]
-            parts.append((pair.keys, part))
+                dtable[:, columns] += of_table
+            parts.append((pair.keys, dk, dv, dkey_bias))
         if gradient_hop is not None:
             gradient, gradient_hop = gradient_hop.wait(), None
-        for keys, (_, dk, dv, _, dkey_bias) in parts:
-            gradient.add(keys, dk, dv, dkey_bias)
+        while parts:
+            gradient.add(*parts.pop(0))
         if gradient.tensors and step.distance:
             gradient_hop = ring.hop(gradient, step, GRADIENTS)
         if hop is not None:
-            shard = hop.wait()
+            shard, hop = hop.wait(), None
     if gradient_hop is not None:
         gradient = gradient_hop.wait()
     dq = like(query).copy_(dq) if needs_dq else query.new_empty(0)
@@ -121,15 +123,24 @@ class Ring:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.placement = placement_for(query, self.group, kind, cu_seqlens, lengths)
         check_reach_of(table, self.placement, signed, left, right)
-        self.bounds = signed, left, right
+        self.signed, self.left, self.right = signed, left, right
+        self.middle = table.shape[1] // 2 if signed else 0  # the column of distance 0
         self.steps = self.placement.steps(self.rank, left, right)
 
     def options(self, pair, seed, scale, softcap, dropout_p):
-        """The operators' options from `seqlens` on, for a pair of slabs."""
-        seqlens, i, j, offset = self.placement.grid(pair, self.device)
+        """For a pair of slabs: the columns of the table that it reads, and the operators' options from `seqlens` on.
+
+        The call gets these columns alone. So all calls of a rank together read the table, and write its gradient, about
+        twice, and not once each.
+        """
+        grid = self.placement.grid(pair, self.signed, self.left, self.right, self.device)
+        columns = slice(*(self.middle + distance for distance in grid.distances))
         if seed is not None:
             seed = seed_of(seed, pair.own * 2 * self.size + pair.other)
-        return seqlens, seed, i, j, offset, *self.bounds, scale, softcap, dropout_p
+        return (
+            columns, grid.seqlens, seed, grid.longest_query, grid.longest_key, grid.offset, self.signed, grid.left,
+            grid.right, scale, softcap, dropout_p,
+        )  # fmt: skip
 
     def hop(self, shard, step, tag):
         """Start to send `shard` and to receive the following one: -> Hop."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Cases for several processes: ContextShards' placements, both methods, masks, packed sequences, dropout, compile."""
 
+import random
+import time
 from functools import partial
 from unittest import mock
 
@@ -91,7 +93,7 @@ def compare(
     close(shards.unshard(out, dim), expected)
     for name, ours, theirs in zip(("query", "key", "value"), local, whole, strict=True):
         close(ours.grad, shards.shard(theirs.grad, dim), msg=lambda m, name=name: f"gradient of {name}: {m}")
-    size = table.grad.abs().max()
+    size = table.grad.abs().max().clamp(min=1e-6)
     close(local_table.grad / size, table.grad / size, msg=lambda m: f"gradient of table: {m}")
     if mask is not None and mask.requires_grad:
         close(local_mask.grad, shards.shard(mask.grad, mask.dim() - 1), msg=lambda m: f"gradient of mask: {m}")
@@ -177,6 +179,33 @@ def compiled_with_gradients():
             module.zero_grad()
         torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
     torch._dynamo.reset()
+
+
+def random_calls(count=40):
+    """Calls drawn anew in every run; a failure tells its call."""
+    mesh, ranks = mesh_of_all(), dist.get_world_size()
+    seed = torch.randint(1 << 30, (1,), generator=torch.Generator().manual_seed(time.time_ns() % (1 << 60)))
+    dist.broadcast(seed, 0)
+    draw = random.Random(int(seed))
+    for _ in range(count):
+        method, window = draw.choice(METHODS), draw.choice([None, (draw.randint(0, 9), draw.choice([None, 0, 4]))])
+        group = draw.choice([1, 2])
+        heads = draw.choice([1, 2] if method == "all_to_all" else [1, 3]) * (ranks if method == "all_to_all" else 2)
+        call = {
+            "placement": draw.choice(["zigzag", "contiguous"]), "method": method, "heads": heads,
+            "kv_heads": heads // group if method == "ring" or heads // group % ranks == 0 else heads,
+            "is_causal": draw.random() < 0.5, "signed": draw.random() < 0.5, "window": window,
+            "softcap": draw.choice([None, 1.5]), "mask": draw.choice([None, "bool", "floating"]),
+        }  # fmt: skip
+        total = draw.choice([1, 2, draw.randint(3, 80)])
+        if draw.random() < 0.5:
+            call["cu_seqlens"] = [0, *sorted(draw.randint(0, total) for _ in range(draw.randint(0, 6))), total]
+        else:
+            call["total"] = total
+        try:
+            compare(mesh=mesh, **call)
+        except Exception as error:
+            raise AssertionError(f"seed {int(seed)}, call {call}") from error
 
 
 def there_and_back():
@@ -300,8 +329,10 @@ def bad_input():
     packed = ContextShards(mesh, cu_seqlens=[0, total])
     check(ValueError, "query must have 3 dimensions (total, heads, head_dim)", attend, x, x, x, table, packed)
     for method in METHODS:
-        check(ValueError, "table is too short", attend, x, x, x, table[:, 1:], shards, method=method)
-    odd, odd_table = x.repeat(1, 3, 1, 1)[:, : 2 * ranks - 1], torch.ones(2 * ranks - 1, total)
+        tall = x[:, :1].repeat(1, ranks, 1, 1)
+        short = torch.ones(ranks, total - 1)
+        check(ValueError, "table is too short", attend, tall, tall, tall, short, shards, method=method)
+    odd, odd_table = x[:, :1].repeat(1, 2 * ranks - 1, 1, 1), torch.ones(2 * ranks - 1, total)
     check(ValueError, f"a number of heads that the mesh's {ranks} ranks divide, got {2 * ranks - 1}", attend, odd, odd,
           odd, odd_table, shards, method="all_to_all")  # fmt: skip
     many, three = x.repeat(1, 3 * ranks, 1, 1), x.repeat(1, 3, 1, 1)[:, :3]
@@ -337,6 +368,7 @@ CASES = {
     "shards triton dense": partial(
         compare, dtype=torch.float32, backend="triton", total=9, heads=2, kv_heads=2, is_causal=True, mask="floating"
     ),
+    "shards of random calls": random_calls,
     "shards there and back": there_and_back,
     "shards of equal work": equal_work,
     "shards exchange during products": partial(exchange_during_products, "forward"),

@@ -97,15 +97,15 @@ def test_flops_of_the_mlp_are_those_of_torchs_counter(depth):
 
 
 class Exchanges(TorchDispatchMode):
-    """Counts the bytes that leave this rank in all_to_all_single."""
+    """Counts the bytes that leave this rank in exchanges."""
 
     def __init__(self):
         super().__init__()
         self.sent = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "all_to_all_single" in str(function):
-            rows, _, sent, *_ = args
+        if function is torch.ops.dpb_triton.exchange.default:
+            rows, sent, *_ = args
             row = rows[:1].numel() * rows.element_size()
             self.sent.append(row * (sum(sent) - sent[dist.get_rank()]))
         return function(*args, **(kwargs or {}))
@@ -230,7 +230,7 @@ def test_the_table_and_the_mlp_do_not_shrink_with_the_ranks():
     work = Work(1 << 20)
     few, many = (room.peak(work, ranks, RING) for ranks in (8, 1024))
     assert few["MLP"] == many["MLP"]
-    assert few["table"] == many["table"]
+    assert many["table"] < few["table"] < 1.3 * many["table"]
     assert few["own"] == 128 * many["own"]
     assert predict(work, H200, 8, RING).busy["MLP"] == predict(work, H200, 1024, RING).busy["MLP"]
 

@@ -122,7 +122,7 @@ def context_parallel_attention(
     if method not in ("ring", "all_to_all"):
         raise ValueError(f"method must be 'ring' or 'all_to_all', got {method!r}")
     shards, device_mesh = (mesh, mesh.mesh) if isinstance(mesh, ContextShards) else (None, mesh)
-    group_name = check_mesh(device_mesh) if shards is None else shards.where.group_name
+    group_name = check_mesh(device_mesh) if shards is None else shards._where.group_name
     _check_local(query=query, key=key, value=value, table=table, key_padding_mask=key_padding_mask)
     query, key, value = to_autocast(query, key, value)
     is_packed = shards is not None and shards.is_packed
@@ -181,7 +181,7 @@ def _of_shards(shards: ContextShards, lengths: Any, own: int) -> Where:
     # under compile the ring's operator checks it, without a guard on the numbers
     if not torch.compiler.is_compiling() and own != shards.length:
         raise ValueError(f"query must have this rank's {shards.length} positions of {shards}, got {own}")
-    return shards.where
+    return shards._where
 
 
 def _of_mesh(mesh: "DeviceMesh", group_name: str, lengths: Any, own: int) -> Where:

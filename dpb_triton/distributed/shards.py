@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 if torch.distributed.is_available():  # some builds of torch lack it
     from .exchange import gather
 
-Placement: TypeAlias = Literal["zigzag", "contiguous"]
+PlacementKind: TypeAlias = Literal["zigzag", "contiguous"]
 
 
 class ContextShards:
@@ -57,7 +57,7 @@ class ContextShards:
         mesh: "DeviceMesh",
         total: int | None = None,
         *,
-        placement: Placement = "zigzag",
+        placement: PlacementKind = "zigzag",
         cu_seqlens: Sequence[int] | Tensor | None = None,
     ) -> None:
         self.mesh: DeviceMesh = mesh
@@ -66,7 +66,7 @@ class ContextShards:
             raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
         if (total is None) == (cu_seqlens is None):
             raise ValueError(f"give either total or cu_seqlens, got total = {total!r}, cu_seqlens = {cu_seqlens!r}")
-        self.placement: Placement = placement
+        self.placement: PlacementKind = placement
         self.is_packed: bool = total is None
         starts = (0, check_int("total", total, 0)) if cu_seqlens is None else _check_starts(cu_seqlens)
         self.total: int = starts[-1]
@@ -76,7 +76,7 @@ class ContextShards:
         self.lengths: tuple[int, ...] = self._placement.lengths
         self.length: int = self.lengths[self.rank]
         with torch.inference_mode(False):  # autograd saves the index of an index_select
-            self.where = self._placement.where(group_name, self.rank, placement, mesh.device_type)
+            self._where = self._placement.where(group_name, self.rank, placement, mesh.device_type)
             self._rows = self._placement.rows(self.rank).to(mesh.device_type)
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
@@ -101,9 +101,9 @@ class ContextShards:
             TypeError, ValueError: no tensor, or not `length` long in `dim`.
         """
         self._check("tensor", tensor, dim, self.length)
-        rows = gather(tensor.movedim(dim, 0), list(self.lengths), self.where.group_name)
-        if self.where.places is not None:
-            rows = rows.index_select(0, self.where.places.to(tensor.device))
+        rows = gather(tensor.movedim(dim, 0), list(self.lengths), self._where.group_name)
+        if self._where.places is not None:
+            rows = rows.index_select(0, self._where.places.to(tensor.device))
         return rows.movedim(0, dim)
 
     def pairs(self, *, is_causal: bool = False, window: Window | None = None) -> list[int]:
@@ -111,7 +111,7 @@ class ContextShards:
         return self._placement.pairs(*check_window(window, is_causal))
 
     def __repr__(self) -> str:
-        size = f"{self.where.sequences} sequences, total {self.total}" if self.is_packed else str(self.total)
+        size = f"{self._where.sequences} sequences, total {self.total}" if self.is_packed else str(self.total)
         return f"ContextShards({size}, placement={self.placement!r}, rank {self.rank} of {self.ranks})"
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed_context import EVERYTHING, TOLERANCES, inputs
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpb_triton import ContextShards, DynamicPositionBias, bias_attention, bias_attention_varlen
 from dpb_triton import context_parallel_attention as attend
@@ -141,7 +142,7 @@ def dropout(placement, method):
 
 
 def compiled(method, packed, mask=None):
-    """One graph without a break. The ring's second graph, with free sizes, serves all other lengths."""
+    """One graph without a break. The second one, with free sizes, serves all other lengths."""
     graphs = []
 
     def count(graph, example):
@@ -150,8 +151,7 @@ def compiled(method, packed, mask=None):
 
     torch._dynamo.reset()
     call = torch.compile(attend, fullgraph=True, backend=count)
-    totals = (37, 50, 64) if method == "ring" else (37, 50)
-    for total in totals:
+    for total in (37, 50, 64, 75):
         options = {"cu_seqlens": [0, 11, total]} if packed else {"total": total}
         compare("zigzag", method, call=call, mask=mask, is_causal=True, kv_heads=2, **options)
     assert 1 <= len(graphs) <= 2
@@ -250,6 +250,17 @@ def equal_work():
     assert max(packed.pairs(is_causal=True)) == min(packed.pairs(is_causal=True))
     one_each = ContextShards(mesh, cu_seqlens=list(range(8 * ranks + 1)))  # sequences of one position
     assert max(one_each.lengths) == min(one_each.lengths)
+
+
+def flops():
+    """FlopCounterMode counts all pairs of each pair of slabs that a rank's operators get, forward and backward."""
+    mesh = mesh_of_all()
+    shards = ContextShards(mesh, 8 * mesh.size())  # slabs of 4
+    x, table = torch.randn(3, 2, 5, 8, 6), torch.randn(5, shards.total, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        attend(*x, table, shards, is_causal=True).sum().backward()
+    pairs = 2 * (3 + 2 * (mesh.size() - 1)) * 4 * 4
+    assert counter.get_total_flops() == 2 * 5 * pairs * (6 + 6) + 2 * 5 * pairs * (3 * 6 + 2 * 6)
 
 
 def exchange_during_products(direction):
@@ -373,6 +384,7 @@ CASES = {
     "shards of equal work": equal_work,
     "shards exchange during products": partial(exchange_during_products, "forward"),
     "shards exchange during products of backward": partial(exchange_during_products, "backward"),
+    "shards count flops": flops,
     "shards bad input": bad_input,
     "shards dropout in a ring": partial(dropout, "zigzag", "ring"),
     "shards dropout in a contiguous ring": partial(dropout, "contiguous", "ring"),

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 PLACEMENTS = ("zigzag", "contiguous")
-MOST_SEARCHED = 1 << 22
+MOST_SEARCHED = 1 << 22  # pairs of slices, a second or so
 
 
 class Pair(NamedTuple):
@@ -189,11 +189,13 @@ class Placement:
         if signed:
             if (high - low) % 2:  # as many columns on both sides, all of them in the table
                 low, high = (low, high + 1) if high < -low else (low - 1, high)
-            shift = (low + high) // 2
-            columns = low, high + 1
+            shift, columns = (low + high) // 2, (low, high + 1)
+        elif low > 0:  # all keys are past
+            shift, columns = low, (low, high + 1)
+        elif high < 0:  # all keys are future
+            shift, columns = high, (-high, -low + 1)
         else:
-            shift = low if low > 0 else min(high, 0)
-            columns = (0, max(high, -low) + 1) if shift == 0 else (abs(low), high + 1) if low > 0 else (-high, -low + 1)
+            shift, columns = 0, (0, max(high, -low) + 1)
         # a bound beyond all pairs would only cost a comparison for each
         left = None if left is None or highest <= left else left - shift
         right = None if right is None or lowest >= -right else right + shift

@@ -27,7 +27,7 @@ def pytest_configure(config):
 # The tests of each file share something that is slow to make, so one worker runs the whole file, before others.
 TOGETHER = (
     "bench/test_codegen.py", "bench/test_train.py", "csrc/test_csrc.py", "distributed/test_distributed.py",
-    "launching/test_launch_path.py",
+    "distributed/test_survival.py", "launching/test_launch_path.py",
 )  # fmt: skip
 
 

@@ -64,9 +64,9 @@ def steps_from(*pieces):
     ("processes", "moment", "steps"),
     [
         pytest.param(2, ("write", 2, 1), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="2-while saving"),
-        slow(4, ("backward", EVERY + 2, 1), steps_from((1, EVERY + 1), (EVERY + 1, STEPS)), id="4-in backward"),
-        slow(4, ("backward", 1, 3), steps_from((1, STEPS)), id="4-before a checkpoint"),
-        slow(4, ("metadata", 2, 0), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="4-at the end of saving"),
+        slow(2, ("backward", EVERY + 2, 1), steps_from((1, EVERY + 1), (EVERY + 1, STEPS)), id="2-in backward"),
+        slow(2, ("backward", 1, 1), steps_from((1, STEPS)), id="2-before a checkpoint"),
+        slow(2, ("metadata", 2, 0), steps_from((1, 2 * EVERY), (EVERY + 1, STEPS)), id="2-at the end of saving"),
     ],
 )
 def test_a_killed_rank(processes, moment, steps, unbroken, tmp_path):

@@ -7,6 +7,27 @@ from .. import dispatch
 from . import ops  # noqa: F401  (defines the operators)
 
 
+def needed_of(needs_input_grad):
+    """The backward operators' needs_dq, needs_dkv, needs_dtable and needs_dkey_bias, from a Function's inputs."""
+    needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = needs_input_grad[:5]
+    return needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
+
+
+def grads_of(needs_input_grad, dq, dk, dv, dtable, dkey_bias):
+    """The gradients of query, key, value, table and key_bias, from a backward operator's results; None if not needed.
+
+    The operators give dkey_bias for each key head.
+    """
+    needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = needs_input_grad[:5]
+    return (
+        dq if needs_dq else None,
+        dk if needs_dk else None,
+        dv if needs_dv else None,
+        dtable if needs_dtable else None,
+        dkey_bias.sum(1) if needs_dkey_bias else None,
+    )
+
+
 class BiasAttention(torch.autograd.Function):
     """apply(query, key, value, table, key_bias, seqlens, seed, …the operator's options, suffix, with_lse).
 
@@ -27,24 +48,16 @@ class BiasAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, dstate):
-        needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = ctx.needs_input_grad[:5]
-        needs = needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
+        needs = needed_of(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(saved[5])
         arguments = (dout, dlse, *saved, *ctx.options, False, *needs)
         if torch.is_grad_enabled():
-            dq, dk, dv, dtable, dkey_bias = _Gradient.apply(ctx.suffix, *arguments)
+            found = _Gradient.apply(ctx.suffix, *arguments)
         else:
-            dq, dk, dv, dtable, dkey_bias = dispatch.call("attention_backward", ctx.suffix, *arguments)
-        grads = (
-            dq if needs_dq else None,
-            dk if needs_dk else None,
-            dv if needs_dv else None,
-            dtable if needs_dtable else None,
-            dkey_bias.sum(1) if needs_dkey_bias else None,
-        )
-        return *grads, None, None, *[None] * (len(ctx.options) + 2)
+            found = dispatch.call("attention_backward", ctx.suffix, *arguments)
+        return *grads_of(ctx.needs_input_grad, *found), None, None, *[None] * (len(ctx.options) + 2)
 
 
 class _Gradient(torch.autograd.Function):

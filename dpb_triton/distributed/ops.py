@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 from .. import dispatch
 from ..attention import flops
 from ..attention.api import drawn_seed, in_accumulator
+from ..attention.autograd import grads_of, needed_of
 from ..attention.key_bias import key_bias_and_shift
 from ..attention.ops import BACKENDS, fake_backward, fake_forward
 from . import ring
@@ -72,25 +73,17 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, *_):
-        needs_dq, needs_dk, needs_dv, needs_dtable, needs_dkey_bias = ctx.needs_input_grad[:5]
-        needs = needs_dq, needs_dk or needs_dv, needs_dtable, needs_dkey_bias
+        needs = needed_of(ctx.needs_input_grad)
         *saved, seed, cu_seqlens, lengths = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(saved[5])
         group, kind, numbers = ctx.options
         arguments = dout, dlse, *saved, seed, group, kind, cu_seqlens, lengths, *numbers, *needs
         if torch.is_grad_enabled():
-            dq, dk, dv, dtable, dkey_bias = _Gradient.apply(ctx.suffix, *arguments)
+            found = _Gradient.apply(ctx.suffix, *arguments)
         else:
-            dq, dk, dv, dtable, dkey_bias = dispatch.call("ring_backward", ctx.suffix, *arguments)
-        grads = (
-            dq if needs_dq else None,
-            dk if needs_dk else None,
-            dv if needs_dv else None,
-            dtable if needs_dtable else None,
-            dkey_bias.sum(1) if needs_dkey_bias else None,
-        )
-        return *grads, None, None, None, None, None, *[None] * (len(numbers) + 2)
+            found = dispatch.call("ring_backward", ctx.suffix, *arguments)
+        return *grads_of(ctx.needs_input_grad, *found), None, None, None, None, None, *[None] * (len(numbers) + 2)
 
 
 class _Gradient(torch.autograd.Function):

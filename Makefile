@@ -16,7 +16,7 @@ endif
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-full test test-full check install lint format codegen codegen-full wheel wheel-test \
+.PHONY: bench bench-full test test-full check matrix install lint format codegen codegen-full wheel wheel-test \
   cuda-build-test gpu gpu-cache clean help
 
 bench: $(READY_BENCH)  ## compare speeds in two minutes: both benches, then a summary in words
@@ -52,6 +52,11 @@ check: lint test-full  ## lint, run the whole suite and tiny benches: before a p
 	$(PYTHON) -m bench expand --smoke
 	$(PYTHON) -m bench attention --smoke
 	$(PYTHON) -m bench decode --smoke
+
+# ROWS="oldest newest" runs these; .ci/matrix.py lists them. A row takes about a gigabyte, and ten minutes.
+matrix: $(READY)  ## run the quick suite on other versions of Python, torch, Triton and the integrations' libraries
+	$(PYTHON) .ci/matrix.py $(ROWS)
+	$(PYTHON) -m bench pages
 
 install: $(READY)  ## make .venv: torch, Triton, this package in place, the development tools
 

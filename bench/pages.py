@@ -6,6 +6,7 @@
     <!-- gpu: bench/results/FOLDER -->          what `python -m bench.gpu.summary` prints of that folder
     <!-- file: bench/results/NAME.txt -->       that text
     <!-- scale: bench/results/NAME.json -->    `python -m bench scale`: its prediction, and that file's points
+    <!-- matrix: bench/results/NAME.json -->    what `make matrix` ran: versions, counts of tests, dates
     <!-- headline -->                           `headline.py`'s table
 
 A table of a file that is not there yet is "Not measured yet." A table ends at `<!-- end of table -->`, and so on.
@@ -17,6 +18,7 @@ import re
 from pathlib import Path
 
 import click
+from tabulate import tabulate
 
 from .gpu.summary import summary
 from .headline import markdown
@@ -25,7 +27,8 @@ from .scale.report import docs_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- (table|aims|gpu|file|scale|headline)(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
+KINDS = "table|aims|gpu|file|scale|matrix|headline"
+MARKED = re.compile(rf"(<!-- ({KINDS})(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def _content(kind, path):
@@ -33,7 +36,7 @@ def _content(kind, path):
         return markdown()
     if kind == "gpu":
         return summary(ROOT / path)
-    if kind in ("table", "aims") and not (ROOT / path).exists():
+    if kind in ("table", "aims", "matrix") and not (ROOT / path).exists():
         return "Not measured yet."
     text = (ROOT / path).read_text()
     if kind == "file":
@@ -41,9 +44,23 @@ def _content(kind, path):
     result = json.loads(text)
     if kind == "scale":
         return docs_page(result)
+    if kind == "matrix":
+        return _matrix(result)
     if kind == "aims":
         result["records"] = [record for record in result["records"] if "aim" in record]
     return page(result)
+
+
+def _matrix(rows):
+    """A row of each environment; the words of a row that was left out say why."""
+    head = ["Python", "torch", "Triton", "transformers", "x-transformers", "tests", "result", "commit", "date"]
+    lines = []
+    for row in rows.values():
+        versions = [row[name.lower().replace("-", "_")] for name in head[:5]]
+        counts = ", ".join(f"{row[word]:,} {word}" for word in ("passed", "failed", "error", "skipped") if word in row)
+        tests = "integrations" if "integrations" in row["tests"] else "`make test`"
+        lines.append([*versions, tests, row.get("left_out", counts), row["sha"], row["date"]])
+    return tabulate(lines, head, "github", disable_numparse=True)
 
 
 def filled(text):

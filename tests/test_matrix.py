@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""`make matrix`: which versions it runs, what it notes of them, and the empty CUDA libraries that let torch start."""
+
+import ctypes
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+click_testing = pytest.importorskip("click.testing", reason="needs the extra `bench`")
+pytest.importorskip("tabulate", reason="needs the extra `bench`")
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.fixture
+def matrix(monkeypatch, tmp_path):
+    """.ci/matrix.py, which writes into a folder of the test."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    module = importlib.import_module("matrix")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "matrix.json")
+    return module
+
+
+def test_the_oldest_row_is_what_pyproject_promises(matrix):
+    row = matrix.ROWS["oldest"]
+    for name, version in {
+        "requires-python = ": row.python, "torch": row.torch, "triton": row.triton, "transformers": row.transformers,
+        "x-transformers": row.x_transformers,
+    }.items():  # fmt: skip
+        (promised,) = set(re.findall(rf'"?(?<![\w-]){name}"?>=([\d.]+)"', PYPROJECT))
+        assert (version + ".").startswith(promised + "."), name
+
+
+def test_every_version_has_a_row(matrix):
+    rows = matrix.ROWS.values()
+    assert {row.python for row in rows} == {"3.10", "3.11", "3.12", "3.13"}
+    assert {row.torch.rpartition(".")[0] for row in rows} == {f"2.{minor}" for minor in range(10, 16)}
+    assert {row.triton.rpartition(".")[0] for row in rows} == {f"3.{minor}" for minor in range(6, 10)}
+    assert len({(row.name, row.tests) for row in rows}) == len(rows)
+
+
+def test_torch_is_nobody_s_requirement(matrix):
+    """Whatever pip installs with its requirements must not bring a torch of its own."""
+    plain, alone = matrix.requirements(matrix.ROWS["oldest"])
+    assert not any(re.match("(torch|x-transformers|dpb_triton|triton)", word) for word in plain)
+    assert {"pytest>=8", "transformers==5.20.0", "numpy<2.4", "click>=8.1", "einx"} <= set(plain)
+    assert alone == ["x-transformers==2.0.5", "triton==3.6.0"]
+    assert "numpy<2.4" not in matrix.requirements(matrix.PLAIN)[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        ("7 passed, 2 skipped in 3.10s", {"passed": 7, "skipped": 2}),
+        ("1 failed, 7 passed, 2 errors in 3.10s", {"failed": 1, "passed": 7, "error": 2}),
+        ("2 skipped in 0.10s", None),
+    ],
+)
+def test_a_row_is_what_pytest_counted(matrix, last, found, tmp_path):
+    row = matrix.PLAIN
+    python = tmp_path / row.name / "bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho 99 passed\necho '{last}'\n")
+    python.chmod(0o755)
+    if found is None:
+        with pytest.raises(LookupError, match="no test passed"):
+            matrix.run(row, tmp_path / "log")
+    else:
+        assert matrix.run(row, tmp_path / "log").items() > found.items()
+
+
+def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
+    from bench import pages
+
+    def run(row, log):
+        if row.torch == "2.15.0":
+            raise LookupError("there is no Python 3.13 here")
+        return {"passed": 1234, "failed": 1} if row.triton == "3.9.0" else {"passed": 5, "skipped": 2}
+
+    monkeypatch.setattr(matrix, "prepare", lambda row: None)
+    monkeypatch.setattr(matrix, "run", run)
+    call = click_testing.CliRunner().invoke
+    assert call(matrix.main, ["triton-3.9.0"]).exit_code == 1
+    assert call(matrix.main, ["oldest"]).exit_code == 0
+    done = call(matrix.main, ["newest"])
+    assert done.exit_code == 1 and "newest" in done.output.splitlines()[-1]
+    results = json.loads(matrix.RESULTS.read_text())
+    assert list(results) == ["oldest", "newest", "triton-3.9.0"]
+    monkeypatch.setattr(pages, "ROOT", matrix.RESULTS.parent)
+    table = pages.filled("<!-- matrix: matrix.json -->\n<!-- end of matrix -->").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:-1]]
+    assert cells[0][:7] == ["3.10", "2.10.0", "3.6.0", "5.20.0", "2.0.5", "`make test`", "5 passed, 2 skipped"]
+    assert [row[6] for row in cells[1:]] == ["there is no Python 3.13 here", "1,234 passed, 1 failed"]
+
+
+def test_a_python_that_is_not_here(matrix):
+    with pytest.raises(LookupError, match=r"no Python 9\.9"):
+        matrix.find_python("9.9")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="there is no gcc")
+def test_a_library_that_is_missing_is_replaced(tmp_path):
+    """As torch: one function carries the version of its library, one carries none, one returns words."""
+    library, versions = tmp_path / "lib", "libcudart.so.77 { global: *; };"
+    library.mkdir()
+    (tmp_path / "map").write_text(versions)
+    code = {
+        "libcudart.so.77": "int cudaOne(void) { return 1; } const char *cudaGetErrorString(void) { return 0; }",
+        "libcufile.so.77": "int cuFileTwo(void) { return 2; }",
+        "libtorch_test.so": "int cudaOne(void), cuFileTwo(void); const char *cudaGetErrorString(void);"
+        "int one(void) { return cudaOne(); } int two(void) { return cuFileTwo(); }"
+        "const char *words(void) { return cudaGetErrorString(); }",
+    }
+    for name, text in code.items():
+        needed = [library / other for other in code if "cu" in other] if "torch" in name else [f"-Wl,-soname,{name}"]
+        script = [f"-Wl,--version-script={tmp_path / 'map'}"] if "cudart" in name else []
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library / name, "-x", "none", *script, *needed]
+        subprocess.run(command, input=text, text=True, check=True)
+    for name in ("libcudart.so.77", "libcufile.so.77"):
+        (library / name).unlink()
+    done = subprocess.run([sys.executable, ROOT / ".ci/stub_cuda.py", tmp_path], capture_output=True, text=True)
+    assert done.stdout == "libcudart.so.77: 2 functions that return 100\nlibcufile.so.77: 1 functions that return 100\n"
+    for name in ("libcudart.so.77", "libcufile.so.77"):
+        ctypes.CDLL(str(library / name), mode=ctypes.RTLD_GLOBAL)
+    torch = ctypes.CDLL(str(library / "libtorch_test.so"))
+    torch.words.restype = ctypes.c_char_p
+    assert (torch.one(), torch.two()) == (100, 100) and b"stub" in torch.words()

@@ -54,7 +54,7 @@ check: lint test-full  ## lint, run the whole suite and tiny benches: before a p
 	$(PYTHON) -m bench decode --smoke
 
 # ROWS="oldest newest" runs these; .ci/matrix.py lists them. A row takes about a gigabyte, and ten minutes.
-matrix: $(READY)  ## run the quick suite on other versions of Python, torch, Triton and the integrations' libraries
+matrix: $(READY)  ## run the quick suite on other versions of Python, torch, Triton and peers
 	$(PYTHON) .ci/matrix.py $(ROWS)
 	$(PYTHON) -m bench pages
 

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: MIT
 """`make matrix`: the quick suite on each version people have, one environment after another.
 
-A row is an environment of its own in build/matrix/: a Python, a torch, a Triton, the libraries that the integrations
-serve. The compiled extension is the one in place, because one binary serves all of them. Versions are pinned, so a row
-is the same again. torch comes from PyTorch's index of CPU builds where that can be reached, and else from PyPI without
-the gigabytes of CUDA libraries (stub_cuda.py). Each row's result goes into bench/results/matrix.json with its date, and
-`python -m bench pages` writes the table of docs/versions.md from it.
+A row has an environment in build/matrix/: a Python, a torch, a Triton, the libraries that the integrations serve. The
+compiled extension is the one in place, because one binary serves all of them. Versions are pinned, so a row is the same
+again. torch comes from PyTorch's index of CPU builds where that can be reached, and else from PyPI, without the
+gigabytes of CUDA libraries (stub_cuda.py). Each row's result goes into bench/results/matrix.json with its date, and
+`python -m bench pages` writes the table of docs/limits.md from it.
 """
 
 import json
@@ -45,8 +45,11 @@ class Row:
     tests: tuple[str, ...] = SUITE
 
     @property
-    def name(self):
-        return "-".join(list(asdict(self).values())[:5])
+    def libraries(self):
+        """What pip installs without its requirements: all that the rows of one environment differ in."""
+        found = [f"triton=={self.triton}", f"transformers=={self.transformers}"]
+        found += [f"x-transformers=={self.x_transformers}"]
+        return [*found, "numpy==2.2.6"] if self.triton == "3.6.0" else found  # its interpreter needs numpy < 2.4
 
 
 PLAIN = Row("3.11", "2.13.0", "3.7.1")
@@ -83,22 +86,17 @@ def find_python(version):
     raise LookupError(f"there is no Python {version} here")
 
 
-def requirements(row):
-    """(what pip installs with its own requirements, what it installs without) for the tests of a row."""
-    lines = [line for line in requires("dpb_triton") if re.search("bench|test|mypy", line)]
+def environment_of(row):
+    """The folder of its Python and torch."""
+    return FOLDER / f"python-{row.python}-torch-{row.torch}"
+
+
+def requirements():
+    """What pip installs for the tests, with its own requirements, in every environment."""
+    lines = [line for line in requires("dpb_triton") if re.search("bench|test|mypy|transformers", line)]
     wanted = [line.split(";")[0].strip() for line in lines]
-    plain = [name for name in wanted if not name.startswith(("dpb_triton", "x-transformers", "build"))]
-    plain += [
-        *OF_X_TRANSFORMERS,
-        *OF_TORCH,
-        f"transformers=={row.transformers}",
-        "einops>=0.8",
-        "setuptools==81.0.0",
-        "ninja>=1.11",
-    ]
-    if row.triton == "3.6.0":
-        plain.append("numpy<2.4")  # its interpreter needs it
-    return plain, [f"x-transformers=={row.x_transformers}", f"triton=={row.triton}"]
+    wanted = [name for name in wanted if not name.startswith(("dpb_triton", "x-transformers", "build"))]
+    return [*wanted, *OF_X_TRANSFORMERS, *OF_TORCH, "einops>=0.8", "setuptools==81.0.0", "ninja>=1.11"]
 
 
 def pip(python, *words):
@@ -121,30 +119,39 @@ def is_reached(address):
 
 
 def prepare(row):
-    """The Python of the row's environment, made if it is not there yet."""
-    folder = FOLDER / row.name
+    """Make the row's environment: its Python and torch, if they are not there yet, and the row's libraries before them.
+
+    Rows of one Python and one torch share an environment: each is gigabytes.
+    """
+    folder = environment_of(row)
     python = folder / "bin/python"
     if not (folder / ".ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([find_python(row.python), "-m", "venv", folder], check=True)
-        plain, alone = requirements(row)
         pip(python, "--upgrade", "pip")  # that of an old Python takes minutes to choose among versions
-        pip(python, *plain)
-        pip(python, "--no-deps", *alone)
+        pip(python, *requirements())
         index = ("--index-url", CPU_INDEX) if is_reached(CPU_INDEX) else ()
         pip(python, "--no-deps", *index, f"torch=={row.torch}")
         (torch,) = folder.glob("lib/python*/site-packages/torch")
         stubs = Path(__file__).with_name("stub_cuda.py")
         subprocess.run([sys.executable, stubs, torch], check=True, capture_output=True)
         (folder / ".ready").touch()
-    return python
+    places = []
+    for library in row.libraries:
+        place = FOLDER / f"libraries-{row.python}" / library
+        if not place.exists():
+            pip(python, "--no-deps", "--target", place, library)
+        places.append(str(place))
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "row.pth").write_text(f"import sys; sys.path[:0] = {places}\n")
 
 
 def run(row, log):
     """The counts of the row's tests; every line of pytest goes into the file `log`."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment["PATH"] = f"{FOLDER / row.name / 'bin'}{os.pathsep}{environment['PATH']}"
-    command = [FOLDER / row.name / "bin/python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", *row.tests]
+    scripts = environment_of(row) / "bin"
+    environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
+    command = [scripts / "python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", *row.tests]
     start = time.time()
     with log.open("w") as file:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -44,16 +44,56 @@ def test_every_version_has_a_row(matrix):
     assert {row.python for row in rows} == {"3.10", "3.11", "3.12", "3.13"}
     assert {row.torch.rpartition(".")[0] for row in rows} == {f"2.{minor}" for minor in range(10, 16)}
     assert {row.triton.rpartition(".")[0] for row in rows} == {f"3.{minor}" for minor in range(6, 10)}
-    assert len({(row.name, row.tests) for row in rows}) == len(rows)
+    assert len(set(rows)) == len(rows)
 
 
 def test_torch_is_nobody_s_requirement(matrix):
     """Whatever pip installs with its requirements must not bring a torch of its own."""
-    plain, alone = matrix.requirements(matrix.ROWS["oldest"])
-    assert not any(re.match("(torch|x-transformers|dpb_triton|triton)", word) for word in plain)
-    assert {"pytest>=8", "transformers==5.20.0", "numpy<2.4", "click>=8.1", "einx"} <= set(plain)
-    assert alone == ["x-transformers==2.0.5", "triton==3.6.0"]
-    assert "numpy<2.4" not in matrix.requirements(matrix.PLAIN)[0]
+    plain = matrix.requirements()
+    assert not any(re.match("(torch|x-transformers|dpb_triton|triton|build|ruff)", word) for word in plain)
+    assert {"pytest>=8", "transformers>=5.20", "numpy>=1.26", "click>=8.1", "einx"} <= set(plain)
+    libraries = ["triton==3.7.1", "transformers==5.24.0", "x-transformers==2.31.10"]
+    assert matrix.PLAIN.libraries == libraries
+    libraries = ["triton==3.6.0", "transformers==5.20.0", "x-transformers==2.0.5", "numpy==2.2.6"]
+    assert matrix.ROWS["oldest"].libraries == libraries
+
+
+def test_rows_share_environments_and_differ_in_libraries(matrix, monkeypatch):
+    installed = []
+
+    def pip(python, *words):
+        installed.append(words)
+        if "--target" in words:
+            Path(words[2]).mkdir(parents=True)
+
+    def start(command, **options):
+        if "venv" in command:
+            (command[-1] / "lib/python3.11/site-packages/torch").mkdir(parents=True)
+        else:
+            assert command[1].name == "stub_cuda.py" and command[2].name == "torch"
+
+    monkeypatch.setattr(matrix, "pip", pip)
+    monkeypatch.setattr(matrix, "find_python", str)
+    monkeypatch.setattr(matrix, "is_reached", lambda address: False)
+    monkeypatch.setattr(matrix.subprocess, "run", start)
+    matrix.prepare(matrix.PLAIN)
+    assert ("--no-deps", "torch==2.13.0") in installed
+    added = [words[-1] for words in installed if "--target" in words]
+    assert added == matrix.PLAIN.libraries
+    installed.clear()
+    row = matrix.ROWS["triton-3.9.0"]
+    matrix.prepare(row)
+    assert [words[-1] for words in installed] == ["triton==3.9.0"]
+    (site,) = matrix.environment_of(row).glob("lib/python*/site-packages")
+    scope = {}
+    exec(
+        (site / "row.pth").read_text().replace("import sys;", "import types; sys = types.SimpleNamespace(path=[9]);"),
+        scope,
+    )
+    assert [Path(place).name for place in scope["sys"].path[:-1]] == row.libraries and scope["sys"].path[-1] == 9
+    monkeypatch.setattr(matrix, "is_reached", lambda address: True)
+    matrix.prepare(matrix.ROWS["torch-2.11"])
+    assert any(words[1:3] == ("--index-url", matrix.CPU_INDEX) and words[3] == "torch==2.11.0" for words in installed)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +106,7 @@ def test_torch_is_nobody_s_requirement(matrix):
 )
 def test_a_row_is_what_pytest_counted(matrix, last, found, tmp_path):
     row = matrix.PLAIN
-    python = tmp_path / row.name / "bin/python"
+    python = matrix.environment_of(row) / "bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\necho 99 passed\necho '{last}'\n")
     python.chmod(0o755)

@@ -125,7 +125,7 @@ CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
 # functions that Triton's C code names and that nothing here calls
 UNUSED = (
     "cuCtxGetDevice", "cuCtxGetLimit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuDeviceGet", "cuDevicePrimaryCtxRetain",
-    "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuTensorMapEncodeIm2col",
+    "cuOccupancyMaxActiveClusters", "cuPointerGetAttributes", "cuStreamIsCapturing", "cuTensorMapEncodeIm2col",
 )  # fmt: skip
 
 

@@ -247,7 +247,8 @@ def _sum_of_chunks(partial_ptr, distance, is_used, offset, n_bands, n_chunks, SH
     for first in range(0, n_chunks, FOLD_CHUNKS):
         for chunk in tl.static_range(FOLD_CHUNKS):
             slot = distance - offset - (first + chunk + 1) * ROWS + SHIFT + span
-            is_known = is_used & (first + chunk < n_chunks)
+            # a number of Python's here becomes a mask of int32 in the interpreter, which Triton 3.9 refuses
+            is_known = is_used & (tl.full(distance.shape, first + chunk, tl.int32) < n_chunks)
             mask = is_known & (slot >= BLOCK_N) & (slot < span + BLOCK_N)
             total += tl.load(partial_ptr + slot - BLOCK_N, mask=mask, other=0.0)
             mask = is_known & (slot >= 0) & (slot < span)

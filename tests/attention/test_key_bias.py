@@ -10,7 +10,6 @@ from quick import slow_but
 from torch.autograd import forward_ad
 
 from dpb_triton import bias_attention
-from dpb_triton.attention import torch_grid as attention_cpu_grid
 from dpb_triton.dispatch import why_not
 
 
@@ -198,17 +197,6 @@ def test_the_layout_of_out_is_the_same_with_a_mask(attention_backend, device):
 
 def attention_of(backend, *tensors):
     return lambda **options: bias_attention(*tensors, backend=backend, return_lse=True, **options)
-
-
-@pytest.mark.parametrize("tile", [1, 700, 2000])
-@pytest.mark.parametrize("keys", [RIGHT, HOLES, MASKS["everything of one"], MASKS["float with -inf"]])
-def test_cut_into_tiles(keys, tile, monkeypatch, device):
-    """Plain torch works in several blocks of heads, of batch elements, and of rows."""
-    monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
-    monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
-    for options in ({"softcap": 3.0}, {"is_causal": True}):
-        case = with_mask(Case(batch=2, heads=4, kv_heads=2, i=23, j=23, options=options), keys, device)
-        check(attend("torch"), case, device)
 
 
 def test_one_graph_for_all_lengths(device):

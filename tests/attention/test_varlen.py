@@ -92,6 +92,24 @@ def test_options(case, attention_backend, device):
     assert_packed_is_alone(case, (5, 1, 19), (5, 9, 23), attention_backend, device)
 
 
+IN_TILES = {
+    "causal window": ({"is_causal": True, "window": (4, None)}, None, None),
+    "offsets, signed": ({"signed": True}, (-3, 2, 9), None),
+    "hidden keys": ({"window": (5, 2)}, None, torch.bool),
+    "added, softcap": ({"softcap": 1.5}, (1, -2, 4), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("options", "offsets", "mask"), IN_TILES.values(), ids=IN_TILES)
+def test_cut_into_tiles(options, offsets, mask, small_cuts, device):
+    """Plain torch cuts each sequence into blocks of heads and rows."""
+    case, lengths = Case(heads=4, kv_heads=2, head_dim=5, options=options), ((5, 1, 11), (5, 9, 13))
+    if mask is not None:
+        hidden = torch.arange(27) % 4 == 1
+        mask = hidden if mask == torch.bool else torch.linspace(-3, 3, 27).masked_fill(hidden, -torch.inf)
+    assert_packed_is_alone(case, *lengths, "torch", device, offsets=offsets, mask=mask)
+
+
 LENGTHS = {
     "one": ((7,), (9,)),
     "empty ones": ((0, 5, 0, 0, 3, 0), (0, 5, 2, 0, 4, 7)),

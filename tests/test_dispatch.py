@@ -128,17 +128,15 @@ def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch):
 
 
 def test_float64_on_a_gpu_is_torchs():
-    calls = []
-
-    def by_torch(*args):
-        assert not torch.is_grad_enabled() or torch._C._dispatch_tls_is_dispatch_key_excluded("AutogradCPU")
-        calls.append(("torch", args))
-
-    on_cuda = ops._on_cuda(by_torch, lambda *args: calls.append(("triton", args)))
+    """Below autograd, so that its operations record nothing."""
+    calls, leaf = [], torch.ones(1, requires_grad=True)
+    on_cuda = ops._on_cuda(
+        lambda *args: calls.append(("torch", *args[1:], (2 * leaf).requires_grad)),
+        lambda *args: calls.append(("triton", *args[1:])),
+    )
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         on_cuda(SimpleNamespace(dtype=dtype), 7)
-    assert [name for name, _ in calls] == ["torch", "triton", "triton", "triton"]
-    assert all(args[1:] == (7,) for _, args in calls)
+    assert calls == [("torch", 7, False), ("triton", 7), ("triton", 7), ("triton", 7)]
 
 
 @pytest.mark.parametrize("name", ["expand", "reduce", "attention_forward", "attention_backward"])

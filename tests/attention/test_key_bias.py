@@ -181,6 +181,14 @@ def test_rows_that_see_hidden_keys_only(attention_backend, device):
     assert [row.isneginf().nonzero().squeeze(1).tolist() for row in lse[:, 0]] == dead
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_rows_of_one_sequence_see_hidden_keys_only(place, attention_backend, device):
+    keys = torch.zeros(3, 6, dtype=torch.bool)
+    keys[place, 2:4] = True
+    case = Case(batch=3, heads=2, kv_heads=1, i=6, j=6, options={"window": (1, 0)})
+    check(attend(attention_backend), with_mask(case, keys, device), device)
+
+
 def test_a_row_of_large_negative_numbers_only(attention_backend, device):
     """transformers' masks do this to left padding under causality: the first rows see masked keys only."""
     keys = torch.zeros(2, 23, device=device).masked_fill(LEFT.to(device), -1e4)

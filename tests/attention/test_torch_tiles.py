@@ -27,7 +27,8 @@ CASES = {
     "added, few bounds": Case(**CUT, options={"key_padding_mask": ADDED, "window": (None, 3), "scale": 0.7}),
     "rows without a key": Case(**CUT, options={"is_causal": True, "offset": -6}),
     "own key heads": Case(**CUT | {"kv_heads": 4}, options={"is_causal": True, "key_padding_mask": ADDED}),
-    "table of -inf": Case(**CUT, table="masked", options={"key_padding_mask": CUT_HIDDEN}),
+    "table of -inf": Case(**CUT, table="all masked", options={"is_causal": True}),
+    "some -inf in the table": Case(**CUT, table="masked", options={"key_padding_mask": CUT_HIDDEN}),
 }
 
 
@@ -90,6 +91,7 @@ SIZES = {
     (64, 8, 8, None): (64, 8, 256),
     (2048, 8, 8, None): (512, 8, 1),
     (2048, 8, 2, None): (128, 8, 4),
+    (1 << 15, 8, 2, None): (16, 8, 2),
     (1 << 17, 8, 8, None): (64, 1, 1),
     (1 << 20, 8, 2, None): (8, 4, 1),
     (1 << 20, 8, 2, (100, 27)): (32, 8, 204),
@@ -142,6 +144,17 @@ def test_flash_attention_serves_what_it_can(flash_rows, monkeypatch):
             query, key, value, table, *_ = case.draw()
             with torch.no_grad():
                 attend(query, key, value, table, enable_gqa=True, **case.options)
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 1.5, "dropout_p": 0.4}], ids=str)
+def test_nothing_is_computed_again_without_a_nan(more, monkeypatch):
+    """Also if rows see no key: only a NaN asks for the slower selects."""
+    selects, backward = [], torch_path._backward
+    monkeypatch.setattr(torch_path, "_backward", lambda *a, **o: selects.append(o["selects"]) or backward(*a, **o))
+    for case in CASES.values():
+        *leaves, dout, _ = case.draw()
+        attend(*(x.requires_grad_() for x in leaves), enable_gqa=True, **case.options, **more).backward(dout)
+    assert selects == [False] * len(CASES)
 
 
 def test_rows_of_flash_attention():

@@ -110,6 +110,15 @@ def test_cut_into_tiles(options, offsets, mask, small_cuts, device):
     assert_packed_is_alone(case, *lengths, "torch", device, offsets=offsets, mask=mask)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_window_of_hidden_keys_only(place, attention_backend, device):
+    """In one sequence, be it the first or the last, some rows see nothing."""
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    mask[place, 2:4] = True
+    case = Case(options={"window": (1, 0)})
+    assert_packed_is_alone(case, (6,) * 3, (6,) * 3, attention_backend, device, mask=mask.flatten())
+
+
 LENGTHS = {
     "one": ((7,), (9,)),
     "empty ones": ((0, 5, 0, 0, 3, 0), (0, 5, 2, 0, 4, 7)),

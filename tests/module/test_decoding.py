@@ -143,6 +143,26 @@ def test_a_write_through_data_is_seen_on_a_cpu():
         assert not torch.equal(module.table(40), before)
 
 
+def test_train_and_eval_drop_it():
+    """A write through `.data` does not show on a GPU, so both make the next call compute."""
+    module = make()
+    for change in (module.eval, module.train, lambda: module.train(False)):
+        module.eval()
+        with torch.no_grad():
+            module.table(5)
+        assert module._cache._kept is not None
+        change()
+        assert module._cache._kept is None
+
+
+def test_a_call_with_gradients_drops_it():
+    module = make()
+    with torch.no_grad():
+        module.table(5)
+    module.table(5)
+    assert module._cache._kept is None
+
+
 def is_computed_each_time(module, runs, context=torch.no_grad):
     before = len(runs)
     with context():

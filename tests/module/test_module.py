@@ -124,6 +124,17 @@ def test_autocast(dtype, device):
         assert module(3, 3).dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(device):
+    module = DynamicPositionBias(16, 2, dtype=torch.float64, device=device)
+    query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64, device=device).unbind()
+    expected = module(5, 9), module.table(9), module.attention(query, key, value, is_causal=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = module(5, 9), module.table(9), module.attention(query, key, value, is_causal=True)
+        assert module(5, 9, dtype=torch.float32).dtype == torch.float32
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float64 and torch.equal(ours, exact)
+
+
 def test_autocast_keeps_8192_positions_apart(device):
     """Under bf16 autocast, eager rounds the distances to bf16 first, so most positions share their bias with others."""
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from module_rows import ModuleRows
 from torch.utils.data import DataLoader
 
 from dpb_triton import DynamicPositionBias, bias_attention, dispatch, expand_bias
+from dpb_triton import module as module_file
 from dpb_triton.attention import torch_grid, torch_path
 
 
@@ -82,10 +83,7 @@ def test_a_fork_after_the_kernels_ran(attention_backend):
 
 
 def test_no_memory_is_torchs_own_error():
-    """The result itself does not fit. The error is the one that torch.empty raises, and nothing stays allocated."""
-    with pytest.raises(RuntimeError) as torchs:
-        torch.empty(1 << 50)
-    first = str(torchs.value).split(":")[0].split("]")[-1]
+    """The result itself does not fit. The error is of torch.empty's type and says so; nothing stays allocated."""
     table, far = torch.randn(2, 1 << 10), 1 << 25
     query = torch.randn(1, 2, 1, 8).expand(1, 2, 1 << 45, 8)
     calls = {
@@ -95,10 +93,8 @@ def test_no_memory_is_torchs_own_error():
     for name, call in calls.items():
         gc.collect()
         before = tensors_alive()
-        with pytest.raises(type(torchs.value)) as caught:
+        with pytest.raises(RuntimeError, match=r"allocate \d{16} bytes"):
             call()
-        assert "not enough memory" in str(caught.value) and first, name
-        del caught
         gc.collect()
         assert tensors_alive() == before, name
     step(None)
@@ -145,18 +141,21 @@ def test_interrupted_and_called_again(place, error, monkeypatch):
 
 
 def test_a_module_interrupted_while_it_computes_its_table(monkeypatch):
-    """No half-made table is kept."""
+    """It keeps the table that it had, and the next call computes the longer one."""
     module = DynamicPositionBias(8, 2).eval()
-    query = torch.randn(1, 2, 5, 8)
     with torch.no_grad():
         module.table(9)
         kept = module._cache._kept
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.SiLU, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module_file, "run", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                module.attention(query, query, query)
+                module.table(300)
         assert module._cache._kept is kept
-        assert torch.equal(module.table(9), module._compute(256)[:, :9])
+        assert torch.equal(module.table(300), module._compute(512)[:, :300])
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 HEAVY = (
@@ -185,4 +184,4 @@ print(*sorted(set(sys.modules) - before))
     heavy = [name for name in new if name in HEAVY or name.startswith(tuple(f"{x}." for x in HEAVY))]
     assert not heavy
     foreign = [name for name in new if name.split(".")[0] not in ("dpb_triton", "einops")]
-    assert len(foreign) < 40, foreign
+    assert len(foreign) < 10, foreign

@@ -68,6 +68,7 @@ CASES = {
     "forward, bfloat16": lambda: Bias(lambda bias, x, y: bias(x.shape[1], y.shape[1]), dtype=torch.bfloat16),
     "forward, an offset": lambda: Bias(lambda bias, x, y: bias(y.shape[1], x.shape[1], offset=x.shape[1] - 3)),
     "forward, an int": lambda: Bias(lambda bias, x, y: bias(3, y.shape[1], offset=2), signed=True),
+    "forward, an int32": lambda: Bias(lambda bias, x, y: bias(3, torch.as_tensor(y.shape[1]).int(), offset=1)),
     "table": lambda: Bias(lambda bias, x, y: bias.table(x.shape[1])),
     "table, signed": lambda: Bias(lambda bias, x, y: bias.table(x.shape[1]), signed=True),
     "attention": lambda: Bias(lambda bias, x, y: bias.attention(heads_of(x), heads_of(y), heads_of(y))),
@@ -162,6 +163,19 @@ def test_what_the_checks_say(device):
         traced(*inputs(1, 15, 15))
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             traced(*inputs(1, 17, 17))
+
+
+def test_a_trace_goes_on_after_an_error_that_is_caught(device):
+    def call(bias, x, y):
+        with pytest.raises(ValueError, match="j must be at least i"):
+            bias(y.shape[1] + 1, x.shape[1])
+        return bias(x.shape[1], y.shape[1]) * y.shape[1]
+
+    module = Bias(call).to(device)
+    traced = torch.jit.trace(module, inputs(*LENGTHS[0], device))
+    for lengths in LENGTHS:
+        tensors = inputs(*lengths, device)
+        torch.testing.assert_close(traced(*tensors), module(*tensors), atol=1e-5, rtol=1e-5)
 
 
 def test_packed_sequences_need_their_longest(device):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from attention_oracle import Case, run
 from module_rows import ModuleRows
+from quick import slow
 from torch.utils.data import DataLoader
 
 from dpb_triton import DynamicPositionBias, bias_attention, dispatch, expand_bias
@@ -54,13 +55,13 @@ def test_threads_at_once(attention_backend):
             torch.testing.assert_close(table, module._compute(table.shape[1]))
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_of_a_data_loader(context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), slow("spawn", 1)])
+def test_workers_of_a_data_loader(context, workers):
     """After the parent has used the kernels and kept a table."""
     step(None)
     data = ModuleRows(DynamicPositionBias(8, 2).eval())
     expected = [data[n] for n in range(4)]
-    found = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=120)
+    found = DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=context, timeout=300)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 

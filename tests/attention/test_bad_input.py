@@ -405,6 +405,10 @@ def test_a_right_call_is_remembered(monkeypatch):
     meta = [randn(2, 4, n, 8, device="meta") for n in (5, 9, 9)]
     bias_attention(*meta, randn(4, 9, device="meta"), backend="torch")
     assert len(full) == 2
+    dense(backend="torch")()
+    count = len(full)
+    dense(backend="torch")()
+    assert len(full) == count
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: "is gone")
     with pytest.raises(ValueError, match="is gone"):
         dense(backend="torch")()

@@ -44,6 +44,7 @@ def test_attention(options, kv_heads, attention_backend, device):
     case = Case(batch=batch, heads=4, kv_heads=kv_heads, i=7, j=9, head_dim=6, value_dim=value_dim, dtype=dtype,
                 layout=layout)  # fmt: skip
     query, key, value, table, dout, dlse = case.draw(device)
+    table = table.mT.contiguous().mT
     key_bias = torch.linspace(-1, 1, 18, dtype=table.dtype, device=device).view(2, 9) if has_key_bias else None
     seqlens = None if seqlens is None else torch.tensor(seqlens, dtype=torch.int32, device=device)
     seed = torch.tensor([3], device=device) if has_dropout else None

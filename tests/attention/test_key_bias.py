@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from attention_oracle import Case, check, dropout_keep, poison, seed_of
+from attention_oracle import Case, check, dropout_keep, poison, run, seed_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import slow_but
@@ -148,6 +148,16 @@ def test_random(data, device):
     check(bias_attention, with_mask(case, keys, device), device)
 
 
+def test_a_mask_alone_is_trained(attention_backend, device):
+    """It gets the gradient that it gets beside all others."""
+    case = with_mask(OPTIONS["plain"], MASKS["float and -inf on both sides"], device)
+    *tensors, dout, _ = case.draw(device)
+    everything = run(attend(attention_backend), *tensors, dout, **case.options)
+    keys = case.options["key_padding_mask"].clone().requires_grad_()
+    attend(attention_backend)(*tensors, key_padding_mask=keys).backward(dout)
+    assert torch.equal(keys.grad, everything["dmask"])
+
+
 def test_unseen_keys_may_hold_anything_finite(attention_backend, device):
     query, key, value, table, *_ = Case(batch=2, i=23, j=23).draw(device)
     keys = HOLES.to(device)
@@ -183,9 +193,10 @@ def test_rows_that_see_hidden_keys_only(attention_backend, device):
 
 @pytest.mark.parametrize("place", range(3))
 def test_rows_of_one_sequence_see_hidden_keys_only(place, attention_backend, device):
+    """The last row of each sequence lies beyond all keys."""
     keys = torch.zeros(3, 6, dtype=torch.bool)
     keys[place, 2:4] = True
-    case = Case(batch=3, heads=2, kv_heads=1, i=6, j=6, options={"window": (1, 0)})
+    case = Case(batch=3, heads=2, kv_heads=1, i=6, j=6, options={"window": (1, 0), "offset": 2})
     check(attend(attention_backend), with_mask(case, keys, device), device)
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dpb_triton import bias_attention, bias_attention_paged
+from dpb_triton.attention import cpp_path
+from dpb_triton.dispatch import why_not
 
 
 def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
@@ -62,6 +64,17 @@ def test_like_keys_in_a_row(name, attention_backend, device):
         )
         tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
         torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_compiled_kernels_serve_a_cpu(monkeypatch):
+    if reason := why_not("cpp", "cpu"):
+        pytest.skip(reason)
+    calls, forward = [], cpp_path.forward
+    monkeypatch.setattr(cpp_path, "forward", lambda *args: calls.append(args) or forward(*args))
+    arguments, _ = draw([33, 20])
+    for backend, expected in ((None, 2), ("cpp", 4), ("torch", 4)):
+        bias_attention_paged(*arguments, enable_gqa=True, backend=backend)
+        assert len(calls) == expected
 
 
 def test_float64(device):

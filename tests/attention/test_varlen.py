@@ -140,6 +140,21 @@ def test_offsets(options, attention_backend, device):
     assert_packed_is_alone(Case(options=options), *lengths, attention_backend, device, offsets=(-9, 2, 0, 30, 4))
 
 
+def test_offsets_beyond_the_table(attention_backend, device):
+    """A window needs a short table only, which says nothing about the offsets that place queries near keys."""
+    query, key, value, *_ = Case(heads=1, i=25, j=25).draw(device)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    table = torch.randn(1, 2, device=device)
+    lengths, offsets = ((20, 5), (5, 20)), (-15, 16)
+    cu = [cumulative(x, device) for x in lengths]
+    options = {"window": (1, 1), "backend": attention_backend}
+    places = torch.tensor(offsets, dtype=torch.int32, device=device)
+    out = bias_attention_varlen(query, key, value, table, *cu, offsets=places, **options)
+    expected, _ = alone(query, key, value, table, *map(list, lengths), offsets, window=(1, 1))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert out[15].any() and out[-1].any()
+
+
 def test_no_sequence(attention_backend, device):
     tensors = draw(Case(), (), (), (), device)
     cu = cumulative((), device)

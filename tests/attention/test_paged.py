@@ -156,17 +156,54 @@ def test_bad_arguments(name):
         bias_attention_paged(*arguments, enable_gqa=True)
 
 
+@pytest.mark.parametrize(("place", "page"), [((0, 2), 13), ((1, 0), 13), ((1, 3), -1)])
+def test_the_first_page_that_is_none(place, page):
+    """The pool has 13 pages. The last block of a sequence may hold one key."""
+    arguments, _ = draw([33, 60])
+    arguments[4][place] = 12
+    bias_attention_paged(*arguments, enable_gqa=True)
+    arguments[4][place] = page
+    with pytest.raises(ValueError, match=f"pages below 13, got .* for sequence {place[0]}"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_the_shortest_table():
+    """Of 60 keys the query is the last one, so without a window its distances reach 59, into the past."""
+    arguments, _ = draw([33, 60])
+    table = arguments[3]
+    for n, options in ((60, {"is_causal": True}), (6, {"window": (5, 0)}), (60, {})):
+        arguments[3] = table[:, :n]
+        bias_attention_paged(*arguments, enable_gqa=True, **options)
+        arguments[3] = table[:, : n - 1]
+        with pytest.raises(ValueError, match="table is too short"):
+            bias_attention_paged(*arguments, enable_gqa=True, **options)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_no_argument_may_need_a_gradient(place):
+    arguments, _ = draw([33])
+    arguments[place].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_no_trace():
+    arguments, _ = draw([33])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"neither torch.func transforms nor torch.jit.trace"):
+        torch.jit.trace(lambda *args: bias_attention_paged(*args, enable_gqa=True), tuple(arguments))
+
+
 def test_no_gradients():
     arguments, _ = draw([33])
     arguments[3].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradients"):
         bias_attention_paged(*arguments, enable_gqa=True)
+    inputs = arguments[0], *(x.transpose(1, 2) for x in arguments[1:3]), *arguments[3:], False, None, None, 0.25, 0.0
     with torch.no_grad():
-        bias_attention_paged(*arguments, enable_gqa=True)
+        out = bias_attention_paged(*arguments, enable_gqa=True)
+        torch.testing.assert_close(torch.ops.dpb_triton.attention_paged(*inputs)[0], out)
     with pytest.raises(RuntimeError, match="no derivative"):
-        torch.ops.dpb_triton.attention_paged(
-            arguments[0], *(x.transpose(1, 2) for x in arguments[1:3]), *arguments[3:], False, None, None, 0.25, 0.0
-        )
+        torch.ops.dpb_triton.attention_paged(*inputs)
     with pytest.raises(ValueError, match="must have query's 4 heads"):
         bias_attention_paged(arguments[0], *arguments[1:3], arguments[3].detach(), *arguments[4:])
     with pytest.raises(RuntimeError, match=r"torch\.func"):

@@ -163,6 +163,15 @@ def test_a_call_with_gradients_drops_it():
     assert module._cache._kept is None
 
 
+def test_no_more_distances_than_the_grid_has(runs):
+    module = make().train()
+    query = torch.randn(1, 4, 3, 8)
+    module(3, 9), module(3, 9, offset=4), module(3, 9, offset=-2), module(3, 4, offset=20), module.table(5)
+    module(0, 9, offset=10**12), module(3, 0, offset=-(10**12))  # no pair, and no distance
+    module.attention(query, query, query), module.attention(query, query, query, offset=-4)
+    assert runs == [9, 7, 11, 23, 5, 0, 0, 3, 7]
+
+
 def is_computed_each_time(module, runs, context=torch.no_grad):
     before = len(runs)
     with context():

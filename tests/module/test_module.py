@@ -199,6 +199,14 @@ def test_older_x_transformers_have_a_bias_in_the_first_norm():
     assert "bias" in dict(module.mlp[1].named_parameters())
 
 
+def test_all_norms_but_the_first_have_a_bias():
+    """As in x-transformers."""
+    norms = [
+        layer for layer in DynamicPositionBias(8, 2, depth=4, norm=True).mlp if isinstance(layer, torch.nn.LayerNorm)
+    ]
+    assert [norm.bias is not None for norm in norms] == [False, True, True, True]
+
+
 def test_copies_pickles_and_meta(tmp_path):
     module = DynamicPositionBias(8, 2, norm=True, signed=True)
     again = copy.deepcopy(module)

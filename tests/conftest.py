@@ -154,3 +154,18 @@ def set_tiles(monkeypatch):
 
     yield set_them
     replay.forget()
+
+
+# (TILE, MIN_ROWS, MAX_ROWS). For the sizes attention_oracle.CUT a tile has 2 rows: of 2 heads of one element; of all
+# heads of 2 elements; of everything.
+SMALL_TILES = {"heads": (1, 4, 4), "elements": (208, 4, 4), "rows": (1 << 20, 4, 4)}
+
+
+@pytest.fixture(params=SMALL_TILES.values(), ids=SMALL_TILES)
+def small_cuts(request, monkeypatch):
+    """Plain torch's attention works in so many tiles that small shapes meet every cut of them more than once."""
+    from dpb_triton.attention import torch_grid
+
+    for name, number in zip(("TILE", "MIN_ROWS", "MAX_ROWS"), request.param, strict=True):
+        monkeypatch.setattr(torch_grid, name, number)
+    monkeypatch.setattr(torch_grid.Grid, "flash_rows", lambda self: 4)

@@ -19,6 +19,10 @@ def heads_of(x, heads=2):
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
+def int32_in_a_trace(size):
+    return size.int() if isinstance(size, torch.Tensor) else size
+
+
 class Bias(nn.Module):
     """Computes `call(bias, x, y)` for two batches of sequences."""
 
@@ -68,6 +72,7 @@ CASES = {
     "forward, bfloat16": lambda: Bias(lambda bias, x, y: bias(x.shape[1], y.shape[1]), dtype=torch.bfloat16),
     "forward, an offset": lambda: Bias(lambda bias, x, y: bias(y.shape[1], x.shape[1], offset=x.shape[1] - 3)),
     "forward, an int": lambda: Bias(lambda bias, x, y: bias(3, y.shape[1], offset=2), signed=True),
+    "forward, an int32": lambda: Bias(lambda bias, x, y: bias(3, int32_in_a_trace(y.shape[1]), offset=1)),
     "table": lambda: Bias(lambda bias, x, y: bias.table(x.shape[1])),
     "table, signed": lambda: Bias(lambda bias, x, y: bias.table(x.shape[1]), signed=True),
     "attention": lambda: Bias(lambda bias, x, y: bias.attention(heads_of(x), heads_of(y), heads_of(y))),
@@ -164,6 +169,19 @@ def test_what_the_checks_say(device):
             traced(*inputs(1, 17, 17))
 
 
+def test_a_trace_goes_on_after_an_error_that_is_caught(device):
+    def call(bias, x, y):
+        with pytest.raises(ValueError, match="j must be at least i"):
+            bias(y.shape[1] + 1, x.shape[1])
+        return bias(x.shape[1], y.shape[1]) * y.shape[1]
+
+    module = Bias(call).to(device)
+    traced = torch.jit.trace(module, inputs(*LENGTHS[0], device))
+    for lengths in LENGTHS:
+        tensors = inputs(*lengths, device)
+        torch.testing.assert_close(traced(*tensors), module(*tensors), atol=1e-5, rtol=1e-5)
+
+
 def test_packed_sequences_need_their_longest(device):
     class Packed(nn.Module):
         def __init__(self, **options):
@@ -178,8 +196,9 @@ def test_packed_sequences_need_their_longest(device):
         cu = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
         return torch.randn(sum(lengths), 2, 8, device=device), cu
 
-    with pytest.raises(ValueError, match="max_seqlen_q and max_seqlen_k must be given in a trace"):
-        torch.jit.trace(Packed().to(device), packed(2, 5))
+    for options in ({}, {"max_seqlen_q": 16}, {"max_seqlen_k": 16}):
+        with pytest.raises(ValueError, match="max_seqlen_q and max_seqlen_k must be given in a trace"):
+            torch.jit.trace(Packed(**options).to(device), packed(2, 5))
     module = Packed(max_seqlen_q=16, max_seqlen_k=16, return_lse=True).to(device)
     for mask in ((), (torch.linspace(-3, 3, 24, device=device),)):
         traced = torch.jit.trace(module, (*packed(2, 5), *(x[:7] for x in mask)))

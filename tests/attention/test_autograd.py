@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch, reference
+from dpb_triton.attention import api
 
 
 @pytest.fixture
@@ -172,6 +173,26 @@ def test_torch_func(transform, place, device):
     torch.testing.assert_close(ours, transform(function(reference.attention), tensor))
     with pytest.raises(RuntimeError, match="backend='torch'"):
         transform(function(bias_attention), tensor)
+
+
+def test_torch_func_draws_no_dropout(device):
+    """A transform would need torch's own mask, so it is refused, not left out."""
+    query, key, value, table, *_ = Case(i=3, j=4).draw(device)
+    for dropout_p in (0.3, 1e-9):
+        with pytest.raises(RuntimeError, match=f"dropout_p must be 0, got {dropout_p}"):
+            torch.func.grad(
+                lambda t, p=dropout_p: bias_attention(query, key, value, t, dropout_p=p, backend="torch").sum()
+            )(table)
+
+
+def test_an_onnx_export_holds_plain_operations(monkeypatch, device):
+    """For every backend, because ONNX knows none of the library's operators."""
+    query, key, value, table, *_ = Case(i=3, j=4).draw(device)
+    expected = reference.attention(query, key, value, table)
+    monkeypatch.setattr(api, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(api, "attend", None)
+    for backend in (None, "torch"):
+        assert torch.equal(bias_attention(query, key, value, table, backend=backend), expected)
 
 
 def arguments(device, seqlens=None, dropout_p=0.0, key_bias=False, requires_grad=False):

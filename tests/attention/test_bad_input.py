@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen
-from dpb_triton.attention.checks import Packing, _check_on_device
+from dpb_triton import DynamicPositionBias, bias_attention, bias_attention_varlen, dispatch
+from dpb_triton.attention import checks
+from dpb_triton.attention.checks import Call, Packing, _check_on_device, check_packed
 
 INT32 = torch.int32
 NESTED = torch.nested.nested_tensor([torch.randn(4, 2, 8), torch.randn(4, 3, 8)])
@@ -289,6 +290,57 @@ def test_the_check_on_the_device(case):
         check(cu(0, 0, 2, 5), cu(0, 2**31 - 1, -2, 9), cu(0, 0, 0), (0, 0), longest=2**31 - 1)
 
 
+def test_a_compiled_call_has_the_check_of_the_device():
+    """A graph reads no number on the host, also on a CPU, so the operators of the check stop it when it runs."""
+    torch._dynamo.reset()
+    compiled = torch.compile(bias_attention_varlen, fullgraph=True, backend="eager")
+    inputs = randn(5, 4, 8), randn(9, 4, 8), randn(9, 4, 6), randn(4, 5)
+    options = {"max_seqlen_q": 3, "max_seqlen_k": 5}
+    right = cu(0, 2, 5), cu(0, 4, 9)
+    torch.testing.assert_close(compiled(*inputs, *right, **options), bias_attention_varlen(*inputs, *right, **options))
+    for name in ("end", "longer"):
+        cu_q, cu_k, _, _, message = ON_DEVICE[name]
+        with pytest.raises(RuntimeError, match=message):
+            compiled(*inputs, cu_q, cu_k, **options)
+
+
+# (lengths of the queries, of the keys, offsets or None, (left, right), the largest distance)
+REACHES = {
+    "one sequence": ((3,), (5,), None, (None, None), 4),
+    "the last of two": ((1, 3), (2, 7), None, (None, None), 6),
+    "queries beyond the keys": ((2, 4), (2, 5), (0, 6), (None, None), 9),
+    "keys beyond the queries": ((2, 4), (2, 5), (0, -6), (None, None), 10),
+    "a window": ((3, 4), (3, 9), None, (4, 2), 4),
+    "a window to the right": ((3, 4), (3, 9), (0, 0), (2, 5), 5),
+    "no pair in the window": ((3, 4), (3, 9), (0, 30), (2, 5), 2),
+    "empty sequences": ((0, 4, 3), (99, 0, 3), (70, 70, 0), (None, None), 2),
+    "causal": ((3, 4), (3, 9), (0, 2), (None, 0), 5),
+}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("case", REACHES.values(), ids=REACHES)
+def test_the_shortest_table_that_serves(case, is_compiled, monkeypatch):
+    """By the host's check and by the one on the device."""
+    q_lengths, k_lengths, offsets, (left, right), reach = case
+    cu_q, cu_k = (cu(0, *torch.tensor(lengths).cumsum(0).tolist()) for lengths in (q_lengths, k_lengths))
+    longest = {"max_seqlen_q": max(q_lengths), "max_seqlen_k": max(k_lengths)}
+    offsets = None if offsets is None else cu(*offsets)
+    packing = Packing(cu_q, cu_k, *(longest.values() if is_compiled else (None, None)), offsets)
+    query, key = randn(sum(q_lengths), 1, 1), randn(sum(k_lengths), 1, 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiled)
+    for n in (reach + 1, reach):
+        call = Call("", n, left, right, 1.0, 0.0, 0.0)
+        if n > reach:
+            seqlens, i, j = check_packed(query, key, randn(1, n), packing, call)
+            assert (i, j) == tuple(longest.values())
+            starts = cu_q[:-1].tolist(), q_lengths, cu_k[:-1].tolist(), k_lengths
+            assert seqlens[:, :4].tolist() == [list(row) for row in zip(*starts, strict=True)]
+        else:
+            with pytest.raises((ValueError, RuntimeError), match="table is too short"):
+                check_packed(query, key, randn(1, n), packing, call)
+
+
 def test_float64_is_torch_only(device):
     inputs = [
         tensor.double().to(device) for tensor in (randn(1, 1, 3, 4), randn(1, 1, 3, 4), randn(1, 1, 3, 4), randn(1, 3))
@@ -328,6 +380,39 @@ def test_a_right_call_does_not_speak_for_other_tensors():
             dense(**change)()
     with pytest.raises(ValueError, match="table"):
         dense(table=randn(4, 8))()
+
+
+def test_a_right_call_is_remembered(monkeypatch):
+    """Not too many are. A backend may disappear after a call; a device and a dtype are part of what is remembered."""
+    monkeypatch.setattr(checks, "_checked", {})
+    monkeypatch.setattr(checks, "MOST_CHECKED", 3)
+    for heads in range(1, 6):
+        inputs = [randn(1, heads, 2, 4)] * 3, randn(heads, 2)
+        bias_attention(*inputs[0], inputs[1])
+        assert len(checks._checked) == (heads - 1) % 3 + 1
+    full = []
+    monkeypatch.setattr(checks, "check_dense", lambda *args: full.append(args) or 4)
+    for _ in range(2):
+        dense(backend="torch")()
+    assert len(full) == 1
+    for change in (
+        {"table": randn(4, 9).double()},
+        {name: randn(2, 4, j, 8).bfloat16() for name, j in (("query", 5), ("key", 9), ("value", 9))},
+    ):
+        dense(backend="torch", **change)()
+        assert len(full) == 2, change
+        full.pop()
+    meta = [randn(2, 4, n, 8, device="meta") for n in (5, 9, 9)]
+    bias_attention(*meta, randn(4, 9, device="meta"), backend="torch")
+    assert len(full) == 2
+    dense(backend="torch")()
+    count = len(full)
+    dense(backend="torch")()
+    assert len(full) == count
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: "is gone")
+    with pytest.raises(ValueError, match="is gone"):
+        dense(backend="torch")()
+    dense()()
 
 
 def test_nothing_is_wrong_with_numpys_numbers():

@@ -138,6 +138,14 @@ def test_both_backends_drop_the_same(device):
 
 def test_packed_sequences_count_rows_by_the_longest(attention_backend, device):
     """row = (sequence * heads + head) * longest_query + x."""
+    check_packed_rows(attention_backend, device)
+
+
+def test_packed_sequences_count_rows_in_tiles_too(small_cuts, device):
+    check_packed_rows("torch", device)
+
+
+def check_packed_rows(attention_backend, device):
     lengths, longest = (5, 0, 19, 1), 23
     query, key, _, table, *_ = Case(i=25, j=25).draw(device)
     query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)

@@ -3,14 +3,13 @@
 
 import pytest
 import torch
-from attention_oracle import Case, check, dropout_keep, poison, seed_of
+from attention_oracle import Case, check, dropout_keep, poison, run, seed_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import slow_but
 from torch.autograd import forward_ad
 
 from dpb_triton import bias_attention
-from dpb_triton.attention import torch_grid as attention_cpu_grid
 from dpb_triton.dispatch import why_not
 
 
@@ -149,6 +148,16 @@ def test_random(data, device):
     check(bias_attention, with_mask(case, keys, device), device)
 
 
+def test_a_mask_alone_is_trained(attention_backend, device):
+    """It gets the gradient that it gets beside all others."""
+    case = with_mask(OPTIONS["plain"], MASKS["float and -inf on both sides"], device)
+    *tensors, dout, _ = case.draw(device)
+    everything = run(attend(attention_backend), *tensors, dout, **case.options)
+    keys = case.options["key_padding_mask"].clone().requires_grad_()
+    attend(attention_backend)(*tensors, key_padding_mask=keys).backward(dout)
+    assert torch.equal(keys.grad, everything["dmask"])
+
+
 def test_unseen_keys_may_hold_anything_finite(attention_backend, device):
     query, key, value, table, *_ = Case(batch=2, i=23, j=23).draw(device)
     keys = HOLES.to(device)
@@ -182,6 +191,15 @@ def test_rows_that_see_hidden_keys_only(attention_backend, device):
     assert [row.isneginf().nonzero().squeeze(1).tolist() for row in lse[:, 0]] == dead
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_rows_of_one_sequence_see_hidden_keys_only(place, attention_backend, device):
+    """The last row of each sequence lies beyond all keys."""
+    keys = torch.zeros(3, 6, dtype=torch.bool)
+    keys[place, 2:4] = True
+    case = Case(batch=3, heads=2, kv_heads=1, i=6, j=6, options={"window": (1, 0), "offset": 2})
+    check(attend(attention_backend), with_mask(case, keys, device), device)
+
+
 def test_a_row_of_large_negative_numbers_only(attention_backend, device):
     """transformers' masks do this to left padding under causality: the first rows see masked keys only."""
     keys = torch.zeros(2, 23, device=device).masked_fill(LEFT.to(device), -1e4)
@@ -198,17 +216,6 @@ def test_the_layout_of_out_is_the_same_with_a_mask(attention_backend, device):
 
 def attention_of(backend, *tensors):
     return lambda **options: bias_attention(*tensors, backend=backend, return_lse=True, **options)
-
-
-@pytest.mark.parametrize("tile", [1, 700, 2000])
-@pytest.mark.parametrize("keys", [RIGHT, HOLES, MASKS["everything of one"], MASKS["float with -inf"]])
-def test_cut_into_tiles(keys, tile, monkeypatch, device):
-    """Plain torch works in several blocks of heads, of batch elements, and of rows."""
-    monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
-    monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
-    for options in ({"softcap": 3.0}, {"is_causal": True}):
-        case = with_mask(Case(batch=2, heads=4, kv_heads=2, i=23, j=23, options=options), keys, device)
-        check(attend("torch"), case, device)
 
 
 def test_one_graph_for_all_lengths(device):

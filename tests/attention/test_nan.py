@@ -10,13 +10,12 @@ from functools import partial
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case
+from attention_oracle import CUT, CUT_HIDDEN, Case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from quick import slow
 
 from dpb_triton import bias_attention, bias_attention_varlen
-from dpb_triton.attention import torch_grid as attention_cpu_grid
 from dpb_triton.attention import torch_products as attention_cpu_products
 from dpb_triton.dispatch import why_not
 
@@ -282,14 +281,22 @@ def test_nobody_asks_for_a_repair_without_a_nan(attention_backend, small_tiles, 
     assert not torch.cat(flags).any()
 
 
-@pytest.mark.parametrize("tile", [1, 600])
-@pytest.mark.parametrize("name", ["mask and causality", "grouped heads", "softcap", "rows that see nothing"])
-def test_cut_into_tiles(name, tile, monkeypatch, device):
-    """Plain torch works in several blocks of heads and rows; one of them holds the NaN."""
-    monkeypatch.setattr(attention_cpu_grid, "TILE", tile)
-    monkeypatch.setattr(attention_cpu_grid, "MIN_ROWS", 4)
-    for tensor in ("query", "value"):
-        check(attention_of("torch", device), CASES[name], [(tensor, (0, 1, 8, 2), NAN)], device)
+IN_TILES = {
+    "causal": {"is_causal": True, "offset": -2},
+    "window, holes": {"window": (4, 2), "key_padding_mask": CUT_HIDDEN},
+    "softcap, float mask": {
+        "softcap": 2.0, "window": (None, 3),
+        "key_padding_mask": torch.linspace(-2, 2, 39).view(3, 13).masked_fill(CUT_HIDDEN, -INF),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", IN_TILES.values(), ids=IN_TILES)
+def test_cut_into_tiles(options, small_cuts, device):
+    """Plain torch works in several blocks of heads, elements and rows; one of them holds the NaN."""
+    case = Case(**CUT, options=options)
+    for name, number in (*((name, NAN) for name in ("query", "key", "value", "dout", "mask")), ("value", INF)):
+        check(attention_of("torch", device), case, [(name, at, number) for at in places(case, name)[:1]], device)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dpb_triton import bias_attention, bias_attention_paged
+from dpb_triton.attention import cpp_path
+from dpb_triton.dispatch import why_not
 
 
 def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
@@ -62,6 +64,17 @@ def test_like_keys_in_a_row(name, attention_backend, device):
         )
         tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
         torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_compiled_kernels_serve_a_cpu(monkeypatch):
+    if reason := why_not("cpp", "cpu"):
+        pytest.skip(reason)
+    calls, forward = [], cpp_path.forward
+    monkeypatch.setattr(cpp_path, "forward", lambda *args: calls.append(args) or forward(*args))
+    arguments, _ = draw([33, 20])
+    for backend, expected in ((None, 2), ("cpp", 4), ("torch", 4)):
+        bias_attention_paged(*arguments, enable_gqa=True, backend=backend)
+        assert len(calls) == expected
 
 
 def test_float64(device):
@@ -143,17 +156,54 @@ def test_bad_arguments(name):
         bias_attention_paged(*arguments, enable_gqa=True)
 
 
+@pytest.mark.parametrize(("place", "page"), [((0, 2), 13), ((1, 0), 13), ((1, 3), -1)])
+def test_the_first_page_that_is_none(place, page):
+    """The pool has 13 pages. The last block of a sequence may hold one key."""
+    arguments, _ = draw([33, 60])
+    arguments[4][place] = 12
+    bias_attention_paged(*arguments, enable_gqa=True)
+    arguments[4][place] = page
+    with pytest.raises(ValueError, match=f"pages below 13, got .* for sequence {place[0]}"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_the_shortest_table():
+    """Of 60 keys the query is the last one, so without a window its distances reach 59, into the past."""
+    arguments, _ = draw([33, 60])
+    table = arguments[3]
+    for n, options in ((60, {"is_causal": True}), (6, {"window": (5, 0)}), (60, {})):
+        arguments[3] = table[:, :n]
+        bias_attention_paged(*arguments, enable_gqa=True, **options)
+        arguments[3] = table[:, : n - 1]
+        with pytest.raises(ValueError, match="table is too short"):
+            bias_attention_paged(*arguments, enable_gqa=True, **options)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_no_argument_may_need_a_gradient(place):
+    arguments, _ = draw([33])
+    arguments[place].requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_no_trace():
+    arguments, _ = draw([33])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"neither torch.func transforms nor torch.jit.trace"):
+        torch.jit.trace(lambda *args: bias_attention_paged(*args, enable_gqa=True), tuple(arguments))
+
+
 def test_no_gradients():
     arguments, _ = draw([33])
     arguments[3].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradients"):
         bias_attention_paged(*arguments, enable_gqa=True)
+    inputs = arguments[0], *(x.transpose(1, 2) for x in arguments[1:3]), *arguments[3:], False, None, None, 0.25, 0.0
     with torch.no_grad():
-        bias_attention_paged(*arguments, enable_gqa=True)
+        out = bias_attention_paged(*arguments, enable_gqa=True)
+        torch.testing.assert_close(torch.ops.dpb_triton.attention_paged(*inputs)[0], out)
     with pytest.raises(RuntimeError, match="no derivative"):
-        torch.ops.dpb_triton.attention_paged(
-            arguments[0], *(x.transpose(1, 2) for x in arguments[1:3]), *arguments[3:], False, None, None, 0.25, 0.0
-        )
+        torch.ops.dpb_triton.attention_paged(*inputs)
     with pytest.raises(ValueError, match="must have query's 4 heads"):
         bias_attention_paged(arguments[0], *arguments[1:3], arguments[3].detach(), *arguments[4:])
     with pytest.raises(RuntimeError, match=r"torch\.func"):

@@ -92,6 +92,33 @@ def test_options(case, attention_backend, device):
     assert_packed_is_alone(case, (5, 1, 19), (5, 9, 23), attention_backend, device)
 
 
+IN_TILES = {
+    "causal window": ({"is_causal": True, "window": (4, None)}, None, None),
+    "offsets, signed": ({"signed": True}, (-3, 2, 9), None),
+    "hidden keys": ({"window": (5, 2)}, None, torch.bool),
+    "added, softcap": ({"softcap": 1.5}, (1, -2, 4), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("options", "offsets", "mask"), IN_TILES.values(), ids=IN_TILES)
+def test_cut_into_tiles(options, offsets, mask, small_cuts, device):
+    """Plain torch cuts each sequence into blocks of heads and rows."""
+    case, lengths = Case(heads=4, kv_heads=2, head_dim=5, options=options), ((5, 1, 11), (5, 9, 13))
+    if mask is not None:
+        hidden = torch.arange(27) % 4 == 1
+        mask = hidden if mask == torch.bool else torch.linspace(-3, 3, 27).masked_fill(hidden, -torch.inf)
+    assert_packed_is_alone(case, *lengths, "torch", device, offsets=offsets, mask=mask)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_window_of_hidden_keys_only(place, attention_backend, device):
+    """In one sequence, be it the first or the last, some rows see nothing."""
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    mask[place, 2:4] = True
+    case = Case(options={"window": (1, 0)})
+    assert_packed_is_alone(case, (6,) * 3, (6,) * 3, attention_backend, device, mask=mask.flatten())
+
+
 LENGTHS = {
     "one": ((7,), (9,)),
     "empty ones": ((0, 5, 0, 0, 3, 0), (0, 5, 2, 0, 4, 7)),
@@ -111,6 +138,21 @@ def test_offsets(options, attention_backend, device):
     """Each sequence has its own offset: before, within, beyond its keys, with fewer keys than queries, without keys."""
     lengths = (6, 5, 9, 4, 3), (4, 11, 9, 7, 0)
     assert_packed_is_alone(Case(options=options), *lengths, attention_backend, device, offsets=(-9, 2, 0, 30, 4))
+
+
+def test_offsets_beyond_the_table(attention_backend, device):
+    """A window needs a short table only, which says nothing about the offsets that place queries near keys."""
+    query, key, value, *_ = Case(heads=1, i=25, j=25).draw(device)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    table = torch.randn(1, 2, device=device)
+    lengths, offsets = ((20, 5), (5, 20)), (-15, 16)
+    cu = [cumulative(x, device) for x in lengths]
+    options = {"window": (1, 1), "backend": attention_backend}
+    places = torch.tensor(offsets, dtype=torch.int32, device=device)
+    out = bias_attention_varlen(query, key, value, table, *cu, offsets=places, **options)
+    expected, _ = alone(query, key, value, table, *map(list, lengths), offsets, window=(1, 1))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert out[15].any() and out[-1].any()
 
 
 def test_no_sequence(attention_backend, device):

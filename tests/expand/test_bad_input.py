@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpb_triton import DynamicPositionBias, expand_bias, plot_bias
+from dpb_triton import DynamicPositionBias, checks, expand_bias, plot_bias
 from dpb_triton.dispatch import BACKENDS, why_not
 
 
@@ -142,3 +142,29 @@ def test_every_backend_serves_or_says_why(device):
             with pytest.raises(ValueError, match="is not available") as caught:
                 expand_bias(data, 3, 4, backend=backend)
             assert reason in str(caught.value)
+
+
+def test_limits_are_allowed_themselves():
+    """The least and the largest number pass; the next ones do not."""
+    for least, most, right, wrong in (
+        (0, 2**60, (0, 2**60), (-1, 2**60 + 1)),
+        (1, 2**60, (1, 2**60), (0, 2**60 + 1)),
+        (None, 2**62, (-(2**62), 2**62), (-(2**62) - 1, 2**62 + 1)),
+        (0, None, (0, 2**80), (-1,)),
+    ):
+        for number in right:
+            assert checks.check_int("x", number, least, most) == number
+        for number in wrong:
+            with pytest.raises(ValueError, match=f"x must be .* got {number}"):
+                checks.check_int("x", number, least, most)
+    assert (
+        checks.check_limit("x", 2**62 + 2**60) == 2**62 + 2**60 and checks.check_limit("x", 2**62 + 2**60 + 1) is None
+    )
+    assert checks.check_table(torch.ones(1, 0), True) == checks.check_table(torch.ones(1, 0), False) == 0
+    assert checks.check_table(torch.ones(2, 7), True) == 4 and checks.check_table(torch.ones(2, 7), False) == 7
+    checks.check_distances(torch.ones(1, 3), 3, 0, 9, 77)
+    checks.check_distances(torch.ones(1, 3), 3, 2, 3, 1)
+    checks.check_distances(torch.ones(1, 3), 3, 2, 3, 0)
+    for grid in ((2, 3, 2), (2, 3, -1)):
+        with pytest.raises(ValueError, match="distances of up to 3, a table of shape .* holds 0 to 2"):
+            checks.check_distances(torch.ones(1, 3), 3, *grid)

@@ -9,6 +9,7 @@ from quick import slow
 
 from dpb_triton import ReduceBias, expand_bias, reference
 from dpb_triton.dispatch import SUFFIXES
+from dpb_triton.expand import torch_path
 
 
 def gradients(heads, i, j, dtype, device):
@@ -43,6 +44,28 @@ def test_any_strides(shape, dtype, signed, backend, device, poisoned):
             oracle.assert_within_budget(dtable, oracle.reduce(dbias, n, offset, signed), eager)
         except AssertionError as error:
             raise AssertionError(f"gradient: {name}") from error
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 47, 20, 9), (1, 33, 4, -7), (3, 14, 2, 0), (2, 12, 31, 3)], ids=str)
+def test_many_groups_of_blocks(shape, dtype, signed, monkeypatch, device, poisoned):
+    """Plain torch cuts the rows into blocks, and these into groups, whose last one is smaller; rows are left over."""
+    monkeypatch.setattr(torch_path, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(torch_path, "GROUP", 4)
+    heads, i, j, offset = shape
+    n = oracle.length(i, j, offset) + 1
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in ("slice", "transposed", "one row"):
+        dbias = gradients(heads, i, j, dtype, device)[name]
+        dtable = ReduceBias.apply(dbias, n, offset, signed, accumulator, "_torch")
+        eager = reference.reduce(dbias, n, offset=offset, signed=signed, dtype=accumulator)
+        oracle.assert_within_budget(dtable, oracle.reduce(dbias, n, offset, signed), eager)
+    for x in range(i):  # in every block and at its edges
+        dbias = torch.ones(1, i, j, device=device)
+        dbias[0, x, x % j] = torch.inf
+        dtable = ReduceBias.apply(dbias, n, offset, True, torch.float32, "_torch")[0]
+        assert dtable.isinf().nonzero().tolist() == [[x + offset - x % j + n - 1]] and not dtable.isnan().any()
 
 
 def test_ones_give_the_lengths_of_the_diagonals(backend, device):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpb_triton import DynamicPositionBias, expand_bias
+from dpb_triton import DynamicPositionBias, expand_bias, table_cache
 from dpb_triton import module as module_file
 
 
@@ -143,11 +143,100 @@ def test_a_write_through_data_is_seen_on_a_cpu():
         assert not torch.equal(module.table(40), before)
 
 
+def test_train_and_eval_drop_it():
+    """A write through `.data` does not show on a GPU, so both make the next call compute."""
+    module = make()
+    for change in (module.eval, module.train, lambda: module.train(False)):
+        module.eval()
+        with torch.no_grad():
+            module.table(5)
+        assert module._cache._kept is not None
+        change()
+        assert module._cache._kept is None
+
+
+def test_a_call_with_gradients_drops_it():
+    module = make()
+    with torch.no_grad():
+        module.table(5)
+    module.table(5)
+    assert module._cache._kept is None
+
+
+def test_no_more_distances_than_the_grid_has(runs):
+    module = make().train()
+    query = torch.randn(1, 4, 3, 8)
+    module(3, 9), module(3, 9, offset=4), module(3, 9, offset=-2), module(3, 4, offset=20), module.table(5)
+    module(0, 9, offset=10**12), module(3, 0, offset=-(10**12))  # no pair, and no distance
+    module.attention(query, query, query), module.attention(query, query, query, offset=-4)
+    assert runs == [9, 7, 11, 23, 5, 0, 0, 3, 7]
+
+
 def is_computed_each_time(module, runs, context=torch.no_grad):
     before = len(runs)
     with context():
         module.table(5), module.table(5)
     return len(runs) == before + 2
+
+
+class OnAGpu:
+    """What `TableCache` asks a parameter on a GPU. Its numbers are never read."""
+
+    device, requires_grad = torch.device("cuda", 0), False
+
+    def __init__(self):
+        self.address, self._version, self.shape, self.strides, self.dtype = 64, 0, (4, 2), (2, 1), torch.float32
+
+    def data_ptr(self):
+        return self.address
+
+    def stride(self):
+        return self.strides
+
+    def is_inference(self):
+        return False
+
+    def detach(self):
+        return self
+
+
+GPU_CHANGES = {
+    "address": 128, "_version": 1, "shape": (2, 4), "strides": (1, 4), "dtype": torch.bfloat16,
+    "device": torch.device("cuda", 1), "is_inference": lambda: True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", [*GPU_CHANGES, "numbers", "options", "capture", None])
+def test_a_change_is_seen_on_a_gpu(name, place, monkeypatch):
+    """By the storage and the count of writes, on a recorder in place of a GPU. Nothing is kept in a capture."""
+    parameters, numbers, options, lengths, is_capturing = [OnAGpu(), OnAGpu()], [1], [2], [], []
+    monkeypatch.setattr(table_cache, "plain_parameters", lambda mlp: (parameters, numbers))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(is_capturing))
+    cache, module = table_cache.TableCache(), make()
+    with torch.no_grad():
+
+        def get(n):
+            return cache.get(module, n, lambda length: lengths.append(length) or len(lengths), options)
+
+        assert [get(5), get(256), get(1)] == [1, 1, 1] and lengths == [256]
+        assert cache._kept[1] == parameters  # alive, so that no other parameter gets an old address
+        if name in GPU_CHANGES:
+            setattr(parameters[place], name, GPU_CHANGES[name])
+        elif name is not None:
+            {"numbers": numbers, "options": options, "capture": is_capturing}[name].append(3)
+        # the parameters of two devices, or of none
+        expected = None if name in ("device", "is_inference", "capture") else 1 if name is None else 2
+        assert get(5) == expected
+
+
+def test_a_kept_table_serves_its_whole_length(runs):
+    module = make()
+    with torch.no_grad():
+        module.table(256), module.table(256)
+        assert runs == [256]
+        module.table(300), module.table(512), module.table(513)
+    assert runs == [256, 512, 1024]
 
 
 class TestWhatIsNotKept:

@@ -78,6 +78,26 @@ class TestReplicas:
             torch.testing.assert_close(replica(module)(x, x, x, **options), module(x, x, x, **options))
 
 
+class OfNothing(nn.Module):
+    """A layer without tensors: it says nothing of a dtype or a device."""
+
+    def forward(self, x):
+        return torch.cat([x, -x], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_without_tensors_torchs_defaults_count(dtype, monkeypatch):
+    """For the dtype of a bias; attention takes the device of its query."""
+    module = make()
+    module.mlp = nn.Sequential(OfNothing())
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
+    bias = module(3, 5)
+    assert bias.dtype == dtype and bias[1, 0].tolist() == [-2, -1, 0, -1, -2]
+    assert module.table(5).dtype == torch.float32 and module.device == torch.get_default_device()
+    query = torch.empty(1, 2, 3, 8, device="meta")
+    assert module.attention(query, query, query).is_meta
+
+
 class InBuffers(nn.Module):
     def __init__(self, linear):
         super().__init__()

@@ -124,6 +124,17 @@ def test_autocast(dtype, device):
         assert module(3, 3).dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(device):
+    module = DynamicPositionBias(16, 2, dtype=torch.float64, device=device)
+    query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64, device=device).unbind()
+    expected = module(5, 9), module.table(9), module.attention(query, key, value, is_causal=True)
+    with torch.autocast(device, torch.bfloat16):
+        found = module(5, 9), module.table(9), module.attention(query, key, value, is_causal=True)
+        assert module(5, 9, dtype=torch.float32).dtype == torch.float32
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float64 and torch.equal(ours, exact)
+
+
 def test_autocast_keeps_8192_positions_apart(device):
     """Under bf16 autocast, eager rounds the distances to bf16 first, so most positions share their bias with others."""
     torch.manual_seed(0)
@@ -166,6 +177,17 @@ def test_x_transformers_checkpoints_inside_a_model(device):
         DynamicPositionBias.from_x_transformers(state, heads=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_checkpoint_keeps_its_dtype(dtype):
+    weights = {name: torch.randn(shape, dtype=dtype) for name, shape in (
+        ("mlp.0.0.weight", (6, 1)), ("mlp.0.0.bias", (6,)), ("mlp.1.weight", (2, 6)), ("mlp.1.bias", (2,)),
+    )}  # fmt: skip
+    module = DynamicPositionBias.from_x_transformers(weights, depth=1, heads=2, dim=6, norm=False, log_distance=True)
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype} and module.log_distance
+    for ours, theirs in zip(module.parameters(), weights.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_older_x_transformers_have_a_bias_in_the_first_norm():
     old = torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.LayerNorm(6), torch.nn.SiLU()), torch.nn.Linear(6, 2)
@@ -177,6 +199,14 @@ def test_older_x_transformers_have_a_bias_in_the_first_norm():
     assert "bias" in dict(module.mlp[1].named_parameters())
 
 
+def test_all_norms_but_the_first_have_a_bias():
+    """As in x-transformers."""
+    norms = [
+        layer for layer in DynamicPositionBias(8, 2, depth=4, norm=True).mlp if isinstance(layer, torch.nn.LayerNorm)
+    ]
+    assert [norm.bias is not None for norm in norms] == [False, True, True, True]
+
+
 def test_copies_pickles_and_meta(tmp_path):
     module = DynamicPositionBias(8, 2, norm=True, signed=True)
     again = copy.deepcopy(module)
@@ -185,7 +215,9 @@ def test_copies_pickles_and_meta(tmp_path):
     assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(4, 6), module(4, 6))
     meta = DynamicPositionBias(8, 2, device="meta")
     assert meta(4, 6).device.type == "meta" and meta(4, 6).shape == (2, 4, 6)
-    assert "heads=2" in repr(module) and "signed=True" in repr(module)
+    assert repr(module).splitlines()[1].strip() == (
+        "dim=8, heads=2, depth=2, norm=True, log_distance=False, signed=True"
+    )
 
 
 def test_layers_may_be_replaced(device):

@@ -27,6 +27,23 @@ def test_curves_and_map(signed, log_x, tmp_path):
     assert (tmp_path / "bias.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_it_says(signed):
+    """Labels, the chosen head, the map's axes; j is i unless given; many heads get no legend."""
+    figure = plot_bias(DynamicPositionBias(8, 3, signed=signed), 4, 7, head=2)
+    curves, image = figure.axes[:2]
+    assert [line.get_label() for line in curves.lines] == ["head 0", "head 1", "head 2"]
+    assert [line.get_linewidth() for line in curves.lines] == [1, 1, 2]
+    assert (curves.get_ylabel(), curves.get_title()) == ("bias", "bias of each head by distance")
+    assert ("key in the past" in curves.get_xlabel()) == signed
+    assert (image.get_xlabel(), image.get_ylabel(), image.get_title()) == ("key y", "query x", "bias[2, x, y]")
+    assert image.images[0].get_extent() == [0, 7, 4, 0]
+    for heads, has_legend in ((16, True), (17, False)):
+        curves, image = plot_bias(DynamicPositionBias(8, heads), 5).axes[:2]
+        assert (curves.get_legend() is not None) == has_legend
+        assert image.images[0].get_array().shape == (5, 5)
+
+
 def test_pyplot_is_left_alone():
     from matplotlib import pyplot
 

@@ -298,7 +298,7 @@ def test_what_is_one_tensor_is_projected_once(need_weights, batch_first, monkeyp
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_all_can_be_dropped(need_weights):
+def test_all_can_be_dropped(need_weights, fused):
     ours = MultiheadAttention(12, 4, dropout=1.0)
     nn.init.normal_(ours.out_proj.bias)
     x = torch.randn(5, 2, 12, requires_grad=True)
@@ -308,7 +308,9 @@ def test_all_can_be_dropped(need_weights):
     gradients = torch.autograd.grad(out.sum(), [x, *ours.pos_bias.parameters()])
     assert all((gradient == 0).all() for gradient in gradients)
     ours.eval()
+    before = len(fused)
     assert not torch.allclose(ours(x, x, x, need_weights=need_weights)[0], out)
+    assert len(fused) == before + (not need_weights), "nothing is dropped here, so nothing stands against it"
 
 
 def test_a_rounded_bias_is_no_bias():

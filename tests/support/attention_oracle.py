@@ -182,6 +182,12 @@ class Case:
         return *tensors, table.to(device), dout, dlse
 
 
+# With conftest's `small_cuts`, plain torch meets every cut of these sizes more than once. Each sequence hides other
+# keys: the first ones and a hole, the last ones, none.
+CUT = {"batch": 3, "heads": 4, "kv_heads": 2, "i": 11, "j": 13, "head_dim": 5}
+CUT_HIDDEN = torch.tensor([[x == "#" for x in row] for row in ("##..#........", ".........####", ".............")])
+
+
 def lay_out(shape, layout, generator, dtype, device):
     """A random tensor (batch, heads, seq, dim) whose memory is in another order, or has NaN between its rows."""
     batch, heads, seq, dim = shape

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The decoding kernel, with small blocks and splits: edges, whole blocks, empty splits, several row blocks."""
 
+import importlib
+import math
 from functools import partial
 
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case, check
+from attention_oracle import FARTHER, Case, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import slow
@@ -162,15 +164,68 @@ def test_token_by_token(attend, device):
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_far_apart(dim, attend, device):
-    """Addresses beyond element 2^31: of batch entries, heads, keys."""
-    sizes = [{"batch": 34, "heads": 1}, {"heads": 34}, {"heads": 2}][dim]
-    case = Case(**sizes, i=2, j=40, head_dim=8, dtype=torch.bfloat16)
-    query, key, value, table, *_ = case.draw(device)
-    near = attend(query, key, value, table, is_causal=True)
-    far = attend(query, *(attention_oracle.far_apart(x, dim) for x in (key, value)), table, is_causal=True)
-    assert torch.equal(near, far)
-    if dim < 2:
-        assert torch.equal(near, attend(attention_oracle.far_apart(query, dim), key, value, table, is_causal=True))
+    """Addresses beyond element 2^31: of batch entries, heads, keys; of the table's rows and columns; of the mask's."""
+    if device != "cpu":
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
+    case = Case(batch=(3, 1, 1)[dim], heads=(1, 3, 1)[dim], i=2, j=(5, 5, 97)[dim], head_dim=8, dtype=torch.bfloat16)
+    query, key, value, *_ = case.draw(device)
+    table, mask = torch.randn(case.heads, 3, device=device), torch.randn(case.batch, case.j, device=device)
+    near = attend(query, key, value, table, window=(2, 0), key_padding_mask=mask)
+    stride, far = (FARTHER, FARTHER, 2**25 - 8)[dim], attention_oracle.far_apart
+    query = query if dim == 2 else far(query, dim, stride)
+    key, value, table = far(key, dim, stride), far(value, dim, stride), far(table, int(dim != 1), FARTHER)
+    mask = far(mask, int(dim != 0), (FARTHER, 2**29 + 8, 2**25)[dim])
+    assert torch.equal(near, attend(query, key, value, table, window=(2, 0), key_padding_mask=mask))
+
+
+def merged(partial, seqlens, sizes, splits, value_dim, device):
+    """Results (out, lse, state) of `merge.py` as numbers on the CPU, for rows of sizes (batch, heads, i)."""
+    merge = importlib.import_module("dpb_triton.attention.kernels.merge")
+    launch = importlib.import_module("dpb_triton.attention.kernels.launch")
+    batch, heads, i = sizes
+    rows = sizes if seqlens is None else (1, heads, int(seqlens[:, 1].sum()))
+    with attention_oracle.poison():
+        results = launch.empty_results(torch.empty(*rows, 4, device=device), value_dim)
+    merge.launch_merge(merge.Partial(*partial), seqlens, results, (batch, heads, i, splits))
+    return [result.double().cpu() for result in results]
+
+
+def whole(acc, largest, total):
+    """The same, by the definition: (out, lse, state)."""
+    acc, largest, total = acc.double().nan_to_num(0.0), largest.double(), total.double()
+    m = largest.max(-1, keepdim=True).values
+    weight = torch.exp2(largest - m.masked_fill(m == -INF, 0))
+    l = (weight * total).sum(-1)  # noqa: E741
+    out = (weight[..., None] * acc).sum(-2) / l.masked_fill(l == 0, 1)[..., None]
+    return out, (m[..., 0] + l.log2()) * math.log(2), torch.stack((m[..., 0], l))
+
+
+@pytest.mark.parametrize("splits", [1, 8, 11])
+def test_merging(splits, device):
+    """Parts without a key have stored no acc; a row may have such parts only, at either end, or between others."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    sizes = 2, 3, 4
+    torch.manual_seed(0)
+    acc, largest = torch.randn(*sizes, splits, 5, device=device), 20 * torch.randn(*sizes, splits, device=device)
+    total, is_empty = torch.rand(*sizes, splits, device=device) + 0.1, torch.rand(*sizes, splits, device=device) < 0.4
+    is_empty[0, 0], is_empty[:, 1, 0], is_empty[:, 1, 1] = True, False, torch.arange(splits, device=device) % 2 == 0
+    largest[is_empty], total[is_empty], acc[is_empty] = -INF, 0.0, NAN
+    results = merged((acc, largest, total), None, sizes, splits, 5, device)
+    for found, expected in zip(results, whole(*(x.cpu() for x in (acc, largest, total))), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    seqlens = torch.tensor([[3, 2, 0, 9, 0], [0, 3, 9, 9, 0]], dtype=torch.int32, device=device)  # in any order
+    parts = [torch.cat((x[1, :, :3], x[0, :, :2]), 1)[None] for x in (acc, largest, total)]
+    results = merged((acc, largest, total), seqlens, sizes, splits, 5, device)
+    for found, expected in zip(results, whole(*(x.cpu() for x in parts)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    total[1, 2, 3, -1] = NAN  # as of scores with a NaN
+    out, lse, (m, l) = merged((acc, largest, total), None, sizes, splits, 5, device)  # noqa: E741
+    for numbers in (out, lse, m, l):
+        is_nan = numbers.isnan().reshape(*sizes, -1).any(-1)
+        assert is_nan.nonzero().tolist() == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("big", [2**31 - 1, 2**33, 2**62])

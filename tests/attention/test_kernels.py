@@ -3,7 +3,9 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,18 +20,42 @@ replay = pytest.importorskip("dpb_triton.launching.replay")
 
 TILES = [
     {"forward": (16, 16, 4, 1), "dkdv": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dtable": (16, 16, 4, 1)},
-    {"forward": (32, 16, 4, 1), "dkdv": (32, 16, 4, 1), "dq": (32, 16, 4, 1), "dtable": (16, 32, 4, 1)},
-    {"forward": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dtable": (32, 16, 4, 1, False, 2)},
+    {"forward": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dtable": (32, 16, 4, 1, False, 2)},
 ]
+# A key bias that is 0 from key 17 to key 46, so that tiles of 16 keys just miss it on both sides
+ZEROS = torch.linspace(-2, 2, 160).view(2, 80)
+ZEROS[:, 17:47] = 0
+FIRST, LAST = torch.arange(80) < 17, torch.arange(80) >= 65
 CASES = {
-    "plain": Case(i=65, j=85),
+    "plain": Case(heads=1, i=50, j=62),
     "causal": Case(i=70, j=70, options={"is_causal": True}),
+    # queries of a tile see 17 keys before a whole tile, or 17 keys after one: both edges are a key too long to be whole
+    "edges": Case(heads=1, i=48, j=80, options={"window": (30, 14)}),
     "window": Case(i=50, j=81, options={"window": (21, 18), "signed": True}),
+    "key bias": Case(batch=2, heads=2, kv_heads=1, i=34, j=80, options={"key_padding_mask": ZEROS, "offset": 31}),
+    "hidden ends": Case(
+        batch=2,
+        heads=1,
+        i=34,
+        j=80,
+        head_dim=8,
+        options={"key_padding_mask": torch.where(torch.stack((FIRST, LAST)), -torch.inf, ZEROS), "window": (40, 36)},
+    ),
+    "dropout": Case(
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        i=34,
+        j=50,
+        head_dim=8,
+        value_dim=24,
+        options={"dropout_p": 0.3, "is_causal": True, "softcap": 3.0},
+    ),
     "left": Case(i=50, j=81, options={"window": (40, None)}),
     "right, before the keys": Case(i=80, j=50, options={"window": (None, 20), "offset": -40}),
     "bf16, grouped, batch": Case(batch=2, heads=2, kv_heads=1, i=40, j=40, dtype=torch.bfloat16, layout="transposed"),
     "huge": Case(i=40, j=57, table="huge", options={"softcap": 2.0}),
-    "masked": Case(i=40, j=57, table="masked", options={"is_causal": True, "offset": 9}),
+    "masked": Case(i=48, j=50, table="masked", options={"is_causal": True, "offset": 9}),
     # float32 rows of more than 64 columns are multiplied in chunks of 64: the last chunk is full, short, one column
     "wide": Case(i=40, j=57, head_dim=128, value_dim=65, options={"is_causal": True}),
     "wide values": Case(heads=4, kv_heads=2, i=33, j=33, head_dim=40, value_dim=100, options={"window": (9, 9)}),
@@ -49,12 +75,28 @@ DESCRIBED = {
 
 
 # `make test` runs each kind of edge with the square tiles, and two cases with the other tiles
-QUICK = ("plain", "causal", "window", "bf16, grouped, batch", "masked", "wide", "wide keys")
+QUICK = ("window", "bf16, grouped, batch", "key bias", "plain", "causal", "edges", "hidden ends", "dropout", "masked",
+         "wide", "wide keys")  # fmt: skip
 TILED = [
-    (pytest.param if name in (QUICK if tile == "16" else QUICK[2:4]) else slow)(name, tiles, id=f"{tile}-{name}")
-    for tile, tiles in zip(("16", "tall", "wide"), TILES, strict=True)
+    (pytest.param if name in (QUICK if tile == "16" else QUICK[:3]) else slow)(name, tiles, id=f"{tile}-{name}")
+    for tile, tiles in zip(("16", "long"), TILES, strict=True)
     for name in CASES
 ]
+
+
+def check_seeded(case, device):
+    """`check`, also with dropout."""
+    options, keep = case.options, None
+    if "dropout_p" in options:
+        keep = dropout_keep(seed_of(5, device), case.batch, case.heads, case.i, case.j, options["dropout_p"])
+    if "key_padding_mask" in options:
+        options = options | {"key_padding_mask": options["key_padding_mask"].to(device)}
+
+    def attend(*tensors, **options):
+        torch.manual_seed(5)
+        return bias_attention(*tensors, backend="triton", **options)
+
+    check(attend, replace(case, options=options), device, keep)
 
 
 @pytest.mark.parametrize(("name", "tiles"), TILED)
@@ -62,7 +104,7 @@ def test_small_tiles(name, tiles, set_tiles, device):
     set_tiles(tiles)
     if reason := why_not("triton", device):
         pytest.skip(reason)
-    check(partial(bias_attention, backend="triton"), CASES[name], device)
+    check_seeded(CASES[name], device)
 
 
 @pytest.mark.parametrize(
@@ -97,17 +139,9 @@ def test_rows_by_descriptors(name, monkeypatch, device):
         monkeypatch.setattr(module, "describe", describe)
     for constants in (blocks.BLOCKS, blocks.FLOAT32):
         for generation in constants:
-            tiles = {kernel: ((*tile, True),) * 3 for kernel, tile in TILES[1].items()}
+            tiles = {k: (blocks.Tile(*tile)._replace(is_described=True),) * 3 for k, tile in TILES[1].items()}
             monkeypatch.setitem(constants, generation, tiles)
-    case, keep = DESCRIBED[name], None
-    if "dropout_p" in case.options:
-        keep = dropout_keep(seed_of(5, device), case.batch, case.heads, case.i, case.j, case.options["dropout_p"])
-
-    def attend(*tensors, **options):
-        torch.manual_seed(5)
-        return bias_attention(*tensors, backend="triton", **options)
-
-    check(attend, case, device, keep)
+    check_seeded(DESCRIBED[name], device)
     assert len(made) >= 4  # forward, dq, and two for dtable
     assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
 
@@ -132,16 +166,61 @@ def test_descriptors_where_there_can_be_some():
 
 
 def test_constants_fit_the_kernels():
-    """The bias table's padding fits tiles of 256 queries and keys; the row padding fits two blocks of queries."""
-    prologue = pytest.importorskip("dpb_triton.attention.kernels.prologue")
+    """The padding holds what a tile reads beyond the ends: its rows or keys, and the block that it prefetches."""
+    bias, prologue, launch, tiles = (
+        importlib.import_module(f"dpb_triton.attention.kernels.{name}")
+        for name in ("bias", "prologue", "launch", "tiles")
+    )
     for kernels in (*blocks.BLOCKS.values(), *blocks.FLOAT32.values()):
         for kernel, widths in kernels.items():
             kernel = kernel.split()[0]
             for row in filter(None, widths):
                 tile = blocks.Tile(*row)
-                assert tile.block_m + tile.bands * tile.block_n <= 256
+                window = tile.bands * tile.block_n
+                assert tile.block_m + window + max(tile.block_m, tile.block_n) <= bias.PADDING
+                assert tile.block_m + window <= tiles.KEY_PADDING.value
                 assert 2 * tile.block_m <= prologue.ROW_PADDING
+                assert max(tile.block_m, tile.block_n) * launch.LARGEST_STRIDE < 2**32
                 assert tile.bands == 1 or kernel == "dtable"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "arch", "expected"),
+    [("cuda", 80, "ampere"), ("cuda", 89, "ampere"), ("cuda", 90, "hopper"), ("cuda", 100, "blackwell"),
+     ("cuda", 120, "blackwell"), ("hip", "gfx942", "cdna")],
+)  # fmt: skip
+def test_the_generation_of_a_gpu(vendor, arch, expected, monkeypatch):
+    monkeypatch.setattr(blocks, "IS_INTERPRETED", False)
+    monkeypatch.setattr(blocks, "current_target", lambda: SimpleNamespace(backend=vendor, arch=arch))
+    assert blocks.generation() == expected
+    assert blocks.padded(65) == 128 and blocks.padded(1) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("generation", ["ampere", "hopper", "cdna"])
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_the_precision_of_products(setting, generation, dtype, monkeypatch):
+    """float32 keeps its bits unless torch's setting says otherwise, and AMD has no tf32; all products get it."""
+    launch, tiles = (importlib.import_module(f"dpb_triton.attention.kernels.{name}") for name in ("launch", "tiles"))
+    monkeypatch.setattr(launch, "generation", lambda: generation)
+    backends = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace(fp32_precision=setting)))
+    monkeypatch.setattr(launch.torch, "backends", backends)
+    precision = launch.precision_of(torch.empty(1, dtype=dtype))
+    if dtype == torch.float32:
+        assert precision == ("ieee" if generation == "cdna" else {"ieee": "tf32x3", "tf32": "tf32"}[setting])
+    else:
+        assert precision == "tf32"  # 2-byte types have one product, not in chunks
+    assert [tiles.is_wide.fn(width, precision) for width in (64, 128)] == [False, precision != "tf32"]
+
+    products = []
+    dot = SimpleNamespace(dot=lambda *operands, **options: products.append((operands, options)))
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "tl", dot)
+    config = SimpleNamespace(PRECISION=precision)
+    tiles.dot.fn("a", "b", config)
+    tiles.dot_add.fn("a", "b", "acc", config)
+    options = {"input_precision": precision}
+    assert products == [(("a", "b"), options), (("a", "b", "acc"), options)]
 
 
 def test_a_tile_may_bound_the_registers():
@@ -174,7 +253,7 @@ def test_dtable_is_right_whatever_its_chunks(programs, monkeypatch, set_tiles, d
     dtable = pytest.importorskip("dpb_triton.attention.kernels.dtable")
     monkeypatch.setattr(dtable, "PROGRAMS", programs)
     set_tiles(TILES[0] | {"dtable": (16, 16, 4, 1, False, 2)})
-    case = Case(batch=3, heads=2, i=70, j=70, options={"is_causal": True})
+    case = Case(batch=3, heads=2, i=50, j=50, head_dim=8, options={"is_causal": True})
     check(partial(bias_attention, backend="triton"), case, device)
 
 

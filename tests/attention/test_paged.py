@@ -79,13 +79,33 @@ def test_a_window_without_end(big, attention_backend, device):
     torch.testing.assert_close(bias_attention_paged(*arguments, window=(big, 0), **options), expected)
 
 
-def test_pages_far_apart(attention_backend, device):
-    """Addresses beyond element 2^31."""
-    arguments, _ = draw([33, 500], page=16, device=device)
-    assert len(arguments[1]) > 34
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_pages_far_apart(dim, attention_backend, device):
+    """Addresses beyond element 2^31: of pages, of keys in a page, of heads; and of the rows of block_table."""
+    if device != "cpu":
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
+    lengths, sizes, stride = (
+        ([100], {"page": 3}, attention_oracle.FAR),
+        ([97, 3, 1], {"page": 100, "kv_heads": 1, "head_dim": 8, "value_dim": 9}, 2**25 - 8),
+        ([33, 2, 1], {"heads": 3, "kv_heads": 3, "head_dim": 8}, attention_oracle.FARTHER),
+    )[dim]
+    arguments, _ = draw(lengths, **sizes, device=device)
+    assert dim > 0 or len(arguments[1]) > 34
     near = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
-    arguments[1:3] = [attention_oracle.far_apart(pool, 0) for pool in arguments[1:3]]
+    arguments[1:3] = [attention_oracle.far_apart(pool, dim, stride) for pool in arguments[1:3]]
+    arguments[4] = attention_oracle.far_apart(arguments[4], 0, attention_oracle.FARTHER)
     assert torch.equal(near, bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend))
+
+
+def test_strided_integers(attention_backend, device):
+    """block_table and seqlens_k may be slices, or transposed."""
+    arguments, _ = draw([33, 100, 48], device=device)
+    expected = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
+    table, lengths = arguments[4:]
+    arguments[5] = torch.stack((lengths, lengths * 0 - 1), 1)[:, 0]
+    for arguments[4] in (table.mT.contiguous().mT, torch.stack((table, table * 0), 2)[..., 0], table[:, :7]):
+        found = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
+        assert torch.equal(found, expected)
 
 
 def test_under_compile(attention_backend, device):

@@ -86,6 +86,17 @@ def test_misaligned_rows(misalignment, width, device, poisoned):
     oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
 
 
+@pytest.mark.parametrize("tiles", TILES[:2], ids=str)
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_stays_on_its_diagonal(number, tiles, device, poisoned):
+    """Small windows: the number lies in either half of a band, in edges and whole windows, in several row chunks."""
+    for j in (64, 65):
+        for x, y in ((0, 0), (3, 60), (18, 0), (20, 31), (39, j - 1)):
+            dbias = torch.ones(2, 40, j, device=device)
+            dbias[1, x, y] = number
+            oracle.assert_one_place(kernels.reduce(dbias, 70, 5, True, torch.float32, **tiles), (1, x + 5 - y + 69))
+
+
 def test_rows_per_program_depends_on_the_shape_alone():
     assert kernels.rows_per_program(8, 64, 64) == 64
     assert kernels.rows_per_program(8, 8192, 8192) == 1024

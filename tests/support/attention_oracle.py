@@ -203,17 +203,26 @@ def lay_out(shape, layout, generator, dtype, device):
 
 
 FAR = 1 << 26  # 34 rows reach beyond element 2^31
+FARTHER = (1 << 30) + 8  # 3 rows do; twice this does not fit 32 bits, and this does
 
 
-def far_apart(tensor, dim):
-    """The same numbers, with neighbours in dimension `dim` 2^26 elements apart."""
-    shape, strides, size = tensor.shape, [0] * tensor.dim(), 1
-    for k in reversed(range(tensor.dim())):
-        if k != dim % tensor.dim():
+def far_apart(tensor, dim, stride=FAR):
+    """The same numbers, with neighbours in dimension `dim` `stride` elements apart.
+
+    Only the numbers' own pages are ever touched, so the machine never provides the memory between them.
+    """
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty_far_apart(tensor.shape, dim, stride, memory).copy_(tensor)
+
+
+def empty_far_apart(shape, dim, stride, like):
+    """An uninitialised tensor for `far_apart`, with the dtype and device of `like`."""
+    strides, size = [0] * len(shape), 1
+    for k in reversed(range(len(shape))):
+        if k != dim % len(shape):
             strides[k], size = size, size * shape[k]
-    strides[dim] = FAR
-    memory = torch.empty(FAR * (shape[dim] - 1) + size, dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(shape, strides).copy_(tensor)
+    strides[dim] = stride
+    return like.new_empty(stride * (shape[dim] - 1) + size).as_strided(shape, strides)
 
 
 def draw_table(case, generator, dtype):

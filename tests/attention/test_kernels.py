@@ -25,10 +25,10 @@ TILES = [
 # A key bias that is 0 from key 17 to key 46, so that tiles of 16 keys just miss it on both sides
 ZEROS = torch.linspace(-2, 2, 160).view(2, 80)
 ZEROS[:, 17:47] = 0
-FIRST, LAST = torch.arange(80) < 17, torch.arange(80) >= 65
+FIRST, LAST = torch.arange(80) < 15, torch.arange(80) >= 65
 CASES = {
     "plain": Case(heads=1, i=50, j=62),
-    "causal": Case(i=70, j=70, options={"is_causal": True}),
+    "causal": Case(i=63, j=63, options={"is_causal": True}),
     # queries of a tile see 17 keys before a whole tile, or 17 keys after one: both edges are a key too long to be whole
     "edges": Case(heads=1, i=48, j=80, options={"window": (30, 14)}),
     "window": Case(i=50, j=81, options={"window": (21, 18), "signed": True}),
@@ -49,11 +49,11 @@ CASES = {
         j=50,
         head_dim=8,
         value_dim=24,
-        options={"dropout_p": 0.3, "is_causal": True, "softcap": 3.0},
+        options={"dropout_p": 0.3, "is_causal": True, "softcap": 0.7},
     ),
     "left": Case(i=50, j=81, options={"window": (40, None)}),
     "right, before the keys": Case(i=80, j=50, options={"window": (None, 20), "offset": -40}),
-    "bf16, grouped, batch": Case(batch=2, heads=2, kv_heads=1, i=40, j=40, dtype=torch.bfloat16, layout="transposed"),
+    "bf16, grouped, batch": Case(batch=2, heads=4, kv_heads=2, i=20, j=40, dtype=torch.bfloat16, layout="transposed"),
     "huge": Case(i=40, j=57, table="huge", options={"softcap": 2.0}),
     "masked": Case(i=48, j=50, table="masked", options={"is_causal": True, "offset": 9}),
     # float32 rows of more than 64 columns are multiplied in chunks of 64: the last chunk is full, short, one column
@@ -144,6 +144,123 @@ def test_rows_by_descriptors(name, monkeypatch, device):
     check_seeded(DESCRIBED[name], device)
     assert len(made) >= 4  # forward, dq, and two for dtable
     assert all(descriptors is None for descriptors in made) == (name in ("float32", "odd"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"forward": False, "dkdv": False, "dq": False}),
+        ({"window": (9, None)}, {"forward": False, "dkdv": False, "dq": False}),  # hides nothing
+        ({"window": (2, None)}, {"forward": True, "dkdv": True, "dq": True}),
+        ({"window": (None, 2)}, {"forward": True, "dkdv": True, "dq": True}),
+        ({"key_padding_mask": torch.zeros(1, 5)}, {"forward": True, "dkdv": False, "dq": True}),
+    ],
+    ids=str,
+)
+def test_which_kernels_are_launched_again(options, expected, set_tiles, monkeypatch, device):
+    """A pair can be masked by its position or, where queries are rows, by its key."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    launch, launched = importlib.import_module("dpb_triton.attention.kernels.launch"), {}
+    monkeypatch.setattr(launch, "REPAIR_WARPS", 16)  # 4 programs of 4 warps
+    set_tiles(TILES[0])
+    launch_one = launch.launch
+
+    def noted(kernel, grid, *args, config, **more):
+        name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        launched.setdefault(name, []).append((grid, config.IS_REPAIR, more))
+        return launch_one(kernel, grid, *args, config=config, **more)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    query, key, value = (torch.randn(1, 6, 5, 8, device=device, requires_grad=True) for _ in range(3))
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    out = bias_attention(query, key, value, torch.randn(6, 5, device=device), backend="triton", **options)
+    out.sum().backward()
+    assert launched.keys() == expected.keys()
+    for name, launches in launched.items():
+        assert [grid for grid, *_ in launches] == [(6,), (4,)][: 1 + expected[name]]
+        assert [is_repair for _, is_repair, _ in launches] == [False, True][: 1 + expected[name]]
+        assert all(more == {"num_warps": 4, "num_stages": 1} for *_, more in launches[1:])
+
+
+def test_a_second_launch_has_no_bound_of_registers(monkeypatch):
+    """Its code holds more, and it has one stage."""
+    launch, seen = importlib.import_module("dpb_triton.attention.kernels.launch"), []
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, *args, config, **more: seen.append((grid, more)))
+    tile, config = blocks.Tile(64, 64, 8, 3, registers=168), launch.Config(*[None] * 13, NEEDS_REPAIR=True)
+    launch.launch_with_repair(None, 1000, config, tile, (torch.empty(1),), ())
+    assert seen == [
+        ((1000,), {"num_warps": 8, "num_stages": 3, "maxnreg": 168}),
+        ((launch.REPAIR_WARPS // 8,), {"num_warps": 8, "num_stages": 1}),
+    ]
+
+
+def test_which_rows_are_copied():
+    """Rows of whole 16 bytes must start at such places; other rows need only contiguous elements, and near rows."""
+    launch = importlib.import_module("dpb_triton.attention.kernels.launch")
+    memory = torch.zeros(2, 3, 4, 48)
+    largest = launch.LARGEST_STRIDE
+    far = torch.empty(largest + 4)
+    far[:3] = far[-3:] = 0
+    kept = {
+        "whole": memory, "first columns": memory[..., :40], "later columns": memory[..., 8:], "odd": memory[..., 1:38],
+        "heads last": memory.transpose(1, 2), "one row of odd strides": memory.as_strided((1, 1, 1, 8), (3, 5, 7, 1)),
+        "one column": memory.as_strided((2, 3, 4, 1), (576, 192, 48, 7)),
+        "one far row": memory.as_strided((1, 1, 1, 3), (1, 1, 2**30, 1)),
+        "odd strides of an odd width": memory.as_strided((2, 2, 3, 5), (129, 65, 5, 1)),
+    }  # fmt: skip
+    copied = {
+        "off by 4 bytes": memory[..., 1:41], "off by 8 bytes": memory[..., 2:42], "dim first": memory.mT,
+        "rows": memory.as_strided((2, 2, 3, 8), (128, 64, 12, 1)),
+        "heads": memory.as_strided((2, 2, 3, 8), (128, 36, 8, 1)),
+        "batch": memory.as_strided((2, 2, 3, 8), (132, 64, 8, 1)),
+        "every second": memory[..., ::2], "far rows": far.as_strided((1, 1, 2, 3), (1, 1, largest + 1, 1)),
+    }  # fmt: skip
+    assert launch.whole_rows(near := far.as_strided((1, 1, 2, 3), (1, 1, largest, 1))) is near
+    for name, tensor in kept.items():
+        assert launch.whole_rows(tensor) is tensor, name
+    for name, tensor in copied.items():
+        made = launch.whole_rows(tensor)
+        assert made.data_ptr() != tensor.data_ptr() and made.is_contiguous() and torch.equal(made, tensor), name
+
+
+def test_bounds_and_reach():
+    """A bound is dropped if it hides no pair, and the padded table reaches all pairs that are left."""
+    launch, table = importlib.import_module("dpb_triton.attention.kernels.launch"), torch.zeros(1, 13)
+    sizes = itertools.product((1, 4), (1, 5), (-3, 0, 1, 6), (None, 0, 1, 3, 4, 9), (None, 0, 1, 3, 4, 9))
+    for i, j, offset, left, right in sizes:
+        pairs = [y - x - offset for x in range(i) for y in range(j)]
+        found = launch.bounds_of(table, None, i, j, offset, left, right)
+        hides = (left is not None and min(pairs) < -left, right is not None and max(pairs) > right)
+        assert found == (left if hides[0] else None, right if hides[1] else None), (i, j, offset, left, right)
+        least, largest = launch.reach_of(table, None, i, j, offset, False, *found)
+        seen = [d for d in pairs if (left is None or d >= -left) and (right is None or d <= right)]
+        assert not seen or (least, largest) == (min(seen), max(seen)), (i, j, offset, left, right)
+        assert seen or least > largest or not hides[0] or not hides[1]
+    seqlens = torch.zeros(1, 5)
+    assert launch.bounds_of(table, seqlens, 4, 5, 0, 2**62, 9) == (13, 9)
+    assert launch.bounds_of(table, seqlens, 4, 5, 0, None, 2**62) == (None, 13)
+    assert launch.reach_of(table, seqlens, 4, 5, 0, False, None, None) == (-12, 12)
+    assert launch.reach_of(table, seqlens, 4, 5, 0, True, 4, 9) == (-4, 6)
+
+
+def test_sizes_that_the_kernels_refuse():
+    launch = importlib.import_module("dpb_triton.attention.kernels.launch")
+    most, wide = launch.LARGEST, launch.LARGEST_STRIDE
+
+    def sizes(query=(1, 1, 2, 8), key=(1, 1, 3, 8), value=(1, 1, 3, 8), width=3, i=2, j=3):
+        one = torch.zeros(1)
+        launch.check_sizes(*(one.expand(size) for size in (query, key, value, (1, width))), i, j)
+
+    sizes(i=most, j=most, width=most)
+    sizes((1, 2, 2, wide // 2))
+    for changes, name in (
+        ({"i": most + 1}, "i"), ({"j": most + 1}, "j"), ({"width": most + 1}, "the table's width"),
+        ({"query": (1, wide, 2, 8)}, "query"), ({"key": (1, 2, 3, wide)}, "key"), ({"value": (1, 2, 3, wide)}, "value"),
+        ({"query": (1, 2, 2, 8), "value": (1, 1, 3, wide)}, "query"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            sizes(**changes)
 
 
 def test_descriptors_where_there_can_be_some():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The arithmetic that cuts rows of keys into blocks, compared with a look at every pair."""
+"""Device functions that the attention kernels share: the cut of keys into blocks, dropout's hash, tanh."""
 
 import itertools
 
+import attention_oracle
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dpb_triton.attention.kernels.arguments import KeyRanges, Span
-from dpb_triton.attention.kernels.tiles import clip_blocks, is_allowed, visible_blocks
+from dpb_triton.attention.kernels.tiles import clip_blocks, dropout_of, is_allowed, is_kept, tanh_of, visible_blocks
 from dpb_triton.dispatch import why_not
 
 ROWS, BLOCK = 4, 8
@@ -99,3 +101,41 @@ def check_blocks(found, visible, whole, row):
     assert not visible or max(visible) < end, row
     if whole is not None:
         assert list(range(inside, outside)) == whole, row
+
+
+@triton.jit
+def _hash_kernel(seed_ptr, rows_ptr, kept_ptr, threshold, COUNT: tl.constexpr, KEYS: tl.constexpr):
+    index, y = tl.arange(0, COUNT), tl.arange(0, KEYS)
+    dropout = dropout_of(seed_ptr, tl.load(rows_ptr + index), threshold)
+    tl.store(kept_ptr + index[:, None] * KEYS + y[None, :], is_kept(dropout, y, True).to(tl.int8))
+    tl.store(kept_ptr + COUNT * KEYS + y[:, None] * COUNT + index[None, :], is_kept(dropout, y, False).to(tl.int8))
+
+
+@pytest.mark.parametrize("seed", [5, -(2**62) + 7, 2**40])
+def test_dropout_of_rows_beyond_32_bits(seed, device):
+    """The hash takes all 64 bits of the seed and of a row's number, in tiles of queries and of keys in rows."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    rows = [0, 1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**33, 3 * 2**40 + 5]
+    kept = torch.zeros(2, len(rows) * 32, dtype=torch.int8, device=device)
+    numbers = (torch.tensor(x, dtype=torch.int64, device=device) for x in ([seed], rows))
+    _hash_kernel[(1,)](*numbers, kept, 2**31 + 2**30, len(rows), 32)
+    expected = attention_oracle.kept_of_rows(seed, np.array(rows, dtype=np.uint64), 32, 0.75)
+    assert torch.equal(kept[0].cpu().view(-1, 32).bool(), torch.from_numpy(expected))
+    assert torch.equal(kept[1].cpu().view(32, -1).bool(), torch.from_numpy(expected).T)
+
+
+@triton.jit
+def _tanh_kernel(x_ptr, y_ptr, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(y_ptr + index, tanh_of(tl.load(x_ptr + index)))
+
+
+def test_tanh(device):
+    """To float32's rounding: relative near 0, and on both sides of the place where the formula changes."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    x = torch.cat((torch.linspace(-3, 3, 1000), torch.logspace(-30, 3, 24))).to(device)
+    y = torch.empty_like(x)
+    _tanh_kernel[(1,)](x, y, len(x))
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0)

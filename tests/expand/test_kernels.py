@@ -76,7 +76,7 @@ def test_options_of_the_reduction(options, width, device, poisoned):
 
 
 @pytest.mark.parametrize("misalignment", range(8))
-@pytest.mark.parametrize("width", [40, 41, 44])
+@pytest.mark.parametrize("width", [40, 41, 46])
 def test_misaligned_rows(misalignment, width, device, poisoned):
     """Rows inside wider rows begin at every phase of the 16-byte boundary."""
     memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()[misalignment:]
@@ -102,3 +102,17 @@ def test_rows_per_program_depends_on_the_shape_alone():
     assert kernels.rows_per_program(8, 8192, 8192) == 1024
     assert kernels.rows_per_program(1, 8192, 8192) == 128
     assert kernels.rows_per_program(64, 65536, 65536) == 1024
+
+
+def test_large_windows_serve_programs_with_many_rows():
+    assert (
+        kernels.window_of(2, 512) == kernels.LARGE_WINDOWS[2] and kernels.window_of(4, 1024) == kernels.LARGE_WINDOWS[4]
+    )
+    assert kernels.window_of(2, 256) == kernels.window_of(4, 256) == (16, 256, 4)
+    assert kernels.window_of(8, 64) == kernels.window_of(8, 1024) == (16, 128, 4)
+
+
+def test_float64_is_summed_in_float64_from_any_dtype(device):
+    dbias = torch.randn(1, 40, 70, device=device)
+    found = kernels.reduce(dbias, 70, 30, False, torch.float64, **TILES[0])
+    torch.testing.assert_close(found.cpu(), oracle.reduce(dbias, 70), rtol=1e-13, atol=1e-13)

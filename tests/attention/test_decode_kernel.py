@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick import slow
 
-from dpb_triton import bias_attention, bias_attention_varlen
+from dpb_triton import bias_attention, bias_attention_varlen, dispatch
 from dpb_triton.dispatch import why_not
 
 decode = pytest.importorskip("dpb_triton.attention.kernels.decode", reason="Triton is not installed")
@@ -51,12 +51,14 @@ def use_small_splits(patch, block=(16, 16, 4, 2)):
 
 
 CASES = {
-    "one": Case(batch=2, i=1, j=75),
+    "one": Case(batch=2, i=1, j=75, options={"signed": True, "offset": -2}),
     "one key": Case(batch=2, i=1, j=1),
     "causal": Case(i=5, j=77, options={"is_causal": True}),
     "grouped": Case(batch=2, heads=6, kv_heads=2, i=3, j=65, layout="transposed", options={"is_causal": True}),
     "three row blocks": Case(heads=3, kv_heads=1, i=16, j=64, options={"is_causal": True}),
-    "window": Case(heads=4, kv_heads=1, i=7, j=150, layout="sliced", options={"window": (50, 10), "signed": True}),
+    "window": Case(
+        heads=4, kv_heads=1, i=7, j=150, layout="sliced", options={"window": (50, 10), "signed": True, "offset": 80}
+    ),
     "left": Case(i=2, j=90, options={"window": (40, None), "offset": 70}),
     "right": Case(i=3, j=90, options={"window": (None, 3), "offset": -2}),
     "keys behind": Case(i=3, j=40, options={"is_causal": True, "offset": 200}),
@@ -178,12 +180,17 @@ def test_far_apart(dim, attend, device):
     case = Case(batch=(3, 1, 1)[dim], heads=(1, 3, 1)[dim], i=2, j=(5, 5, 97)[dim], head_dim=8, dtype=torch.bfloat16)
     query, key, value, *_ = case.draw(device)
     table, mask = torch.randn(case.heads, 3, device=device), torch.randn(case.batch, case.j, device=device)
-    near = attend(query, key, value, table, window=(2, 0), key_padding_mask=mask)
+
+    def forward(*tensors):  # the operator, because bias_attention's key bias is a new tensor
+        options = None, None, 2, case.j, case.j - 2, False, 2, 0, 0.3, 0.0, 0.0
+        return dispatch.OPERATORS["attention_forward_triton"](*tensors, *options)[0]
+
+    near = forward(query, key, value, table, mask)
     stride, far = (FARTHER, FARTHER, 2**25 - 8)[dim], attention_oracle.far_apart
     query = query if dim == 2 else far(query, dim, stride)
     key, value, table = far(key, dim, stride), far(value, dim, stride), far(table, int(dim != 1), FARTHER)
     mask = far(mask, int(dim != 0), (FARTHER, 2**29 + 8, 2**25)[dim])
-    assert torch.equal(near, attend(query, key, value, table, window=(2, 0), key_padding_mask=mask))
+    assert torch.equal(near, forward(query, key, value, table, mask))
 
 
 def merged(partial, seqlens, sizes, splits, value_dim, device):
@@ -338,6 +345,7 @@ class TestWhichCalls:
                 query, value = (torch.empty(1, 1, 1, dim, dtype=dtype) for dim in (head_dim, value_dim))
                 for rows in (1, 16, 17, 1000):
                     tile = decode.tile_of(rows, query, value)
-                    assert tile.block_m >= min(rows, 16)
+                    assert (tile.block_m, tile.num_warps) == ((16, 4) if rows <= 16 else (32, 8))
+                    assert tile.registers == (248 if rows <= 16 and dtype == torch.bfloat16 else 0)  # else it spills
                     bytes_of_key = (blocks.padded(head_dim) + blocks.padded(value_dim)) * query.element_size()
                     assert tile.block_n == 16 or tile.block_n * bytes_of_key <= decode.BLOCK_BYTES["nvidia"]

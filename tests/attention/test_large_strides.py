@@ -17,7 +17,6 @@ from quick import slow
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch
 
 ROW = 2**25 - 8  # elements between two rows: 65 rows reach beyond element 2^31
-FAR_MASK = FARTHER, 2**29 + 8  # there are 7 keys
 
 
 @pytest.mark.parametrize(
@@ -84,8 +83,7 @@ def test_batches_and_heads(dim, far_results, set_tiles, attention_backend, devic
         far_results(dim, FARTHER)
     query, key, value, dout = (far_apart(x, dim, FARTHER) for x in (query, key, value, dout))
     dlse = dlse.transpose(1, 2).contiguous().transpose(1, 2)
-    # the table has no batch, and the mask no heads: there their columns are far apart
-    table, options["key_padding_mask"] = far_apart(table, 1 - dim, FARTHER), far_apart(mask, dim, FAR_MASK[dim])
+    table = far_apart(table, 1 - dim, FARTHER)  # it has no batch: there its columns are far apart
     far = attention_oracle.run(attend, query, key, value, table, dout, dlse, **options)
     assert all(torch.equal(tensor, near[name]) for name, tensor in far.items())
 
@@ -95,6 +93,20 @@ def skip_without_memory(backend, device):
         pytest.skip(reason)
     if device != "cpu":
         pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("dim", "stride"), [(0, FARTHER), (1, 2**29 + 8)])
+def test_the_key_bias(dim, stride, is_packed, device):
+    """The operator's, because `bias_attention` makes a new tensor of a mask."""
+    skip_without_memory("triton", device)
+    bias = importlib.import_module("dpb_triton.attention.kernels.bias")
+    key_bias = torch.arange(30.0, device=device).view(-1, 10 if is_packed else 6)[: 1 if is_packed else 3]
+    key_bias, seqlens = key_bias.masked_fill(key_bias == 9, 0), None
+    if is_packed:
+        seqlens = torch.tensor([[0, 1, 0, 7, 0], [1, 1, 7, 3, 0]], dtype=torch.int32, device=device)
+    near, far = (bias.pad_key_bias(x, seqlens) for x in (key_bias, far_apart(key_bias, dim, stride)))
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 @pytest.fixture

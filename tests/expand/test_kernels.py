@@ -65,6 +65,18 @@ def test_rows_that_begin_anywhere(dtype, tiles, offset, device, poisoned):
         assert torch.equal(bias.cpu(), table.cpu()[:, distance]), width
 
 
+@pytest.mark.parametrize("tiles", TILES[:2], ids=str)
+def test_every_width(tiles, device, poisoned):
+    """A whole window ends just inside a row, just beyond it, or anywhere else."""
+    for width in range(48, 48 + tiles["block_m"]):
+        table = torch.arange(2.0 * width, device=device).view(2, width)
+        bias = kernels.expand(table, 34, width, width - 34, False, torch.float32, **tiles)
+        assert torch.equal(bias.cpu().double(), oracle.expand(table, 34, width)), width
+        dbias = torch.randint(-9, 9, (2, 34, width), device=device).float()  # their sums are exact
+        dtable = kernels.reduce(dbias, width, width - 34, False, torch.float32, **tiles)
+        assert torch.equal(dtable.cpu().double(), oracle.reduce(dbias, width)), width
+
+
 @pytest.mark.parametrize("options", [{"unroll": 2}, {"align": 32, "block_m": 16}, {"warps": 8}], ids=str)
 @pytest.mark.parametrize("width", [300, 333])
 def test_options_of_the_reduction(options, width, device, poisoned):

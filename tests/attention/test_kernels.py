@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_oracle import Case, check, dropout_keep, seed_of
+from attention_oracle import Case, check, dropout_keep, run, seed_of
 from quick import slow
 
 from dpb_triton import bias_attention
@@ -105,6 +105,20 @@ def test_small_tiles(name, tiles, set_tiles, device):
     if reason := why_not("triton", device):
         pytest.skip(reason)
     check_seeded(CASES[name], device)
+
+
+def test_a_table_far_below_zero(set_tiles, device):
+    """Pairs beyond the ends have a bias of 0 in the padded table, and so an infinite weight, which a select drops."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    set_tiles(TILES[0])
+    query, key, value, table, dout, _ = Case(heads=1, i=18, j=19, head_dim=8, spare=2).draw(device)
+    near, far = (
+        run(partial(bias_attention, backend="triton"), query, key, value, table - height, dout) for height in (0, 1024)
+    )
+    far["lse"] = far["lse"] + 1024
+    for name, expected in near.items():
+        torch.testing.assert_close(far[name], expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter(device):
-    """If the kernels run in Triton's interpreter, make it faster."""
+    """If the kernels run in Triton's interpreter, make it faster, and let it check their addresses."""
     if device == "cpu":
+        import guarded_memory
         import quick_interpreter
 
         quick_interpreter.install()
+        guarded_memory.install()
 
 
 @pytest.fixture(scope="session")

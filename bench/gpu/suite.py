@@ -47,6 +47,7 @@ TRACED = "a trace holds torch's operators, and none of this library's"
 LEFT_OUT = {  # by pattern
     "attention/test_bad_input.py": BEFORE,
     "attention/test_reference.py": NO_KERNEL,
+    "attention/test_tiles.py": NO_KERNEL,
     "attention/test_decode.py": NO_KERNEL,
     "attention/test_cpp.py": CPU_ONLY,
     "attention/test_fake_kernels.py": CPU_ONLY,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Attention with a key mask agrees with the loops of the definition, for any pattern and with every option."""
 
+import math
+
 import pytest
 import torch
 from attention_oracle import Case, check, dropout_keep, poison, run, seed_of
@@ -297,6 +299,11 @@ def test_ranges_of_the_keys(block, is_packed, monkeypatch, device):
     seqlens = None
     if is_packed:
         key_bias = key_bias.flatten()[None]
+    key_bias = torch.stack((key_bias, torch.full_like(key_bias, 9.0)), -1)[..., 0]  # every second number of a tensor
+    if is_packed:
         seqlens = torch.tensor([[0, 1, 50 * row, 50, 0] for row in range(len(rows))], dtype=torch.int32, device=device)
-    _, ranges = bias.pad_key_bias(key_bias, seqlens)
+    padded, ranges = bias.pad_key_bias(key_bias, seqlens)
     assert list(map(tuple, ranges.tolist())) == list(rows.values())
+    padding = bias.KEY_PADDING.value
+    expected = torch.nn.functional.pad(key_bias / math.log(2), (padding, padding), value=-torch.inf)
+    torch.testing.assert_close(padded, expected, equal_nan=True)

@@ -7,16 +7,16 @@ import attention_oracle
 import pytest
 import torch
 
-from dpb_triton import bias_attention, bias_attention_paged
+from dpb_triton import bias_attention, bias_attention_paged, dispatch
 from dpb_triton.attention import cpp_path
 from dpb_triton.dispatch import why_not
 
 
 def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
-         device="cpu"):  # fmt: skip
+         spare=1, device="cpu"):  # fmt: skip
     """Arguments; the pages of each sequence are scattered in the pool, and whatever no sequence uses holds NaN."""
     torch.manual_seed(0)
-    blocks = max(-(-length // page) for length in lengths) + 1
+    blocks = max(-(-length // page) for length in lengths) + spare
     order = torch.randperm(len(lengths) * blocks + 3)
     table = torch.full((len(lengths), blocks), 10**6, dtype=torch.int32)  # only the used blocks have a page
     pools = [torch.full((len(order), page, kv_heads, dim), torch.nan, dtype=dtype) for dim in (head_dim, value_dim)]
@@ -39,7 +39,7 @@ def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=1
 
 CASES = {
     "one query": ({}, {}),
-    "odd page": ({"page": 7, "i": 2}, {"is_causal": True}),
+    "odd page": ({"page": 7, "i": 2, "spare": 0}, {"is_causal": True}),
     "page of one": ({"page": 1}, {"window": (9, 0)}),
     "long page": ({"page": 64, "i": 5}, {"is_causal": True, "window": (30, None), "softcap": 3.0, "scale": 0.3}),
     "a prompt": ({"i": 33, "heads": 6, "kv_heads": 2}, {"is_causal": True}),
@@ -92,13 +92,47 @@ def test_a_window_without_end(big, attention_backend, device):
     torch.testing.assert_close(bias_attention_paged(*arguments, window=(big, 0), **options), expected)
 
 
-def test_pages_far_apart(attention_backend, device):
-    """Addresses beyond element 2^31."""
-    arguments, _ = draw([33, 500], page=16, device=device)
-    assert len(arguments[1]) > 34
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_pages_far_apart(dim, attention_backend, device):
+    """Addresses beyond element 2^31: of pages, of keys in a page, of heads; and of the rows of block_table."""
+    if device != "cpu":
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
+    lengths, sizes, stride = (
+        ([100], {"page": 3}, attention_oracle.FAR),
+        ([97, 3, 1], {"page": 100, "kv_heads": 1, "head_dim": 8, "value_dim": 9}, 2**25 - 8),
+        ([33, 2, 1], {"heads": 3, "kv_heads": 3, "head_dim": 8}, attention_oracle.FARTHER),
+    )[dim]
+    arguments, _ = draw(lengths, **sizes, device=device)
+    assert dim > 0 or len(arguments[1]) > 34
     near = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
-    arguments[1:3] = [attention_oracle.far_apart(pool, 0) for pool in arguments[1:3]]
+    arguments[1:3] = [attention_oracle.far_apart(pool, dim, stride) for pool in arguments[1:3]]
+    arguments[4] = attention_oracle.far_apart(arguments[4], 0, attention_oracle.FARTHER)
     assert torch.equal(near, bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend))
+
+
+def test_strided_integers(attention_backend, device):
+    """block_table and seqlens_k may be slices, or transposed."""
+    arguments, _ = draw([33, 100, 48], device=device)
+    expected = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
+    table, lengths = arguments[4:]
+    arguments[5] = torch.stack((lengths, lengths * 0 - 1), 1)[:, 0]
+    for arguments[4] in (table.mT.contiguous().mT, torch.stack((table, table * 0), 2)[..., 0], table[:, :7]):
+        found = bias_attention_paged(*arguments, enable_gqa=True, backend=attention_backend)
+        assert torch.equal(found, expected)
+
+
+def test_wrong_numbers_stay_in_the_pool(device):
+    """A GPU's numbers are not checked: a wrong page or length reads other keys, but no other memory."""
+    if reason := dispatch.why_not("triton", device):
+        pytest.skip(reason)
+    paged = dispatch.OPERATORS["attention_paged_triton"]
+    (query, *pools, table, pages, lengths), _ = draw([33, 100, 48], spare=0, device=device)
+    pools = [pool.transpose(1, 2).nan_to_num(0.0) for pool in pools]
+    pages[:, 1], pages[:, 2] = 10**6, -5
+    lengths[:] = torch.tensor([48, -7, 2**31 - 1], device=device)
+    out, lse = paged(query, *pools, table, pages, lengths, False, None, None, 0.25, 0.0)
+    assert out.isfinite().all() and lse[1].isneginf().all() and not out[1].any()
+    assert lse[0].isfinite().all() and lse[2].isfinite().all()
 
 
 def test_under_compile(attention_backend, device):

@@ -65,6 +65,18 @@ def test_rows_that_begin_anywhere(dtype, tiles, offset, device, poisoned):
         assert torch.equal(bias.cpu(), table.cpu()[:, distance]), width
 
 
+@pytest.mark.parametrize("tiles", TILES[:2], ids=str)
+def test_every_width(tiles, device, poisoned):
+    """A whole window ends just inside a row, just beyond it, or anywhere else."""
+    for width in range(48, 48 + tiles["block_m"]):
+        table = torch.arange(2.0 * width, device=device).view(2, width)
+        bias = kernels.expand(table, 34, width, width - 34, False, torch.float32, **tiles)
+        assert torch.equal(bias.cpu().double(), oracle.expand(table, 34, width)), width
+        dbias = torch.randint(-9, 9, (2, 34, width), device=device).float()  # their sums are exact
+        dtable = kernels.reduce(dbias, width, width - 34, False, torch.float32, **tiles)
+        assert torch.equal(dtable.cpu().double(), oracle.reduce(dbias, width)), width
+
+
 @pytest.mark.parametrize("options", [{"unroll": 2}, {"align": 32, "block_m": 16}, {"warps": 8}], ids=str)
 @pytest.mark.parametrize("width", [300, 333])
 def test_options_of_the_reduction(options, width, device, poisoned):
@@ -76,7 +88,7 @@ def test_options_of_the_reduction(options, width, device, poisoned):
 
 
 @pytest.mark.parametrize("misalignment", range(8))
-@pytest.mark.parametrize("width", [40, 41, 44])
+@pytest.mark.parametrize("width", [40, 41, 46])
 def test_misaligned_rows(misalignment, width, device, poisoned):
     """Rows inside wider rows begin at every phase of the 16-byte boundary."""
     memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()[misalignment:]
@@ -86,8 +98,33 @@ def test_misaligned_rows(misalignment, width, device, poisoned):
     oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
 
 
+@pytest.mark.parametrize("tiles", TILES[:2], ids=str)
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_stays_on_its_diagonal(number, tiles, device, poisoned):
+    """Small windows: the number lies in either half of a band, in edges and whole windows, in several row chunks."""
+    for j in (64, 65):
+        for x, y in ((0, 0), (3, 60), (18, 0), (20, 31), (39, j - 1)):
+            dbias = torch.ones(2, 40, j, device=device)
+            dbias[1, x, y] = number
+            oracle.assert_one_place(kernels.reduce(dbias, 70, 5, True, torch.float32, **tiles), (1, x + 5 - y + 69))
+
+
 def test_rows_per_program_depends_on_the_shape_alone():
     assert kernels.rows_per_program(8, 64, 64) == 64
     assert kernels.rows_per_program(8, 8192, 8192) == 1024
     assert kernels.rows_per_program(1, 8192, 8192) == 128
     assert kernels.rows_per_program(64, 65536, 65536) == 1024
+
+
+def test_large_windows_serve_programs_with_many_rows():
+    assert (
+        kernels.window_of(2, 512) == kernels.LARGE_WINDOWS[2] and kernels.window_of(4, 1024) == kernels.LARGE_WINDOWS[4]
+    )
+    assert kernels.window_of(2, 256) == kernels.window_of(4, 256) == (16, 256, 4)
+    assert kernels.window_of(8, 64) == kernels.window_of(8, 1024) == (16, 128, 4)
+
+
+def test_float64_is_summed_in_float64_from_any_dtype(device):
+    dbias = torch.randn(1, 40, 70, device=device)
+    found = kernels.reduce(dbias, 70, 30, False, torch.float64, **TILES[0])
+    torch.testing.assert_close(found.cpu(), oracle.reduce(dbias, 70), rtol=1e-13, atol=1e-13)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Reduce, the gradient of the table, is deterministic and within the error budget, for gradients of any strides."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -76,16 +77,38 @@ def test_ones_give_the_lengths_of_the_diagonals(backend, device):
 
 
 def test_inf_and_nan_stay_on_their_diagonal(backend, device):
-    for value in (float("inf"), float("nan")):
+    for number in (float("inf"), float("nan")):
         for j in (64, 65):
             for x, y in ((0, 0), (0, j - 1), (39, 0), (20, 31), (39, j - 1)):
                 dbias = torch.ones(2, 40, j, device=device)
-                dbias[1, x, y] = value
-                dtable = ReduceBias.apply(dbias, j, j - 40, False, torch.float32, SUFFIXES[backend]).cpu()
-                hit = abs(x + j - 40 - y)
-                assert not dtable[1, hit].isfinite()
-                dtable[1, hit] = 0
-                assert dtable.isfinite().all(), (value, x, y)
+                dbias[1, x, y] = number
+                dtable = ReduceBias.apply(dbias, j, j - 40, False, torch.float32, SUFFIXES[backend])
+                oracle.assert_one_place(dtable, (1, abs(x + j - 40 - y)))
+
+
+@pytest.mark.parametrize("strides", [(513, 64, 1), (512, 65, 1), (520, 64, 1), (4096, 72, 1), (65, 130, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_strides_that_are_no_multiples_of_a_vector(dtype, strides, backend, device):
+    """Every head, every row or none begins inside a vector; rows of 64 elements are whole vectors."""
+    memory = torch.randint(-9, 9, (2 * 4096,), device=device).to(dtype)  # their sums are exact
+    for start in (0, 1, 4, 8):
+        dbias = memory[start:].as_strided((2, 8, 64), strides)
+        dtable = ReduceBias.apply(dbias, 64, 56, True, torch.float32, SUFFIXES[backend])
+        assert torch.equal(dtable.cpu().double(), oracle.reduce(dbias, 64, 56, True)), start
+
+
+@pytest.mark.parametrize("j", [64, 61])
+def test_memory_that_torch_did_not_allocate(j, backend):
+    """Numpy's memory may begin anywhere, and nothing before it is readable."""
+    memory = np.random.default_rng(0).integers(-9, 9, 2 * 8 * j + 16).astype(np.float32)
+    for shift in range(4):
+        start = (shift * 4 - memory.ctypes.data) % 16 // 4
+        dbias = torch.from_numpy(memory[start : start + 2 * 8 * j]).view(2, 8, j)
+        assert dbias.data_ptr() % 16 == 4 * shift and dbias.storage_offset() == 0
+        dtable = ReduceBias.apply(dbias, j, j - 8, False, torch.float32, SUFFIXES[backend])
+        assert torch.equal(dtable.double(), oracle.reduce(dbias, j, j - 8)), shift
+        table = torch.from_numpy(memory[start : start + 2 * j]).view(2, j)
+        assert torch.equal(expand_bias(table, 8, j, backend=backend).double(), oracle.expand(table, 8, j))
 
 
 def test_repeats_bit_for_bit(backend, device):

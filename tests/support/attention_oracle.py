@@ -122,9 +122,14 @@ def seed_of(manual_seed, device):
 
 def dropout_keep(seed, batch, heads, i, j, dropout_p, longest_query=None):
     """The mask of kept probabilities, boolean (batch, heads, i, j); it depends on the seed and the position alone."""
+    rows = np.arange(batch * heads, dtype=np.uint64).reshape(batch, heads, 1)
+    return kept_of_rows(seed, rows * np.uint64(longest_query or i) + np.arange(i, dtype=np.uint64), j, dropout_p)
+
+
+def kept_of_rows(seed, rows, j, dropout_p):
+    """The same, boolean (*rows.shape, j), for rows (batch element, head, query) of these numbers."""
     low, high = np.uint32(seed & 0xFFFFFFFF), np.uint32((seed >> 32) & 0xFFFFFFFF)
-    rows = np.arange(batch * heads, dtype=np.uint64).reshape(batch, heads, 1, 1)
-    rows = rows * np.uint64(longest_query or i) + np.arange(i, dtype=np.uint64).reshape(i, 1)
+    rows = rows[..., None]
     row_low, row_high = rows.astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
     k1 = _mix(_mix(row_low ^ low) + high + row_high * np.uint32(0x9E3779B9))
     k2 = _mix(k1 ^ np.uint32(0x6A09E667))
@@ -209,17 +214,26 @@ def lay_out(shape, layout, generator, dtype, device):
 
 
 FAR = 1 << 26  # 34 rows reach beyond element 2^31
+FARTHER = (1 << 30) + 8  # 3 rows do; twice this does not fit 32 bits, and this does
 
 
-def far_apart(tensor, dim):
-    """The same numbers, with neighbours in dimension `dim` 2^26 elements apart."""
-    shape, strides, size = tensor.shape, [0] * tensor.dim(), 1
-    for k in reversed(range(tensor.dim())):
-        if k != dim % tensor.dim():
+def far_apart(tensor, dim, stride=FAR):
+    """The same numbers, with neighbours in dimension `dim` `stride` elements apart.
+
+    Only the numbers' own pages are ever touched, so the machine never provides the memory between them.
+    """
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty_far_apart(tensor.shape, dim, stride, memory).copy_(tensor)
+
+
+def empty_far_apart(shape, dim, stride, like):
+    """An uninitialised tensor for `far_apart`, with the dtype and device of `like`."""
+    strides, size = [0] * len(shape), 1
+    for k in reversed(range(len(shape))):
+        if k != dim % len(shape):
             strides[k], size = size, size * shape[k]
-    strides[dim] = FAR
-    memory = torch.empty(FAR * (shape[dim] - 1) + size, dtype=tensor.dtype, device=tensor.device)
-    return memory.as_strided(shape, strides).copy_(tensor)
+    strides[dim] = stride
+    return like.new_empty(stride * (shape[dim] - 1) + size).as_strided(shape, strides)
 
 
 def draw_table(case, generator, dtype):
@@ -319,3 +333,22 @@ def check(function, case, device="cpu", keep=None, **budget):
     with poison():
         actual = run(function, *tensors, **options)
     assert_within_budget(actual, exact, eager, case.dtype, **budget)
+
+
+def check_forward(function, tensors, dtype, **options):
+    """Compare (out, lse) of query, key, value and table, without gradients, with the definition."""
+    from dpb_triton import reference
+
+    query, key, value, _ = tensors
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
+    options = {name: x.to(query.device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    dout = torch.zeros(*query.shape[:3], value.shape[3], dtype=dtype)
+    exact = attention(*tensors, dout, options=options)
+    with torch.no_grad(), poison():
+        ours, eager = (
+            dict(zip(("out", "lse"), call(*tensors, return_lse=True, **options), strict=True))
+            for call in (function, reference.attention)
+        )
+    assert_within_budget(ours, {name: exact[name] for name in ours}, eager, dtype)
+    return ours["out"]

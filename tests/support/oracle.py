@@ -71,3 +71,11 @@ def assert_within_budget(actual, exact, eager):
     eps = torch.finfo(torch.float32).eps
     budget = 2 * ((eager - exact).abs().max() + eps * exact.abs().max())
     assert (actual - exact).abs().max() <= budget
+
+
+def assert_one_place(dtable, place):
+    """A dtable is finite but for one number."""
+    dtable = dtable.cpu().clone()
+    assert not dtable[place].isfinite()
+    dtable[place] = 0
+    assert dtable.isfinite().all(), place

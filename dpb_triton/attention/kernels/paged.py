@@ -17,6 +17,8 @@ def paged(query, key, value, table, block_table, lengths, signed, left, right, s
         return out.zero_(), lse.fill_(float("-inf"))
     left, right = bounds_of(table, lengths, i, longest, 0, left, right)  # lengths on the device, as packed ones
     query, key, value = whole_rows(query), whole_rows(key), whole_rows(value)
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    lengths = lengths.contiguous()
     kind = kind_of(query, value, None, None, left, right, softcap, 0.0)
     launch_decode(
         query, key, value, table, None, None, (i, longest, 0, left, right, batch), signed,

@@ -9,7 +9,7 @@ from functools import partial
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case
+from attention_oracle import Case, far_apart
 from quick import slow_but
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch
@@ -231,6 +231,30 @@ def test_a_sequence_beyond_its_tensors_is_refused(numbers):
         dispatch.OPERATORS["attention_backward"](
             query, None, query, key, key, table, None, query, state, *options, False, True, True, True, False
         )
+
+
+@pytest.mark.parametrize("case", [
+    Case(batch=34, heads=1, i=9, j=20), Case(heads=34, i=9, j=20, dtype=torch.bfloat16),
+    Case(heads=1, i=34, j=34, head_dim=9), Case(batch=34, heads=1, i=1, j=20), Case(heads=34, i=1, j=20),
+    Case(heads=1, i=1, j=34, dtype=torch.bfloat16), Case(batch=2, heads=1, i=34, j=1100),
+], ids=lambda case: f"{case.batch} {case.heads} {case.i} {case.j}")  # fmt: skip
+def test_addresses_beyond_2_to_31(case, monkeypatch, taken):
+    """Rows, heads or batch elements of every tensor, and of every result, lie 2^26 elements apart."""
+    tensors = case.draw()
+    near = attention_oracle.run(attend, *tensors)
+    dim = [case.batch, case.heads, max(case.i, 34)].index(34)
+    like = torch_path.like
+
+    def apart(tensor):
+        return far_apart(tensor, dim) if tensor.shape[dim] == 34 else tensor
+
+    monkeypatch.setattr(torch_path, "like", lambda *arguments: apart(like(*arguments)))
+    query, key, value, table, dout, dlse = tensors
+    query, key, value, dout = map(apart, (query, key, value, dout))
+    far = attention_oracle.run(attend, query, key, value, table, dout, dlse)
+    assert taken == []
+    for name, expected in near.items():
+        assert torch.equal(far[name], expected), name
 
 
 TRAINING = """

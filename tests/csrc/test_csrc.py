@@ -5,6 +5,7 @@ The tests that take the fixture `backend` check that the backends agree.
 """
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -31,9 +32,22 @@ needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ c
 
 def run(*command, **environment):
     command = [str(part) for part in command]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment  # spinning threads take each other's cores
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"[-6000:]
     return done.stdout
+
+
+def torch_options(*flags):
+    """The compiler's options for a source that includes torch's headers, and the linker's for a shared library."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [*include_paths(), sysconfig.get_paths()["include"]]
+    macros = [f"-D{name}={value}" for name, value in SETUP["MACROS"]]
+    options = [*SETUP["CXX_FLAGS"], *macros, "-fPIC", "-DPy_LIMITED_API=0x030a0000", *WARNINGS, *flags]
+    libraries = [part for path in library_paths() for part in ("-L", path)]
+    isystem = [part for path in includes for part in ("-isystem", path)]
+    return [*options, *isystem], ["-shared", *libraries, "-ltorch_cpu", "-lc10"]
 
 
 # The sources that read a macro; all of them read any other flag.
@@ -43,16 +57,9 @@ OBJECTS = {}
 
 def build_extension(folder, *flags):
     """Copy the package and compile its extension with `flags`; returns the folder for PYTHONPATH."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
     package = folder / "dpb_triton"
     shutil.copytree(ROOT / "dpb_triton", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    includes = [*include_paths(), sysconfig.get_paths()["include"]]
-    options = [
-        *SETUP["CXX_FLAGS"], *(f"-D{name}={value}" for name, value in SETUP["MACROS"]),
-        "-fPIC", "-DPy_LIMITED_API=0x030a0000", *WARNINGS, *flags,
-        *(part for path in includes for part in ("-isystem", path)),
-    ]  # fmt: skip
+    options, linker = torch_options(*flags)
 
     def compiled(source):
         """The object of a source. Builds whose flags differ only in what it does not read share it."""
@@ -65,9 +72,15 @@ def build_extension(folder, *flags):
 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compiled, sorted(CSRC.glob("*.cpp"))))
-    libraries = [part for path in library_paths() for part in ("-L", path)]
-    run(CXX, "-shared", *flags, *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", package / "_C.abi3.so")
+    run(CXX, *flags, *objects, *linker, "-o", package / "_C.abi3.so")
     return str(folder)
+
+
+@pytest.fixture
+def cpp():
+    reason = why_not("cpp", "cpu")
+    if reason is not None:
+        pytest.skip(f"backend cpp: {reason}")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +97,38 @@ def band_test(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, slow(1)])
 def test_every_thread_of_the_cuda_kernels_on_the_host(band_test, seed):
     assert run(band_test, seed) == "4266 cases\n"
+
+
+@needs_compiler
+def test_the_cuda_file_on_the_host(tmp_path):
+    """All of band_cuda.cu, kernels, launches and checks, compiled for CPU tensors: see cuda_on_host/cuda_runtime.h."""
+    source, launches = re.subn(
+        r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\(", r"cuda_on_host::launch(\2, [](auto... a) { \1(a...); })(",
+        (CSRC / "band_cuda.cu").read_text(),
+    )  # fmt: skip
+    source, registrations = re.subn(r"\(dpb_triton, CUDA, library\)", "(dpb_triton, CPU, library)", source)
+    assert (launches, registrations) == (4, 1)
+    (tmp_path / "band.cpp").write_text(source)
+    options, linker = torch_options("-O1", f"-I{CSRC}", f"-I{ROOT / 'tests/csrc/cuda_on_host'}")
+    run(CXX, *options, tmp_path / "band.cpp", *linker, "-o", tmp_path / "band.so")
+    out = run(sys.executable, ROOT / "tests/csrc/fuzz.py", 500, 3, tmp_path / "band.so", PYTHONPATH=str(ROOT))
+    assert int(out.split()[0]) > 150, out
+
+
+GUARDED = "import sys, fuzz, fuzz_cuts; fuzz.main(2000, 7); fuzz_cuts.main(150, 7)"
+
+
+@needs_compiler
+def test_random_calls_between_guard_pages(cpp, tmp_path):
+    """No kernel of the installed extension reads or writes beyond an end of a tensor, and all results are right."""
+    if sys.platform != "linux":
+        pytest.skip("guard.c is written for Linux")
+    guard = tmp_path / "guard.so"
+    run(os.environ.get("CC", "cc"), "-O2", *WARNINGS, "-shared", "-fPIC", ROOT / "tests/csrc/guard.c", "-o", guard)
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests/csrc", "tests/support"))
+    out = run(sys.executable, "-X", "faulthandler", "-c", GUARDED, PYTHONPATH=paths, LD_PRELOAD=str(guard))
+    accepted, *_, calls, _, _ = out.split()
+    assert int(accepted) > 700 and int(calls) > 400, out
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +219,6 @@ def test_same_bits_with_any_threads_and_instruction_set(build, tmp_path):
         assert torch.equal(ours, theirs)
     for one, two in zip(host[::2], host[1::2], strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.fixture
-def cpp():
-    reason = why_not("cpp", "cpu")
-    if reason is not None:
-        pytest.skip(f"backend cpp: {reason}")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
 //   one half of the blocks   [ no access ][ known bytes … | the block ][ no access ]     they end where a page ends
 //   the other half           [ no access ][ the block | known bytes … ][ no access ]     they begin where a page begins
 //
-// So an access beyond one end of a block stops the program. A write beyond its other end shows when the block is freed:
+// A new block is filled with ones, which are NaN in every floating type: what nobody has written shows in the results.
+// An access beyond one end of a block stops the program. A write beyond its other end shows when the block is freed:
 // `free` checks the known bytes. It also takes all access away, so a later use of the block stops the program too. A
 // block that ends at a page has no alignment but that of its size.
 
@@ -61,6 +62,7 @@ int posix_memalign(void** to, size_t alignment, size_t size) {
   }
   char* block = (number++ * 0x9e3779b9u) >> 31 ? first + pages * PAGE - size : first;
   *header = (struct Header){size, pages, block};
+  memset(block, 0xFF, size);
   memset(first, KNOWN, block - first);
   memset(block + size, KNOWN, first + pages * PAGE - block - size);
   *to = block;

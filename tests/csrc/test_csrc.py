@@ -174,20 +174,30 @@ INSTRUCTION_SETS = {
     "avx512": (["-DDPB_MOST=avx512"], lambda: torch.backends.cpu.get_cpu_capability() == "AVX512"),
     "avx512_bf16, beside AMX": (["-DDPB_MOST=avx512_bf16"], torch.cpu._is_amx_tile_supported),
     "amx, emulated": (["-DDPB_AMX_EMULATED"], torch.cpu._is_avx512_bf16_supported),
-    "its own": ([], lambda: True),
 }
+
+
+@pytest.fixture(scope="module")
+def build_for(build):
+    """A function that returns the folder of a build for an instruction set, or skips if the processor lacks it."""
+
+    def of(name):
+        flags, is_here = INSTRUCTION_SETS[name]
+        if not is_here():
+            pytest.skip(f"this processor has no {name}")
+        return build(*flags)
+
+    return of
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_random_attention_with_each_instruction_set(name, build):
+def test_random_calls_with_each_instruction_set(name, build_for):
     """The sets round differently; each result is within the budget of the definition."""
-    flags, is_here = INSTRUCTION_SETS[name]
-    if not is_here():
-        pytest.skip(f"this processor has no {name}")
-    out = run(sys.executable, ROOT / "tests/csrc/fuzz_attention.py", 40, 3, PYTHONPATH=build(*flags))
-    assert int(out.split()[0]) > 50
+    for program, calls in (("fuzz.py", 1000), ("fuzz_cuts.py", 100), ("fuzz_attention.py", 40)):
+        out = run(sys.executable, ROOT / "tests/csrc" / program, calls, 3, PYTHONPATH=build_for(name))
+        assert int(out.split()[0]) > 50
 
 
 SAME_BITS = """
@@ -207,17 +217,18 @@ torch.save(found, sys.argv[1])
 
 @pytest.mark.slow
 @needs_compiler
-def test_same_bits_with_any_threads_and_instruction_set(build, tmp_path):
-    """The machine's own instruction set gives the bits of its architecture's baseline; 2 threads give the bits of 1."""
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_same_bits_with_any_threads_and_instruction_set(name, build_for, tmp_path):
+    """Each instruction set gives the bits of its architecture's baseline; 2 threads give the bits of 1."""
     results = []
-    for name, flags in (("host", []), ("baseline", ["-DDPB_BASELINE"])):
-        run(sys.executable, "-c", SAME_BITS, tmp_path / f"{name}.pt", PYTHONPATH=build(*flags))
-        results.append(torch.load(tmp_path / f"{name}.pt"))
-    host, baseline = results
-    assert len(host) == 48
-    for ours, theirs in zip(host, baseline, strict=True):
-        assert torch.equal(ours, theirs)
-    for one, two in zip(host[::2], host[1::2], strict=True):
+    for each in (name, "baseline"):
+        run(sys.executable, "-c", SAME_BITS, tmp_path / f"{each}.pt", PYTHONPATH=build_for(each))
+        results.append(torch.load(tmp_path / f"{each}.pt"))
+    ours, baseline = results
+    assert len(ours) == 48
+    for mine, theirs in zip(ours, baseline, strict=True):
+        assert torch.equal(mine, theirs)
+    for one, two in zip(ours[::2], ours[1::2], strict=True):
         assert torch.equal(one, two)
 
 
@@ -252,6 +263,22 @@ def test_a_freed_storage_is_refused(cpp):
     table.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has its storage been freed"):
         expand_bias(table, 3, 3)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements(cpp):
+    """A bias of 4 GiB, and the sums of its diagonals."""
+    i, j = 2**16 + 1, 2**15 + 8
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6 * 2**30:
+        pytest.skip("too little free memory")
+    table = torch.randint(-2, 3, (1, i)).half()
+    bias = dispatch.OPERATORS["expand"](table, i, j, 0, False, torch.float16)
+    for x in (0, 1, j, i // 2, i - 40, i - 2, i - 1):
+        assert torch.equal(bias[0, x], table[0, (x - torch.arange(j)).abs()])
+    dtable = dispatch.OPERATORS["reduce"](bias, i, 0, True, torch.float32)
+    distance = torch.arange(1 - i, i)
+    pairs = (distance.clamp(max=0) + j).clamp(0) - (distance + j - i).clamp(0)
+    assert torch.equal(dtable[0], table[0, distance.abs()] * pairs.float())
 
 
 def test_half_conversions_are_exact(cpp):

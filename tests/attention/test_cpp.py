@@ -305,6 +305,23 @@ def test_arguments_that_do_not_fit_are_refused(change):
         dispatch.OPERATORS["attention_forward"](*arguments.values(), *options)
 
 
+@pytest.mark.parametrize("place", range(4), ids=("query", "key", "value", "table"))
+def test_a_freed_storage_is_refused(place):
+    """FSDP frees storages but keeps the tensors."""
+    tensors = [tensor.clone() for tensor in Case().draw()[:4]]
+    tensors[place].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no storage: has it been freed"):
+        attend(*tensors)
+
+
+@pytest.mark.parametrize(("name", "count"), [("attention_forward", 46), ("attention_backward", 65)])
+def test_another_number_of_arguments_is_refused(name, count):
+    """The kernels read as many as they need, so one less would be read from memory that is no argument."""
+    for other in (0, count - 1, count + 1):
+        with pytest.raises(TypeError, match=f"expected {count} arguments, got {other}"):
+            getattr(cpp_path._C, name)(*range(other))
+
+
 def test_a_key_bias_of_any_strides():
     """A direct call may have a view as its key bias; the public functions make a tensor of their own."""
     query, key, value, table, *_ = Case(batch=2, heads=2, kv_heads=2, i=9, j=40).draw()

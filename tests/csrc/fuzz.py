@@ -135,10 +135,22 @@ def rounds(operator, dbias, *arguments):
         torch.testing.assert_close(both[0], exact, rtol=1e-12, atol=1e-12)
 
 
+def refuse_many_blocks():
+    """2^32 blocks of threads would wrap around to none."""
+    table = torch.ones(1, 1, dtype=torch.float16).expand(2**32, 1)
+    try:
+        dispatch.OPERATORS["expand_cuda"](table, 1, 1, 0, False, torch.float16)
+    except RuntimeError as error:
+        assert "more than a grid holds" in str(error) or "cannot allocate" in str(error), error
+    else:
+        raise AssertionError("2^32 blocks were not refused")
+
+
 def main(calls, seed, library=None):
     """Each operator gets half of the calls."""
     if library:
         torch.ops.load_library(library)
+        refuse_many_blocks()
     random.seed(seed)
     torch.manual_seed(seed)
     accepted = 0
@@ -155,6 +167,7 @@ def main(calls, seed, library=None):
         accepted += 1
         try:
             assert is_inside(arguments[0]), "the storage is too small"
+            assert not library or arguments[0].data_ptr() % arguments[0].element_size() == 0, "no address for a GPU"
             assert agrees(actual, name, arguments)
             if name == "reduce" and (arguments[0].numel() > 2**15 or arguments[-1] == torch.float64):
                 rounds(operator, *arguments)

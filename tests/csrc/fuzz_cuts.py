@@ -32,8 +32,8 @@ LENGTHS = {
     "blocks": ((1, 120), (120, 530)),
     "chunks": ((193, 420), (230, 300)),
     "parts of the keys": ((9, 30), (1024, 1160)),
-    "decoding": ((1, 4), (1, 300)),
-    "splits of a decoding step": ((1, 2), (2048, 2110)),
+    "decoding": ((1, 9), (1, 300)),
+    "splits of a decoding step": ((1, 3), (2048, 2110)),
 }
 
 
@@ -44,7 +44,7 @@ def draw_lengths(kind):
 def draw_heads(kind):
     kv_heads, group = random.choice([1, 1, 2, 3]), random.choice([1, 2, 3])
     if kind in ("strips and panels", "decoding"):
-        kv_heads = random.choice([1, 2, 3, 9])
+        kv_heads, group = random.choice([1, 2, 3, 9]), random.choice([1, 1, 2, 3, 4, 5, 8])
     return {"heads": kv_heads * group, "kv_heads": kv_heads}
 
 

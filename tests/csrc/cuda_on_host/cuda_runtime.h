@@ -63,24 +63,32 @@ inline void wait() {
   swapcontext(&running->context, &scheduler);
 }
 
+// Functions of their own, because getcontext and swapcontext may return twice, and then a local variable is lost.
+__attribute__((noinline)) inline void prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = Fiber::STACK;
+  fiber.context.uc_link = &scheduler;
+  fiber.is_done = false;
+  makecontext(&fiber.context, begin, 0);
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  running = &fiber;
+  swapcontext(&scheduler, &fiber.context);
+}
+
 inline void run_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers.at(t);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Fiber::STACK;
-    fiber.context.uc_link = &scheduler;
-    fiber.is_done = false;
-    makecontext(&fiber.context, begin, 0);
+    prepare(fibers.at(t));
   }
   for (bool is_done = false; !is_done;) {
     is_done = true;
-    for (unsigned t = 0; t < threads; ++t) {
-      if (!fibers[t].is_done) {
-        thread.x = t;
-        running = &fibers[t];
-        swapcontext(&scheduler, &running->context);
-        is_done &= running->is_done;
+    for (thread.x = 0; thread.x < threads; ++thread.x) {
+      Fiber& fiber = fibers[thread.x];
+      if (!fiber.is_done) {
+        resume(fiber);
+        is_done &= fiber.is_done;
       }
     }
   }

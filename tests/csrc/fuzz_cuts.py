@@ -134,7 +134,8 @@ def dense(kind, is_finite=True):
     options = options | fuzz_attention.mask(case.batch, j) | {"enable_gqa": True}
     tensors = list(case.draw())
     if not is_finite:
-        options["is_causal"] = options.get("is_causal") or random.random() < 0.6
+        window = random.randint(0, 30), random.randint(0, 30)
+        options |= random.choice([{"is_causal": True}, {"window": window}, {"window": window}, {}])
         tensors = [None if x is None else x.clone() for x in tensors]
         spoil(tensors)
     compare(lambda backend, *a, **o: bias_attention(*a, backend=backend, **o), case, tensors, options, is_finite)
@@ -170,7 +171,7 @@ def main(count, seed):
     fuzz_attention.count_calls()
     for call in range(count):
         kind = list(LENGTHS)[call % len(LENGTHS)]
-        how = random.choice(["dense", "dense", "packed", "spoiled"])
+        how = random.choice(["dense", "dense", "packed", "spoiled", "spoiled"])
         try:
             fuzz_attention.may_give_up = how == "spoiled"
             if how == "packed":

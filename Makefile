@@ -118,7 +118,7 @@ cuda-build-test: $(CUDA_READY)  ## build and test the wheel with a CUDA build of
 
 # looked up when a recipe runs, after the set-up
 CLANG_FORMAT = $(firstword $(wildcard $(dir $(PYTHON))clang-format) clang-format)
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/csrc/*.cpp tests/csrc/*.c tests/csrc/*/*.h)
 
 lint: $(READY)  ## ruff, clang-format and mypy, as pinned
 	$(PYTHON) -m ruff check .

@@ -9,7 +9,7 @@ from functools import partial
 import attention_oracle
 import pytest
 import torch
-from attention_oracle import Case
+from attention_oracle import Case, far_apart
 from quick import slow_but
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch
@@ -233,6 +233,30 @@ def test_a_sequence_beyond_its_tensors_is_refused(numbers):
         )
 
 
+@pytest.mark.parametrize("case", [
+    Case(batch=34, heads=1, i=9, j=20), Case(heads=34, i=9, j=20, dtype=torch.bfloat16),
+    Case(heads=1, i=34, j=34, head_dim=9), Case(batch=34, heads=1, i=1, j=20), Case(heads=34, i=1, j=20),
+    Case(heads=1, i=1, j=34, dtype=torch.bfloat16), Case(batch=2, heads=1, i=34, j=1100),
+], ids=lambda case: f"{case.batch} {case.heads} {case.i} {case.j}")  # fmt: skip
+def test_addresses_beyond_2_to_31(case, monkeypatch, taken):
+    """Rows, heads or batch elements of every tensor, and of every result, lie 2^26 elements apart."""
+    tensors = case.draw()
+    near = attention_oracle.run(attend, *tensors)
+    dim = [case.batch, case.heads, max(case.i, 34)].index(34)
+    like = torch_path.like
+
+    def apart(tensor):
+        return far_apart(tensor, dim) if tensor.shape[dim] == 34 else tensor
+
+    monkeypatch.setattr(torch_path, "like", lambda *arguments: apart(like(*arguments)))
+    query, key, value, table, dout, dlse = tensors
+    query, key, value, dout = map(apart, (query, key, value, dout))
+    far = attention_oracle.run(attend, query, key, value, table, dout, dlse)
+    assert taken == []
+    for name, expected in near.items():
+        assert torch.equal(far[name], expected), name
+
+
 TRAINING = """
 import sys, torch
 from dpb_triton import bias_attention
@@ -279,6 +303,23 @@ def test_arguments_that_do_not_fit_are_refused(change):
     options = None, None, 4, 8, offset, False, None, None, 0.3, 0.0, 0.0
     with pytest.raises((ValueError, RuntimeError), match="do not fit|the table holds"):
         dispatch.OPERATORS["attention_forward"](*arguments.values(), *options)
+
+
+@pytest.mark.parametrize("place", range(4), ids=("query", "key", "value", "table"))
+def test_a_freed_storage_is_refused(place):
+    """FSDP frees storages but keeps the tensors."""
+    tensors = [tensor.clone() for tensor in Case().draw()[:4]]
+    tensors[place].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no storage: has it been freed"):
+        attend(*tensors)
+
+
+@pytest.mark.parametrize(("name", "count"), [("attention_forward", 46), ("attention_backward", 65)])
+def test_another_number_of_arguments_is_refused(name, count):
+    """The kernels read as many as they need, so one less would be read from memory that is no argument."""
+    for other in (0, count - 1, count + 1):
+        with pytest.raises(TypeError, match=f"expected {count} arguments, got {other}"):
+            getattr(cpp_path._C, name)(*range(other))
 
 
 def test_a_key_bias_of_any_strides():

@@ -80,7 +80,16 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
 def takes_a_while(command):
     return command.startswith("python -m") and any(
         word in command
-        for word in (" attention", " decode", " expand", " train", " codegen", " table", ".context_parallel")
+        for word in (
+            " attention",
+            " decode",
+            " expand",
+            " train",
+            " codegen",
+            " table",
+            ".context_parallel",
+            ".overlap",
+        )
     )
 
 

@@ -143,6 +143,21 @@ def test_every_field_of_a_record(bench):
     assert events == ["start", "absent", *["checked"] * 6, *["timed"] * 8, *["checked"] * 7, *["timed"] * 9, "end"]
 
 
+@pytest.mark.parametrize(
+    ("field", "peers"),
+    [
+        ("x_peer", ["eager", "compiled eager", "sdpa with bias"]), ("x_row", ["sdpa with row", "sdpa with row folded"]),
+        ("x_eager", ["eager"]),
+    ],
+)  # fmt: skip
+def test_the_fastest_of_the_peers_is_compared_with(bench, field, peers):
+    for fastest in peers:
+        rounds = ROUNDS | {name: [6.0 if name == fastest else 50.0] * 3 for name in peers}
+        records, _ = bench([*peers, "dpb cpp", "dpb module"], rounds=rounds)
+        assert records["forward", "dpb cpp"][field] == 3.0  # median of 6 / 1, 6 / 10, 6 / 2
+        assert (field in records["forward", "dpb module"]) == (field != "x_peer")  # it has no aim
+
+
 def test_without_limits_peers_and_eager_there_are_no_ratios(bench):
     records, _ = bench(["dpb cpp"], LIMITS=())
     assert not {"of_limit", "x_eager", "x_peer", "x_row", "over_frozen"} & records["training", "dpb cpp"].keys()

@@ -201,6 +201,29 @@ def test_what_is_compared_is_the_batch_and_the_same_bytes_as_one_sequence(varian
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "total", "lengths"),
+    [
+        (["--seq", "32"], 4096, [32, 64, 128, 256, 512]),
+        (["--seq", "32", "--evaluate", "96", "--evaluate", "32"], 4032, [32, 96]),  # 128 times --seq, in whole windows
+        (["--seq", "32", "--evaluate", "5000"], 5000, [5000]), (["--smoke"], 4096, [32, 64, 128]),
+    ],
+)  # fmt: skip
+def test_every_length_is_evaluated_on_the_same_bytes(monkeypatch, words, total, lengths):
+    seen = []
+    monkeypatch.setattr(bench_train, "load_text", lambda: (torch.arange(100), torch.arange(6000)))
+    monkeypatch.setattr(bench_train, "fingerprint", lambda text: "a text")
+    monkeypatch.setattr(bench_train, "train_all", lambda run, *rest: seen.append((run.steps, run.batch)))
+    monkeypatch.setattr(bench_train, "extrapolate", lambda variants, text, *asked: seen.append(asked))
+    monkeypatch.setattr(bench_train, "compare", lambda variants, text, run, rounds: seen.append(rounds))
+    monkeypatch.setattr(bench_train, "training_table", lambda result: f"of {result['total']}")
+    words = [*words, "--dim", "32", "--layers", "1", "--heads", "2", "--variant", "fused", "--device", "cpu"]
+    done = CliRunner().invoke(cli, ["train", *words])
+    assert done.exit_code == 0 and f"of {total}\n" in done.output
+    smoke = "--smoke" in words
+    assert seen == [(6, 2) if smoke else (400, 8), (total, lengths), 1 if smoke else 5]
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path):
     options = ("--variant", "no position", "--checkpoint", str(tmp_path / "state.pt"), "--steps", "2")
     run(*options)

@@ -2,6 +2,7 @@
 """Bytes, FLOPs and error budgets of the benches, on shapes whose numbers can be counted by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ for module in ("click", "tabulate", "tqdm"):
 
 from bench import expand as bench_expand  # noqa: E402
 from bench.attention import cells as attention_cells  # noqa: E402
+from bench.attention import errors as attention_errors  # noqa: E402
 from bench.attention.errors import _errors  # noqa: E402
 from bench.attention.providers import EAGER as ATTENTION  # noqa: E402
 from bench.attention.providers import Provider as Attention  # noqa: E402
@@ -195,3 +197,58 @@ def test_the_budget_of_a_step_is_twice_the_error_of_eager_and_one_step_of_the_dt
     for off, wrong in ((0.625, None), (0.6255, "off by 0.626, budget 0.625"), (torch.nan, "off by nan, budget 0.625")):
         monkeypatch.setattr(cells, "call", lambda *_, off=off: lambda: exact + torch.tensor([0.0, -off]).double())
         assert cells.wrong("step", None) == wrong
+
+
+def test_float32_steps_are_held_against_sdpa_too_on_a_gpu(monkeypatch):
+    """The larger error of the two counts; where SDPA has no kernel or no room, eager's."""
+    exact, freed = torch.tensor([1.0, -8.0]).double(), []
+
+    def no_room():
+        raise torch.OutOfMemoryError("CUDA")
+
+    def error(dtype, device, call):
+        cells = decode_cells.Cells(replace(STEP, dtype=dtype), device)
+        cells.__dict__["_exact"] = exact
+        monkeypatch.setattr(cells, "_definition", lambda dtype, table_dtype: exact + 0.25)
+        monkeypatch.setattr(cells, "call", lambda direction, provider: call)
+        return cells._error_of_peers
+
+    monkeypatch.setattr(decode_cells, "free", freed.append)
+    assert error("fp32", "cuda", lambda: exact + 0.5) == 0.5
+    assert error("fp32", "cuda", lambda: exact + 0.125) == 0.25
+    assert error("bf16", "cuda", lambda: exact + 0.5) == error("fp32", "cpu", lambda: exact + 0.5) == 0.25
+    assert not freed
+    assert error("fp32", "cuda", no_room) == 0.25 and freed == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ({"wrong": "out off by 1"}, 1), ({"errors": {}}, None), (RuntimeError("no kernel\nat all"), 1),
+        (NotImplementedError("too wide"), None), (torch.OutOfMemoryError("CUDA"), None),
+    ],
+)  # fmt: skip
+def test_one_wrong_record_of_the_errors_fails_the_run(monkeypatch, capsys, found, code):
+    """Frozen tables have no error to print; the other providers go on after one that fails."""
+    common = SimpleNamespace(lines=None, device="cpu", deadline=None, path=None, begin=0.0)
+    everybody = [ATTENTION, replace(ATTENTION, name="bad"), replace(ATTENTION, name="last")]
+    everybody += [replace(ATTENTION, name="frozen", trains_table=False), replace(ATTENTION, directions=("forward",))]
+
+    def errors(cells, provider):
+        if provider.name != "bad":
+            return {"errors": {"out": 0.5}}
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(attention_errors, "_errors", errors)
+    monkeypatch.setattr(attention_errors, "errors_table", lambda result: "the table")
+    result, stopped = {"bench": "attention", "absent": {}}, None
+    try:
+        attention_errors.measure_errors(lambda shape, device: None, [CAUSAL], everybody, result, common)
+    except SystemExit as stop:
+        stopped = stop.code
+    assert stopped == code and capsys.readouterr().out == "the table\n" and result["kind"] == "errors"
+    assert [record["provider"] for record in result["records"]] == ["eager", "bad", "last"]
+    assert [bool(record["wrong"]) for record in result["records"]] == [False, code == 1, False]
+    assert ("unmeasured" in result["records"][1]) == (code is None and isinstance(found, Exception))

@@ -65,6 +65,7 @@ LEFT_OUT = {  # by pattern
     "test_makefile.py": OWN_PROCESSES,
     "test_operators_seen.py": OWN_PROCESSES,
     "module/test_plot.py": NO_KERNEL,
+    "test_cuda_at_hand.py": OFFLINE,
     "test_docs.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_tracing.py": TRACED,

@@ -68,3 +68,51 @@ def test_the_bench_installs_less_than_the_tests(clone):
     assert len(added) == 3 and "torch==" not in added[0] and "dpb_triton[dev]" in added[0]
     (clone / ".venv/.ready").touch()
     assert run_make("--dry-run", "bench", "lint", folder=clone)[:2] == [lines[-1], ".venv/bin/python -m ruff check ."]
+
+
+CLANG = "clang-format {} "  # a clone has csrc/, this folder has none
+LINT = [
+    "python3 -m ruff check .",
+    "python3 -m ruff format --check .",
+    "python3 -m mypy",
+    CLANG.format("--dry-run --Werror"),
+]
+SUITE = "python3 -m pytest -q -n 2 --dist loadscope"
+
+
+@pytest.mark.parametrize(
+    ("target", "lines"),
+    [
+        ("lint", LINT),
+        ("test-full", [SUITE]),
+        ("check", [*LINT, SUITE, *(f"python3 -m bench {name} --smoke" for name in ("expand", "attention", "decode"))]),
+        ("format", ["python3 -m ruff check --fix .", "python3 -m ruff format .", CLANG.format("-i")]),
+        ("codegen", ["python3 -m bench codegen", "python3 -m bench codegen --csrc"]),
+        ("gpu", ["python3 -m bench gpu"]),
+        ("clean", ["rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis"]),
+    ],
+)
+def test_what_a_target_runs(clone, target, lines):
+    assert run_make("--dry-run", "PY=python3", target, folder=clone) == lines
+
+
+def test_a_wheel_must_have_the_extension_and_is_tried_without_a_compiler(clone):
+    build, *tried = run_make("--dry-run", "PY=python3", "wheel-test", folder=clone)
+    assert build.endswith('$PATH" DPB_TRITON_CSRC=1 python3 -m build --no-isolation')
+    assert "dist/*.whl" in tried[3] and tried[-1] == "cd build/wheel-test && PATH=/nowhere bin/python smoke.py"
+
+
+def test_the_cuda_build_must_have_its_kernels_too(clone):
+    lines = run_make("--dry-run", "CUDA_PY=python3", "cuda-build-test", folder=clone)
+    (wheel,) = (line for line in lines if "pip wheel" in line)
+    assert "DPB_TRITON_CSRC=1 python3 -m pip wheel" in wheel and "--no-build-isolation" in wheel
+    assert any(line.endswith("python3 ../tests/smoke_cuda.py") for line in lines)
+    for target in ("tests/expand/test_expand.py", "tests/module/test_module.py", "tests/multihead tests/csrc"):
+        assert any(target in line for line in lines)
+
+
+def test_the_script_of_ci_runs_the_suite_and_the_wheel():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert "set -euo pipefail" in lines and "rm -rf .venv" in lines
+    assert lines.index("make check") < lines.index("make wheel-test")
+    assert "  make cuda-build-test" in lines

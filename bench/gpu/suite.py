@@ -71,6 +71,7 @@ LEFT_OUT = {  # by pattern
     "test_dispatch.py": NO_KERNEL,
     "test_robustness.py": OWN_PROCESSES,
     "module/test_plot.py": NO_KERNEL,
+    "test_cuda_at_hand.py": OFFLINE,
     "test_docs.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_tracing.py": TRACED,

@@ -267,6 +267,7 @@ def test_flex_attention_itself_says_why_it_does_not_train_on_a_cpu(monkeypatch):
     assert "absent: flex trained table, training: FlexAttention does not support backward on CPU" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_flex_attention_stays_compiled_after_a_refusal():
     """After a failure Dynamo may run a function uncompiled: the bench would time eager as FlexAttention."""
@@ -285,6 +286,7 @@ def _peak(provider, n, budget=4096, **limits):
     return attention_memory.peak_of_child(job, **limits)
 
 
+@pytest.mark.slow
 def test_a_child_is_measured_from_outside():
     record = _peak("eager", 1024)
     scores = 2 * 1024**2 * 4 / 2**20
@@ -293,6 +295,7 @@ def test_a_child_is_measured_from_outside():
     assert record["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_failed_child_does_not_stop_the_parent():
     assert _peak("eager", 16384, budget=64) == {"peak_mib": None, "seconds": None, "stopped": NO_ROOM}
     assert _peak("eager", 16384, seconds=0.5)["stopped"] == "over 0.5 s"

@@ -141,3 +141,69 @@ def test_peak_memory_is_that_of_the_call():
 
     assert 60 < peak_mib(call, "cpu") < 80
     assert peak_mib(lambda: None, "cpu") < 5
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_defaults_of_a_device(where, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: where == "cuda")
+    monkeypatch.setattr(bench_expand, "describe", lambda device: {"device": device})
+    monkeypatch.setattr(bench_expand, "providers", lambda *asked: seen.append(asked) or ([], {}))
+    monkeypatch.setattr(bench_expand, "run", lambda make, shapes, found, result, common: seen.append((shapes, common)))
+
+    def run(*words):
+        seen.clear()
+        done = CliRunner().invoke(cli, ["expand", *words])
+        assert done.exit_code == 0 and done.output == f"{where}\n"
+        (device, peers, backends), (shapes, common) = seen
+        assert device == common.device == where
+        return {(shape.dtype, shape.heads, shape.n) for shape in shapes}, common, peers, backends
+
+    shapes, common, peers, backends = run()
+    lengths = {"cpu": (1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}[where]
+    assert shapes == {(dtype, 8, n) for dtype in ("fp32", "bf16") for n in lengths}
+    assert (common.rounds, common.seconds) == {"cpu": (3, 0.1), "cuda": (5, 0.05)}[where]
+    assert (common.deadline, common.path, common.lines, common.picture, common.asked) == (None,) * 4 + (frozenset(),)
+    assert peers == ("eager", "compiled eager") and {"torch", "cpp", "triton", "cuda"} == set(backends)
+    shapes, common, *_ = run("--smoke", "--limit", "7")
+    assert shapes == {("fp32", 8, 33), ("fp32", 8, 64)}
+    assert (common.rounds, common.seconds, common.deadline - common.begin) == (1, 0.002, pytest.approx(7))
+    assert common.asked == {"smoke", "limit"}
+    shapes, *_ = run("--smoke", "--seq", "5", "--heads", "3", "--dtype", "fp16", "--device", where)
+    assert shapes == {("fp16", 3, 5)}
+    shapes, common, *_ = run("--rounds", "9", "--seconds", "0.25")
+    assert (common.rounds, common.seconds) == (9, 0.25)
+
+
+def test_a_dirty_checkout_is_said_and_what_is_not_known_is_left_out(monkeypatch):
+    from bench import environment
+
+    answers = {"rev-parse": "0123456789", "status": ""}
+    monkeypatch.setattr(environment, "_git", lambda word, *rest: answers[word])
+    assert describe("cpu")["sha"] == "0123456789"
+    answers["status"] = " M setup.py"
+    found = describe("cpu")
+    assert found["sha"] == "0123456789+changes" and describe("cpu", "given")["sha"] == "given"
+    assert found["driver"] is None and found["torch"] == torch.__version__
+    answers["rev-parse"] = None
+    assert describe("cpu")["sha"] is None
+    assert environment.one_line({"device": "a CPU", "driver": None, "threads": 2}) == "a CPU, threads 2"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(environment, "_driver", lambda: "570")
+    assert [describe("cuda")[name] for name in ("device", "driver")] == ["a GPU", "570"]
+
+
+def test_a_cell_is_one_line_of_the_results_whatever_it_varies_over(tmp_path):
+    """The last line of a cell counts, and every field that tells two cells apart does."""
+    path = tmp_path / "r.jsonl"
+    cell = {"dtype": "fp32", "batch": 1, "heads": 1, "group": 1, "n": 1, "head_dim": 1, "mask": "causal", "queries": 1,
+            "window": 1, "direction": "step", "provider": "eager"}  # fmt: skip
+    lines = Lines(path)
+    lines.start({"bench": "decode", "setting": "s", "absent": {"a": "b"}, "records": ["old"]})
+    for name in (None, *cell):
+        for ms in (1.0, 2.0):
+            lines.write("timed", **cell | ({name: "other"} if name else {}), ms=ms)
+    lines.write("end", seconds=3.0)
+    (result,) = read_lines(path)
+    assert [record["ms"] for record in result["records"]] == [2.0] * (1 + len(cell))
+    assert result["setting"] == "s" and result["absent"] == {"a": "b"}

@@ -5,7 +5,15 @@ import subprocess
 
 import pytest
 
-from bench.codegen.assembly import innermost_loops, parse_amdgcn, parse_sass, ptxas_notes, serialising_note
+from bench.codegen.assembly import (
+    amdgcn_resources,
+    innermost_loops,
+    parse_amdgcn,
+    parse_sass,
+    ptxas_notes,
+    sass_resources,
+    serialising_note,
+)
 from bench.codegen.products import opcode_flops
 
 
@@ -204,3 +212,112 @@ def test_ptxas_still_says_so(tmp_path):
     command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "serialized" in serialising_note(ptxas_notes(done.stderr))
+
+
+SASS_KINDS = {
+    "load.256": ["LDG.E.ENL2.256"], "load.128": ["LDG.E.128.CONSTANT"], "load.64": ["LD.E.64"], "load.32": ["LDG.E"],
+    "load.16": ["LDG.E.U16", "LD.E.S16"], "load.8": ["LDG.E.S8", "LDG.E.U8.CONSTANT"],
+    "store.128": ["STG.E.128"], "store.32": ["ST.E"], "store.16": ["STG.E.U16"],
+    "copy.128": ["LDGSTS.E.BYPASS.LTC128B.128"], "copy.64": ["LDGSTS.E.64"], "copy.32": ["LDGSTS.E"],
+    "bulk": ["UTMALDG.2D", "UTMASTG.3D", "UBLKCP.S.G"],
+    "atomic.32": ["RED.E.ADD.F32", "REDG.E.ADD", "ATOM.E.ADD"], "atomic.64": ["ATOMG.E.CAS.64"],
+    "shared_load": ["LDS.128", "LDSM.16.M88.4"], "shared_store": ["STS", "STSM.16"], "shared_atomic": ["ATOMS.ADD"],
+    "local": ["LDL.64", "STL"], "shuffle": ["SHFL.BFLY"], "barrier": ["BAR.SYNC", "SYNCS.PHASECHK"],
+    "tensor": ["HMMA.16816.F32", "IMMA.16832", "DMMA.884", "QMMA.16832", "HGMMA.64x8x16", "IGMMA.64x8x32",
+               "QGMMA.64x8x32", "UTCHMMA", "UTCIMMA", "UTCQMMA.2CTA"],
+    "exp2": ["MUFU.EX2", "MUFU.EX2.F16"], "wait": ["WARPGROUP.DEPBAR.LE"],
+    None: ["MUFU.RCP", "WARPGROUP.ARRIVE", "FFMA", "LDC.64", "DEPBAR.LE", "IMAD.MOV.U32"],
+}  # fmt: skip
+AMDGCN_KINDS = {
+    "load.128": ["buffer_load_dwordx4", "global_load_b128"], "load.96": ["buffer_load_dwordx3", "global_load_b96"],
+    "load.64": ["flat_load_dwordx2", "global_load_b64"], "load.32": ["buffer_load_dword", "global_load_b32"],
+    "load.16": ["buffer_load_ushort", "global_load_d16_b16", "buffer_load_short_d16", "global_load_u16"],
+    "load.8": ["buffer_load_ubyte", "global_load_u8", "global_load_i8"],
+    "store.128": ["buffer_store_dwordx4"], "store.16": ["global_store_short", "global_store_b16"],
+    "store.8": ["buffer_store_byte", "global_store_b8"],
+    "atomic.32": ["global_atomic_add_f32"], "atomic.64": ["global_atomic_add_f64", "buffer_atomic_add_x2"],
+    "copy.128": ["buffer_load_dwordx4 v1, s[0:3], 0 offen lds", "global_load_lds_dwordx4"],
+    "copy.32": ["buffer_load_dword v1, s[0:3], 0 offen lds"],
+    "local": ["scratch_load_dword", "scratch_store_dwordx4"],
+    "tensor": ["v_mfma_f32_32x32x8_bf16_1k", "v_smfmac_f32_16x16x32_bf16", "v_wmma_f32_16x16x16_f16"],
+    "barrier": ["s_barrier", "s_barrier_wait"], "exp2": ["v_exp_f32_e32"],
+    "shuffle": ["ds_permute_b32", "ds_bpermute_b32", "ds_swizzle_b32", "v_permlane32_swap_b32", "v_add_f32_dpp"],
+    "shared_load": ["ds_read_b128", "ds_load_b64"], "shared_store": ["ds_write_b64", "ds_store_b32"],
+    "shared_atomic": ["ds_add_f32"], None: ["v_add_f32_e32", "s_barrier_signal", "s_waitcnt", "v_log_f32_e32"],
+}  # fmt: skip
+
+
+def amdgcn(*lines):
+    return "_kernel,@function\n" + "\n".join(lines) + "\n.Lfunc_end0:\n"
+
+
+def kinds(instructions):
+    return [instruction.kind for instruction in instructions]
+
+
+@pytest.mark.parametrize("kind", SASS_KINDS)
+def test_kinds_of_sass(kind):
+    assert set(kinds(parse_sass(sass(*SASS_KINDS[kind])))) == {kind}
+    assert len(parse_sass(sass(*SASS_KINDS[kind]))) == len(SASS_KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", AMDGCN_KINDS)
+def test_kinds_of_amdgcn(kind):
+    assert kinds(parse_amdgcn(amdgcn(*AMDGCN_KINDS[kind]))) == [kind] * len(AMDGCN_KINDS[kind])
+
+
+def test_where_control_goes_in_sass():
+    lines = {
+        "MOV R1, R2": [1], "@P0 EXIT": [2], "@PT BRA 0x60": [6], "@!UP1 BRA 0x0": [0, 4], "CALL.REL 0x70": [7, 5],
+        "BRA !P3, 0x10": [1, 6], "@P1 RET.REL": [7], "KILL": [], "@P2 KILL": [9], "BRX R4": [], "JMX R4": [],
+        "RET.ABS": [], "BSSY B1, 0x0": [13], "@P0 BSYNC B1": [0, 14], "BSYNC B1": [0], "EXIT": [],
+    }  # fmt: skip
+    found = parse_sass(sass(*lines))
+    assert [instruction.successors for instruction in found] == list(lines.values())
+    assert [number for number, instruction in enumerate(found) if instruction.is_predicated] == [1, 3, 6, 8, 13]
+    assert [i.is_predicated for i in parse_sass(sass("@UPT STG.E R1", "@PT STG.E R1", "@UP0 STG.E R1"))] == [0, 0, 1]
+
+
+def test_where_control_goes_in_amdgcn():
+    lines = ("a:", "v_mov_b32 v1, v2 ; a remark", "s_cbranch_vccz a", "s_branch b", "s_setpc_b64 s[0:1]", "b:",
+             "s_cbranch_scc0 nowhere", ".p2align 8", "s_endpgm")  # fmt: skip
+    found = parse_amdgcn(amdgcn(*lines))
+    assert [instruction.successors for instruction in found] == [[1], [0, 2], [4], [], [5], []]
+    assert found[0].operands == "v1, v2"
+
+
+def test_registers_and_memory_of_a_kernel():
+    text = " Function _k:\n  REG:168 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:600 TEXTURE:0\n"
+    assert sass_resources(text) == {"registers": 168, "stack": 24}
+    found = {".vgpr_count": 256, ".agpr_count": 128, ".sgpr_count": 96, ".private_segment_fixed_size": 40,
+             ".vgpr_spill_count": 7, ".sgpr_spill_count": 3}  # fmt: skip
+    text = "---\n" + "".join(f"    {name}:     {value}\n" for name, value in found.items())
+    assert amdgcn_resources(text) == {"registers": 256, "stack": 40, "spilled": 7, "spilled_scalar": 3}
+
+
+@pytest.mark.parametrize(
+    ("filler", "number", "is_loop"),
+    [("MOV R1, R2", 5, False), ("MOV R1, R2", 6, True), ("STS [R1], R2", 2, True), ("MUFU.EX2 R1, R2", 1, True)],
+)
+def test_a_short_loop_that_only_waits_is_none(filler, number, is_loop):
+    """Blackwell waits for its tensor cores in a loop."""
+    lines = ["MOV R1, R2", "SYNCS.PHASECHK.TRANS64 P0", *[filler] * number, "@!P0 BRA 0x10", "EXIT"]
+    assert len(innermost_loops(parse_sass(sass(*lines)))) == is_loop
+
+
+def test_lanes_that_skip_a_copy_in_amdgcn():
+    """Its address is the first operand. Without a selected address no lane skips."""
+    for register, predicated in (("v[8:9]", 1), ("v9", 1), ("v7", 0)):
+        (loop,) = innermost_loops(
+            parse_amdgcn(
+                amdgcn(
+                    "a:",
+                    "v_cndmask_b32_e32 v9, v8, v7, vcc",
+                    f"buffer_load_dwordx4 {register}, s[0:3], 0 offen lds",
+                    "buffer_load_dwordx4 v[10:13], v6, s[0:3], 0 offen",
+                    "s_cbranch_scc1 a",
+                    "s_endpgm",
+                )
+            )
+        )
+        assert (loop.predicated, loop.counts) == (predicated, {"copy.128": 1, "load.128": 1})

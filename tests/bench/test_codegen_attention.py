@@ -10,18 +10,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from quick import slow
 
 pytest.importorskip("triton", reason="compiling needs the extra `triton`")
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the command needs the extra `bench`")
 
+from bench.codegen import command as codegen_command  # noqa: E402
 from bench.codegen import exceptions  # noqa: E402
-from bench.codegen.attention import KERNELS  # noqa: E402
+from bench.codegen.attention import KERNELS, main_loop  # noqa: E402
 from bench.codegen.attention_promises import broken_lines, findings  # noqa: E402
 from bench.codegen.matrix import ATTENTION, HEAD_DIMS, attention_cases, cases  # noqa: E402
-from bench.codegen.products import blocks_a_multiprocessor  # noqa: E402
-from bench.codegen.promises import broken  # noqa: E402
+from bench.codegen.products import (  # noqa: E402
+    PRODUCTS,
+    blocks_a_multiprocessor,
+    clocks_a_tile,
+    loop_flops,
+    scores_a_thread,
+    tile_flops,
+)
+from bench.codegen.promises import broken, interior_loop, resident_warps, shared_limit  # noqa: E402
 from bench.codegen.run import compile_all  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +178,15 @@ def test_the_list_of_exceptions_names_cases_that_are_compiled():
         ({}, 2),  # 128 threads with 253 registers each
         ({"registers": 128}, 3),  # 64 KB and 1 KB, of 228 KB
         ({"shared": 0, "registers": 32}, 16),
+        ({"shared": 0, "registers": 33}, 12),  # allocated eight at a time
+        ({"shared": 0, "registers": 8, "threads": 32}, 32),
+        ({"shared": 0, "registers": 16, "threads": 64}, 32),
+        ({"shared": 0, "registers": 16, "threads": 1024}, 2),
+        ({"shared": 113 * 1024, "registers": 8}, 2),
+        ({"shared": 113 * 1024 + 1, "registers": 8}, 1),
+        ({"arch": "sm_80", "registers": 8, "shared": 81 * 1024}, 2),
+        ({"arch": "sm_103", "registers": 8, "shared": 75 * 1024}, 3),
+        ({"arch": "sm_120", "registers": 8, "shared": 49 * 1024}, 2),
         ({"threads": 256}, 1),
         ({"arch": "gfx942"}, None),
     ],
@@ -226,7 +244,8 @@ def run(*arguments):
         # eight warps, 64 rows of scores: both warpgroups hold all of them
         slow("attention backward", 128, "dq=64,64,8,2", ["times the products", "computed more than once"]),
         slow("attention", 64, "forward=128,128,4,3", ["spills"]),  # 128 scores a thread
-        ("attention", 36, "forward=64,64,4,2", ["rows by single elements", "vectors of 16 bytes"]),  # rows of 72 bytes
+        # rows of 72 bytes
+        slow("attention", 36, "forward=64,64,4,2", ["rows by single elements", "vectors of 16 bytes"]),
     ],
 )
 def test_a_tile_that_breaks_a_promise_is_reported(tmp_path, op, head_dim, tile, words):
@@ -286,3 +305,91 @@ def test_the_second_launch_compiles(arch, tmp_path):
     found = dict(line.split() for line in done.stdout.splitlines())
     assert set(found) == {"_forward_kernel", "_dkdv_kernel", "_dq_kernel"}
     assert all(0 < int(registers) <= 512 for registers in found.values())
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "warps"),
+    [
+        ("sm_90", 255, 128, 8), ("sm_90", 168, 256, 8), ("sm_90", 168, 128, 12), ("sm_90", 16, 128, 64),
+        ("sm_90", 255, 512, 0), ("gfx942", 512, 256, 4), ("gfx942", 256, 256, 8), ("gfx942", 24, 256, 32),
+        ("gfx942", 513, 256, 0), ("gfx1100", 256, 128, 8), ("gfx1100", 24, 128, 32),
+    ],
+)  # fmt: skip
+def test_warps_that_have_registers(arch, registers, threads, warps):
+    assert resident_warps({"arch": arch, "registers": registers, "threads": threads}) == warps
+
+
+def test_shared_memory_of_a_block():
+    known = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_86": 99, "sm_120": 99, "gfx942": 64,
+             "gfx950": 160, "gfx1100": 64}  # fmt: skip
+    assert {arch: shared_limit(arch) / 1024 for arch in known} == known
+    record = copy.deepcopy(FORWARD) | {"shared": 227 * 1024}
+    assert broken(record) == []
+    assert broken(record | {"shared": 227 * 1024 + 1}) == ["232449 bytes of shared memory, more than 232448"]
+
+
+def test_the_work_of_a_loop():
+    """64 keys and 128 queries of 64 columns: 2 products of 2 FLOPs. The clocks are those of one multiprocessor."""
+    pair, columns = 128 * 64, 64
+    assert scores_a_thread(FORWARD) == 64
+    assert tile_flops(FORWARD) == 2 * 2 * pair * columns == loop_flops(FORWARD)
+    assert clocks_a_tile(FORWARD) == {"tensor": 4 * pair * columns / 4096, "issue": 613 * 4 / 4, "exp2": 68 * 128 / 16}
+    float32 = FORWARD | {"dtype": "fp32"}
+    assert clocks_a_tile(float32)["tensor"] == 3 * 4 * pair * columns / 2048
+    rates = {"sm_80": (2048, 1024), "sm_100": (8192, 4096), "gfx942": (2048, 256)}
+    for arch, (half, single) in rates.items():
+        times = 1 if arch == "gfx942" else 3
+        assert clocks_a_tile(FORWARD | {"arch": arch})["tensor"] == 4 * pair * columns / half
+        assert clocks_a_tile(float32 | {"arch": arch})["tensor"] == times * 4 * pair * columns / single
+    assert clocks_a_tile(FORWARD | {"arch": "gfx942"})["issue"] == 613 * 2 / 4  # 128 threads are two waves
+    amd = copy.deepcopy(FORWARD) | {"arch": "gfx942"}
+    amd["interior"]["products"] = {"v_mfma_f32_32x32x8_bf16_1k": 16}
+    assert loop_flops(amd) == 16 * 2 * 32 * 32 * 8 * 2
+    wide = copy.deepcopy(FORWARD)
+    wide["constants"] |= {"BLOCK_D": 128, "BANDS": 2}
+    assert {kernel: tile_flops(wide | {"kernel": kernel}) / (2 * 2 * pair) for kernel in PRODUCTS} == {
+        "_forward_kernel": 128 + 64, "_dkdv_kernel": 2 * 128 + 2 * 64, "_dq_kernel": 2 * 128 + 64,
+        "_dtable_kernel": 128 + 64, "_decode_kernel": 128 + 64,
+    }  # fmt: skip
+    assert scores_a_thread(wide) == 128
+
+
+def loop(instructions=9, predicated=0, **found):
+    return {"instructions": instructions, "predicated": predicated, "counts": {k.replace("_", "."): v for k, v in
+            found.items()}}  # fmt: skip
+
+
+def test_which_loop_counts():
+    """Of attention the shortest with products: the others have masks. Of a stream the widest that no lane skips."""
+    assert main_loop([loop(5), loop(9, tensor=1), loop(7, tensor=2), loop(8, tensor=9)]) == loop(7, tensor=2)
+    assert main_loop([loop(5)]) is None
+    unrolled, rest, masked = loop(load_128=4), loop(load_128=1, load_256=2), loop(load_128=9, predicated=6)
+    assert interior_loop([rest, masked, unrolled], "load") == unrolled
+    assert interior_loop([masked, rest], "load") in (rest, masked)
+    assert interior_loop([loop(load_256=3, store_128=9), rest], "store")["counts"]["store.128"] == 9
+    assert interior_loop([loop(load_64=4, store_128=1)], "load") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "row"),
+    [
+        ({}, 0, "128,64,4,3 253 8 2 0 65536 9 613 8 34 68 16 1 ok"),
+        (
+            {"spills": 3, "scalar_spills": 2}, 1,
+            "128,64,4,3 253 8 2 5 65536 9 613 8 34 68 16 1 3 spills, 0 bytes a thread",
+        ),
+        ({"error": "CompilationError: at 1:1\nno"}, 1, "does not compile: no"),
+    ],
+)  # fmt: skip
+def test_the_table_of_the_command_and_its_exit_code(monkeypatch, tmp_path, change, code, row):
+    record = copy.deepcopy(FORWARD) | {"instructions": 9} | change
+    monkeypatch.setattr(codegen_command, "compile_all", lambda matrix, jobs: [copy.deepcopy(record)])
+    path = tmp_path / "r.json"
+    words = ["--kernel", "attention", "--json", str(path)]
+    done = CliRunner().invoke(codegen_command.codegen, words)
+    assert done.exit_code == code, done.output
+    assert done.output.splitlines()[-1] == f"1 kernels, {code} break a promise"
+    line = next(line for line in done.output.splitlines() if line.startswith("_forward_kernel"))
+    assert line.split() == ["_forward_kernel", "sm_90", "bf16", "d64", "causal", *row.split()]
+    assert len(json.loads(path.read_text())["records"][0]["broken"]) == code
+    assert CliRunner().invoke(codegen_command.codegen, [*words, "--no-check"]).exit_code == 0

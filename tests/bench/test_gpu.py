@@ -18,6 +18,7 @@ for module in ("click", "tabulate", "tqdm"):
 
 import click  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
+from quick import slow  # noqa: E402
 
 from bench import gpu as page  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
@@ -122,7 +123,7 @@ with open(sys.argv[1], "a") as file:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGKILL)], ids=lambda number: number.name)
 def test_killed_in_the_middle_it_keeps_its_results_and_leaves_nothing_running(number, tmp_path):
     arguments, mark = stubborn(tmp_path)
     out = tmp_path / "out"
@@ -221,6 +222,7 @@ def test_every_test_file_is_chosen_or_left_out_with_a_reason():
         assert "device" in (ROOT / "tests" / name).read_text(), f"{name} does not use the device"
 
 
+@pytest.mark.slow
 def test_the_tests_that_run_there_are_deterministic_and_need_a_gpu():
     arguments = suite.arguments("cpu", tiny=True)
     command = [sys.executable, *arguments, "--collect-only"]

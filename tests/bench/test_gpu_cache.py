@@ -87,6 +87,7 @@ def test_without_a_tar(tmp_path):
     assert "none given" in Cache(None, tmp_path).open()
 
 
+@pytest.mark.slow
 def test_every_case_of_the_smoke_is_recorded_at_its_real_length(tmp_path):
     """This also shows that each case is valid at that length, at least on the way to the compiler."""
     output = call("-m", "bench.gpu.record", tmp_path / "l.pickle", "-m", "bench.gpu.smoke", "--device", "cuda")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench host` runs. It needs its own process, because its driver is for a whole process."""
+"""`python -m bench host`: its numbers, and that it runs, in its own process, because its driver is for a whole one."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,71 @@ pytest.importorskip("triton", reason="launching needs the extra `triton`")
 for module in ("click", "tabulate"):
     pytest.importorskip(module, reason="the command needs the extra `bench`")
 
+from click.testing import CliRunner  # noqa: E402
+
+from bench import host  # noqa: E402
+from bench.__main__ import cli  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments, **variables):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_the_least_round_counts_in_microseconds_per_call(monkeypatch, where):
+    """Two calls warm up, then every round calls each in turn, twenty times. Without a GPU a thread's own time counts;
+    with one, a round begins when the GPU is idle, and does not wait for it."""
+    now, log, costs = {"thread": 0, "wall": 0}, [], {"a": iter([9000, 9000]), "b": iter([7000, 7000])}
+
+    def call(name):
+        def run():
+            log.append(name)
+            cost = next(costs[name], None) or {"a": (3000, 2000), "b": (500, 800)}[name][log.count(name) > 22]
+            now["thread"] += cost
+            now["wall"] += 10 * cost
+
+        return run
+
+    monkeypatch.setattr(host.time, "thread_time_ns", lambda: now["thread"])
+    monkeypatch.setattr(host.time, "perf_counter_ns", lambda: now["wall"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    found = host.measure({name: call(name) for name in "ab"}, where, 2)
+    factor = 1 if where == "cpu" else 10
+    assert found == {"a": pytest.approx(2.0 * factor), "b": pytest.approx(0.5 * factor)}
+    wait = [] if where == "cpu" else ["wait"]
+    assert log == ["a", "a", "b", "b", *2 * [*wait, *["a"] * 20, *wait, *["b"] * 20]]
+
+
+def test_launches_are_those_of_one_call_that_is_not_the_first():
+    launched = []
+    fake = SimpleNamespace(take=lambda: [launched.pop() for _ in range(len(launched))])
+    counts = iter([5, 2, 9, 0])
+    calls = {name: lambda: launched.extend(range(next(counts))) for name in "ab"}
+    assert host.count_launches(calls, fake) == {"a": 2, "b": 0}
+
+
+def test_the_table_has_launches_and_microseconds(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(host, "the_calls", lambda device, dtype, **sizes: {"a": (device, dtype, sizes), "b": None})
+    monkeypatch.setattr(host, "measure", lambda calls, device, rounds: {"a": 12.34, "b": rounds})
+    monkeypatch.setattr(host, "count_launches", lambda calls, fake: {"a": 2, "b": fake.launches})
+    fake = SimpleNamespace(launches=7, record=lambda is_on: None)
+    monkeypatch.setattr(host.fake_cuda, "let_cpu_tensors_through", lambda: fake)
+    path = tmp_path / "r.json"
+    done = CliRunner().invoke(cli, ["host", "--device", "cpu", "--json", str(path)], catch_exceptions=False)
+    rows = [line.split() for line in done.output.splitlines()[1:]]
+    assert [rows[0], *rows[2:]] == [["call", "launches", "us"], ["a", "2", "12.3"], ["b", "7", "100.0"]]
+    assert json.loads(path.read_text())["records"] == [
+        {"call": "a", "launches": 2, "us": 12.34}, {"call": "b", "launches": 7, "us": 100},
+    ]  # fmt: skip
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench", "host", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the launches are counted only without a GPU")
 def test_times_and_launches(tmp_path):
     done = run("--device", "cpu", "--rounds", 1, "--seq", 16, "--json", tmp_path / "host.json")
@@ -37,14 +94,16 @@ def test_times_and_launches(tmp_path):
         assert name in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is fast only without a GPU")
 def test_tiles_by_descriptors():
     done = run("--device", "cpu", "--rounds", 1, "--seq", 16, "--tiles", "described")
     assert done.returncode == 0, done.stderr
 
 
-def test_the_interpreter_is_refused():
+def test_the_interpreter_is_refused(monkeypatch):
     """The interpreter has no launches to time."""
-    done = run("--device", "cpu", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET" in done.stderr
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = CliRunner().invoke(cli, ["host", "--device", "cpu"])
+    assert done.exit_code == 2
+    assert "unset TRITON_INTERPRET" in done.output

@@ -8,6 +8,7 @@ for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
 from click.testing import CliRunner  # noqa: E402
+from quick import slow  # noqa: E402
 from recorded_cuda import QUICK, REPLAY_MS, TORCH  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
 
@@ -22,7 +23,8 @@ from bench.options import DTYPES  # noqa: E402
 from bench.report import times_table  # noqa: E402
 
 CASES = [
-    ("triton", "bf16", "causal"),
+    slow("triton", "bf16", "causal"),
+    ("torch", "bf16", "causal"),
     ("torch", "fp32", "full"),
     ("torch", "bf16", "window"),
     ("torch", "fp32", "padded"),

@@ -317,3 +317,57 @@ def test_the_architecture_of_this_gpu(hip, name, expected, monkeypatch):
     properties = SimpleNamespace(major=9, minor=0, gcnArchName=name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert command._arch_here(()) == expected
+
+
+def test_a_candidate_may_be_off_by_the_tolerance_and_its_time_is_the_median(monkeypatch):
+    """A round repeats a replay for the seconds; the first two replays warm up and tell how long one takes."""
+    tiles = [Candidate("dkdv", 64, 64, 4, stages) for stages in (1, 2, 3)]
+    off = dict(zip(tiles, (0.0, 0.009, 0.011), strict=True))
+    times, counts, written = iter([7.0, 8.0, 4.0, 0.5, 1.0, 9.0, 9.0, 1.0, 2.0, 3.0]), [], []
+
+    class Clock:
+        capture = staticmethod(lambda call: call)
+
+        def milliseconds(self, replay, count):
+            counts.append(count)
+            return next(times)
+
+    found = sweep_gpu.time_group(
+        lambda candidate: [torch.tensor([1.0 + off[candidate]])], tiles, 1e-2, Clock(),
+        lambda event, **facts: written.append(facts), float("inf"), 3, seconds=0.02,
+    )  # fmt: skip
+    assert found == {tiles[0]: [1.0, 9.0, 2.0], tiles[1]: [9.0, 1.0, 3.0]}
+    assert counts == [1, 1, 1, 1, *[2, 40] * 3]  # 20 ms of 8 ms and of 0.5
+    assert [facts["ms"] for facts in written[3:]] == [1.0, 9.0, 5.0, 5.0, 2.0, 3.0]
+
+
+def test_a_kernel_that_does_not_fit_is_not_launched(monkeypatch):
+    monkeypatch.setattr(sweep_offline, "findings", lambda record: [])
+    record = {"arch": "sm_90", "registers": 128, "threads": 512, "shared": 227 * 1024}
+    assert sweep_offline.problems(record) == []
+    assert sweep_offline.problems(record | {"registers": 129}) == ["129 registers x 512 threads do not fit"]
+    (words,) = sweep_offline.problems(record | {"shared": 227 * 1024 + 1})
+    assert words == "232449 bytes of shared memory, more than 232448"
+
+
+def test_an_estimate_is_the_dearest_of_the_clocks_for_1024_scores(monkeypatch):
+    record = {"threads": 128, "registers": 99, "shared": 7, "interior": {"instructions": 600}, "spills": 2}
+    monkeypatch.setattr(sweep_offline, "compile_case", lambda case: [record])
+    monkeypatch.setattr(sweep_offline, "problems", lambda record: [])
+    monkeypatch.setattr(sweep_offline, "scores_a_thread", lambda record: 2)
+    monkeypatch.setattr(sweep_offline, "clocks_a_tile", lambda record: {"tensor": 16.0, "issue": 8.0, "exp2": 1.0})
+    monkeypatch.setattr(sweep_offline, "blocks_a_multiprocessor", lambda record: 3)
+    found = sweep_offline.compile_candidate(Candidate("dq", 64, 64, 4, 2), *GROUP[1:])
+    assert found["causal"] == found["full"] == {
+        "registers": 99, "shared": 7, "blocks": 3, "instructions": 600, "estimate": 64.0,
+        "clocks": {"tensor": 64.0, "issue": 32.0, "exp2": 4.0},
+    }  # fmt: skip
+    assert (found["problems"], found["spills"]) == ([], 2)
+
+
+def test_an_amd_pipeline_holds_one_stage_less_in_shared_memory():
+    """Otherwise tiles that fit would be left out."""
+    found = candidates("forward", 128, "bf16", "gfx942")
+    held = [(2 * elements(c, 128)[1] * max(c.stages - 1, 1), 2 * elements(c, 128)[1] * c.stages) for c in found]
+    limit = shared_limit("gfx942")
+    assert max(less for less, _ in held) <= limit < max(all_stages for _, all_stages in held)

@@ -55,14 +55,19 @@ def without_examples(text):
 
 
 def torchrun(processes, *words, options=(), cwd=None, **environment):
-    """Start a script on one machine: -> subprocess.Popen with pipes of text."""
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    """Start a script in several processes of this machine: -> subprocess.Popen with pipes of text."""
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes
+    return started(*command, *options, *words, cwd=cwd, **environment)
+
+
+def started(*words, cwd=None, **environment):
+    """Start Python with these words: -> subprocess.Popen with pipes of text."""
     dropped = "TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"  # to compile all imports anew triples a start
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     inherited["PYTHONPYCACHEPREFIX"] = str(ROOT / "build/pycache")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [*command, *options, *map(str, words)],
+        [sys.executable, *map(str, words)],
         cwd=cwd,
         env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
         stdout=subprocess.PIPE,

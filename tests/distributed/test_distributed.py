@@ -27,7 +27,7 @@ def launch(request, tmp_path_factory):
 
 
 CASES = [
-    (pytest.param if size == 2 else slow)(size, name, id=f"{size}-{name}")
+    (pytest.param if size == 2 and name not in distributed_worker.SLOW else slow)(size, name, id=f"{size}-{name}")
     for size in (2, 4, 8)
     for name in distributed_worker.names_for(size)
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpb_triton import bias_attention, context_parallel_attention
+from dpb_triton import ContextShards, bias_attention, context_parallel_attention
 from dpb_triton.dispatch import why_not
 
 TOTAL = 37
@@ -94,6 +94,28 @@ def same_bits():
         out.square().sum().backward()
         found.append([out, table.grad, *(x.grad for x in local)])
     assert all(map(torch.equal, *found))
+
+
+def rounded_once():
+    """In bfloat16 all sums over the ranks are 256 + 1 + 1 + 1, each from slabs of its own: 260, and less if rounded."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    shards = ContextShards(mesh, 8, placement="zigzag" if ranks == 2 else "contiguous")  # 4 slabs of 2 positions
+    large, sign = torch.tensor([256.0] * 2 + [1.0] * 6), torch.tensor([1.0, -1.0]).repeat(4)
+    zero, four = torch.zeros(8), torch.full((8,), 4.0)
+    # query @ key is 0, so all weights are 1 / 8; a row of dout @ value is 4, -4, …, and its mean is 0
+    query, key = torch.stack([zero, large], 1), torch.stack([sign * large, zero], 1)
+    value, dout = torch.stack([sign, zero, 4 * large], 1), torch.stack([four, 4 * large, zero], 1)
+    query, key, value, dout = (
+        shards.shard(x.bfloat16().expand(1, 2, -1, -1), 2).requires_grad_() for x in (query, key, value, dout)
+    )
+    out = context_parallel_attention(query, key, value, torch.zeros(2, 8), shards, scale=1.0, backend="torch")
+    out.backward(dout)
+    total = torch.full((1, 2, shards.length), 259.0).bfloat16()
+    assert torch.equal(out[..., 2], total)
+    assert torch.equal(query.grad[..., 0], total)
+    assert torch.equal(key.grad[..., 1], total * shards.shard(sign, 0).bfloat16())
+    assert torch.equal(value.grad[..., 1], total)
 
 
 def needs_only(*needed):
@@ -221,6 +243,7 @@ CASES = {
         is_causal=True,
         nans=[(1, (0, 1, 5, 3)), (2, (1, 0, 6)), (0, (0, 0, 3, 1)), (4, (1, 1, 7))],
     ),
+    "context in bfloat16 rounds once": rounded_once,
     "context same bits": same_bits,
     "context needs query": partial(needs_only, "q"),
     "context needs value": partial(needs_only, "v"),

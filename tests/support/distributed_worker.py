@@ -40,6 +40,13 @@ SIZES = (
     | distributed_mesh.SIZES
 )  # all others: (2, 4)
 
+# `make test` runs the others with 2 processes
+SLOW = {name for name in CASES if "compiled" in name and name != "shards compiled ring"}
+SLOW |= {"context triton", "context nan triton", "shards triton dense"}
+SLOW |= {name for name in CASES if "calls of MultiheadAttention" in name} - {
+    f"tensor parallel calls of MultiheadAttention: {name}" for name in ("plain", "kdim and vdim", "all")
+}
+
 
 def names_for(size):
     return [name for name in CASES if size in SIZES.get(name, (2, 4))]

@@ -54,10 +54,9 @@ def without_examples(text):
     return MARKED.sub(lambda match: match[0].partition("\n")[0] + "\n", text)
 
 
-def torchrun(processes, *words, options=(), cwd=None, **environment):
-    """Start a script in several processes of this machine: -> subprocess.Popen with pipes of text."""
-    command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes
-    return started(*command, *options, *words, cwd=cwd, **environment)
+def torchrun(processes, script, *words, restarts=0, cwd=None, **environment):
+    """Start a script in several processes of this machine, as torchrun: -> subprocess.Popen with pipes of text."""
+    return started(ROOT / "tests/support/forked.py", processes, restarts, script, *words, cwd=cwd, **environment)
 
 
 def started(*words, cwd=None, **environment):

@@ -420,7 +420,6 @@ CASES = {
     "shards dropout by heads": partial(dropout, "zigzag", "all_to_all"),
     "shards compiled ring": partial(compiled, "ring", False),
     "shards compiled packed ring": partial(compiled, "ring", True, "floating"),
-    "shards compiled by heads": partial(compiled, "all_to_all", False, "bool"),
-    "shards compiled packed by heads": partial(compiled, "all_to_all", True),
+    "shards compiled packed by heads": partial(compiled, "all_to_all", True, "bool"),
     "shards compiled with gradients": compiled_with_gradients,
 }

@@ -34,8 +34,15 @@ GROUPS = (
     distributed_loading, distributed_mesh,
 )  # fmt: skip
 CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
+# What 4 processes would show no better: torch's wrappers, forms of a call, what is copied and loaded, compiled graphs
+FEW = (
+    "compiled", "ddp", "fake kernels", "fsdp", "frozen", "hooks", "load_state_dict", "model state_dict", "pickles",
+    "triton",
+)  # fmt: skip
+FORMS = {f"tensor parallel calls of MultiheadAttention: {name}" for name in ("plain", "kdim and vdim", "all")}
 SIZES = (
-    {name: (2,) for name in CASES if "triton" in name or "compiled" in name}
+    {name: (2,) for name in CASES if any(words in name for words in FEW) and not name.startswith("context and")}
+    | {name: (2,) for name in CASES if "calls of MultiheadAttention" in name and name not in FORMS}
     | {name: (4,) for name in CASES if name.startswith("data and tensor parallel")}
     | distributed_mesh.SIZES
 )  # all others: (2, 4)
@@ -43,9 +50,7 @@ SIZES = (
 # `make test` runs the others with 2 processes
 SLOW = {name for name in CASES if "compiled" in name and name != "shards compiled ring"}
 SLOW |= {"context triton", "context nan triton", "shards triton dense"}
-SLOW |= {name for name in CASES if "calls of MultiheadAttention" in name} - {
-    f"tensor parallel calls of MultiheadAttention: {name}" for name in ("plain", "kdim and vdim", "all")
-}
+SLOW |= {name for name in CASES if "calls of MultiheadAttention" in name and name not in FORMS}
 
 
 def names_for(size):

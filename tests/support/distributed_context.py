@@ -192,15 +192,28 @@ def bad_input():
     check(ValueError, "mesh must have one dimension", x, x, x, table, square)
     check(TypeError, "query must be this rank's own", distribute_tensor(x, mesh, [Replicate()]), x, x, table, mesh)
     check(TypeError, "table must be this rank's own", x, x, x, distribute_tensor(table, mesh, [Replicate()]), mesh)
+    mask = distribute_tensor(torch.zeros(1, 5), mesh, [Replicate()])
+    check(TypeError, "key_padding_mask must be this rank's own", x, x, x, table, mesh, key_padding_mask=mask)
+    two = x.repeat(2, 1, 1, 1)
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    check(ValueError, "shape (batch, i) = (2, 5)", two, two, two, table, mesh, key_padding_mask=mask)
     check(ValueError, "key must have query's 5 positions", x, x[:, :, :4], x[:, :, :4], table, mesh)
     check(ValueError, "key must have query's batch 1", x, x.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), table, mesh)
     check(TypeError, "lengths must be a list", x, x, x, table, mesh, lengths=5)
     check(ValueError, "lengths must have one int for each", x, x, x, table, mesh, lengths=[5])
     check(ValueError, "must be this rank's number of positions, 5", x, x, x, table, mesh, lengths=[4] * size)
+    check(ValueError, "lengths must have one int for each", x, x, x, table, mesh, lengths=[5] * (size + 1))
+    check(ValueError, "lengths[1] must be at least 0", x, x, x, table, mesh, lengths=[5, -5] + [5] * (size - 2))
+    own = [5] * size
+    own[mesh.get_local_rank()] = 4
+    check(ValueError, f"lengths[{mesh.get_local_rank()}] must be this rank's", x, x, x, table, mesh, lengths=own)
     check(TypeError, "lengths[1] must be an int", x, x, x, table, mesh, lengths=[5, 5.0] + [5] * (size - 2))
     check(ValueError, "table is too short", x, x, x, table[:, 1:], mesh)
     check(ValueError, "table must have query's 2 heads", x, x, x, table[:1], mesh)
     check(TypeError, "is_causal must be True or False", x, x, x, table, mesh, is_causal=1)
+    for function in (lambda f: torch.func.vmap(f)(x[None]), lambda f: torch.func.grad(f)(x)):
+        with pytest.raises(RuntimeError, match="neither torch.func transforms nor forward-mode AD"):
+            function(lambda query: context_parallel_attention(query, x, x, table, mesh).sum())
     check(ValueError, "device type", x.to("meta"), x.to("meta"), x.to("meta"), table.to("meta"), mesh)
     out = context_parallel_attention(x.requires_grad_(), x, x, table, mesh)
     (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)

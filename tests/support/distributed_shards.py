@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_context import EVERYTHING, TOLERANCES, inputs
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpb_triton import ContextShards, DynamicPositionBias, bias_attention, bias_attention_varlen
@@ -251,6 +251,13 @@ def there_and_back():
             positions = torch.arange(total) - starts[torch.searchsorted(starts, torch.arange(total), right=True) - 1]
             assert torch.equal(shards.positions(), shards.shard(positions, 0))
     shards = ContextShards(mesh, TOTAL)
+    whole = torch.arange(6 * TOTAL).view(2, TOTAL, 3)
+    assert torch.equal(shards.unshard(shards.shard(whole, -2), -2), whole)
+    assert shards.positions("meta").device.type == "meta" and shards.positions().device.type == "cpu"
+    with torch.inference_mode():
+        made = ContextShards(mesh, TOTAL)
+    rows = torch.randn(TOTAL, requires_grad=True)
+    made.unshard(made.shard(rows, 0), 0).sum().backward()
     weight = torch.randn(mesh.size(), TOTAL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = torch.randn(TOTAL, dtype=torch.float64).requires_grad_()
     rows = shards.shard(whole, 0)
@@ -345,6 +352,11 @@ def bad_input():
 
     check(ValueError, "mesh must have one dimension", ContextShards, square, 5)
     check(TypeError, "mesh must be a torch.distributed DeviceMesh", ContextShards, dist.group.WORLD, 5)
+    others = DeviceMesh("cpu", [rank for rank in range(ranks) if rank != 0])
+    if dist.get_rank() == 0:
+        check(ValueError, "mesh must contain this process, rank 0", ContextShards, others, 5)
+        check(ValueError, "mesh must contain this process, rank 0", attend, *(torch.ones(1, 2, 6, 8),) * 3,
+              torch.ones(2, 6), others)  # fmt: skip
     check(ValueError, "placement must be one of 'zigzag', 'contiguous', got 'ring'", ContextShards, mesh, 5,
           placement="ring")  # fmt: skip
     check(ValueError, "either total or cu_seqlens", ContextShards, mesh)
@@ -354,6 +366,17 @@ def bad_input():
     check(ValueError, "cu_seqlens must not decrease, got 5 and then 4", ContextShards, mesh, cu_seqlens=[0, 5, 4])
     check(TypeError, "cu_seqlens[1] must be an int", ContextShards, mesh, cu_seqlens=[0, 5.5])
     check(TypeError, "cu_seqlens must be ints", ContextShards, mesh, cu_seqlens=torch.ones(2))
+    check(TypeError, "cu_seqlens must be ints", ContextShards, mesh, cu_seqlens=torch.ones(2, 2, dtype=torch.int64))
+    check(TypeError, "of type dict", ContextShards, mesh, cu_seqlens={0: 5})
+    check(ValueError, "cu_seqlens must start at 0", ContextShards, mesh, cu_seqlens=[])
+    for dim in (2, -3):
+        words = f"tensor must have {total} positions in dimension {dim}"
+        check(ValueError, words, shards.shard, torch.ones(total, total), dim)
+    check(TypeError, "dim must be an int", shards.shard, torch.ones(total, total), True)
+    assert repr(shards) == f"ContextShards({total}, placement='zigzag', rank {shards.rank} of {ranks})"
+    assert "2 sequences, total 9, placement='contiguous'" in repr(
+        ContextShards(mesh, cu_seqlens=[0, 4, 9], placement="contiguous")
+    )
     check(ValueError, f"tensor must have {total} positions in dimension 1", shards.shard, torch.ones(2, 5), 1)
     check(ValueError, "tensor must have 6 positions in dimension 1", shards.unshard, torch.ones(2, 5), 1)
     check(TypeError, "tensor must be a Tensor", shards.shard, [1], 0)

@@ -243,11 +243,10 @@ def test_a_hop_goes_to_the_rank_that_awaits_it(ring_of, monkeypatch):
 
 @pytest.mark.parametrize("own", [4, 6])
 def test_another_number_of_rows_than_the_ranks_raises(own, ring_of):
-    one, _ = ring_of(0, CASES["zigzag of one rank"], False, None, None)
     ring_of(0, ("zigzag", (0, 10), 2), False, None, None)  # 5 rows each
     for cu_seqlens, lengths in ((torch.tensor([0, 10]), None), (None, [5, 5])):
         with pytest.raises(ValueError, match=f"query must have this rank's 5 positions of the 10, got {own}"):
-            ring.placement_for(torch.empty(1, 1, own, 1), one.group, "zigzag", cu_seqlens, lengths)
+            ring.placement_for(torch.empty(1, 1, own, 1), "name", "zigzag", cu_seqlens, lengths)
 
 
 def test_a_search_through_very_many_pairs_is_left_out(monkeypatch):

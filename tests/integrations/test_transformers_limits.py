@@ -381,15 +381,6 @@ def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):
         transformers_attention.attend(torch.nn.Identity(), x, x, x, None, output_attentions=True)
 
 
-def test_a_mask_keeps_the_offset_that_it_was_given():
-    """A static cache adds to its tensor in place."""
-    offset = torch.tensor(3)
-    mask, late = (make_mask(2, 5, offset, None) for _ in range(2))
-    expected = mask.dense().clone()
-    offset += 1
-    assert mask.offset == late.offset == 3 and torch.equal(late.dense(), expected)
-
-
 def test_a_mask_that_hides_nothing_has_no_padding():
     assert make_mask(5, 5, 0, torch.ones(2, 5, dtype=torch.bool)).key_padding_mask is None
     hidden = make_mask(5, 5, 0, padding(2, 5, "left").bool())

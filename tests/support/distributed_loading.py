@@ -81,7 +81,7 @@ def of_torchs_module():
 def of_an_encoder(is_shared):
     """The names of a part of a model have a prefix."""
     expected = whole(build_encoder(is_shared=is_shared))
-    model = parallel_encoder(world(), 1, is_shared)
+    model = parallelize_module(build_encoder(1, is_shared), world(), {"layers.*.self_attn": HeadParallel()})
     model.load_state_dict(expected)
     assert_equal(model, expected)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The complete examples of docs/distributed.md run under torchrun, as a user copies them, and print what they say."""
+"""The complete examples of docs/distributed.md run in several processes, as users copy them, and print the same."""
 
 import pytest
 import torch
@@ -7,14 +7,15 @@ import torch
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch is built without torch.distributed or gloo", allow_module_level=True)
 
-from quick import slow
 from torchrun import ROOT, examples, finished, torchrun, without_examples
 
 PAGE = (ROOT / "docs/distributed.md").read_text()
 EXAMPLES = examples(PAGE)
+OF_SURVIVAL = "A run that survives"  # test_survival.py runs this one
 
 
-@pytest.mark.parametrize("name", [name if example.processes <= 2 else slow(name) for name, example in EXAMPLES.items()])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != OF_SURVIVAL])
 def test_examples(name, tmp_path):
     example = EXAMPLES[name]
     script = tmp_path / "example.py"

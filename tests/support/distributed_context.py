@@ -3,13 +3,14 @@
 
 import itertools
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpb_triton import bias_attention, context_parallel_attention
+from dpb_triton import ContextShards, bias_attention, context_parallel_attention
 from dpb_triton.dispatch import why_not
 
 TOTAL = 37
@@ -96,6 +97,29 @@ def same_bits():
     assert all(map(torch.equal, *found))
 
 
+def rounded_once():
+    """In bfloat16 all sums over the ranks are 256 + 1 + 1 + 1, each from slabs of its own: 260, and less if rounded."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    shards = ContextShards(mesh, 8, placement="zigzag" if ranks == 2 else "contiguous")  # 4 slabs of 2 positions
+    large, sign = torch.tensor([256.0] * 2 + [1.0] * 6), torch.tensor([1.0, -1.0]).repeat(4)
+    zero, four = torch.zeros(8), torch.full((8,), 4.0)
+    # query @ key is 0, so all weights are 1 / 8; a row of dout @ value is 4, -4, …, and its mean is 0
+    query, key = torch.stack([zero, large], 1), torch.stack([sign * large, zero], 1)
+    value, dout = torch.stack([sign, zero, 4 * large], 1), torch.stack([four, 4 * large, zero], 1)
+    query, key, value, dout = (
+        shards.shard(x.bfloat16().expand(1, 2, -1, -1), 2).requires_grad_() for x in (query, key, value, dout)
+    )
+    table = torch.zeros(2, 8, dtype=torch.bfloat16)
+    out = context_parallel_attention(query, key, value, table, shards, scale=1.0, backend="torch")
+    out.backward(dout)
+    total = torch.full((1, 2, shards.length), 259.0).bfloat16()
+    assert torch.equal(out[..., 2], total)
+    assert torch.equal(query.grad[..., 0], total)
+    assert torch.equal(key.grad[..., 1], total * shards.shard(sign, 0).bfloat16())
+    assert torch.equal(value.grad[..., 1], total)
+
+
 def needs_only(*needed):
     """Only some inputs need gradients; if none does, there is no graph."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -119,6 +143,20 @@ def needs_only(*needed):
             assert (ours.grad is None) == (theirs.grad is None)
             if ours.grad is not None:
                 torch.testing.assert_close(ours.grad, theirs.grad[:, :, part], atol=1e-12, rtol=1e-12)
+
+
+def only_lse():
+    """A loss of the lse alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    part = own_slice(LENGTHS[mesh.size()], mesh.get_local_rank())
+    whole = inputs(torch.float64, 2, 2, False)
+    bias_attention(*whole, return_lse=True, backend="torch")[1].square().sum().backward()
+    local = [x.detach()[:, :, part].requires_grad_() for x in whole[:3]] + [whole[3].detach().clone().requires_grad_()]
+    context_parallel_attention(*local, mesh, return_lse=True)[1].square().sum().backward()
+    dist.all_reduce(local[3].grad)
+    for ours, theirs in zip(local[:3], whole, strict=False):
+        torch.testing.assert_close(ours.grad, theirs.grad[:, :, part], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(local[3].grad, whole[3].grad, atol=1e-12, rtol=1e-12)
 
 
 def autocast():
@@ -170,15 +208,35 @@ def bad_input():
     check(ValueError, "mesh must have one dimension", x, x, x, table, square)
     check(TypeError, "query must be this rank's own", distribute_tensor(x, mesh, [Replicate()]), x, x, table, mesh)
     check(TypeError, "table must be this rank's own", x, x, x, distribute_tensor(table, mesh, [Replicate()]), mesh)
+    mask = distribute_tensor(torch.zeros(1, 5), mesh, [Replicate()])
+    check(TypeError, "key_padding_mask must be this rank's own", x, x, x, table, mesh, key_padding_mask=mask)
+    two = x.repeat(2, 1, 1, 1)
+    mask = torch.zeros(1, 5, dtype=torch.bool)
+    check(ValueError, "shape (batch, i) = (2, 5)", two, two, two, table, mesh, key_padding_mask=mask)
     check(ValueError, "key must have query's 5 positions", x, x[:, :, :4], x[:, :, :4], table, mesh)
     check(ValueError, "key must have query's batch 1", x, x.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), table, mesh)
     check(TypeError, "lengths must be a list", x, x, x, table, mesh, lengths=5)
     check(ValueError, "lengths must have one int for each", x, x, x, table, mesh, lengths=[5])
     check(ValueError, "must be this rank's number of positions, 5", x, x, x, table, mesh, lengths=[4] * size)
+    check(ValueError, "lengths must have one int for each", x, x, x, table, mesh, lengths=[5] * (size + 1))
+    check(ValueError, "lengths[1] must be at least 0", x, x, x, table, mesh, lengths=[5, -5] + [5] * (size - 2))
+    own = [5] * size
+    own[mesh.get_local_rank()] = 4
+    check(ValueError, f"lengths[{mesh.get_local_rank()}] must be this rank's", x, x, x, table, mesh, lengths=own)
     check(TypeError, "lengths[1] must be an int", x, x, x, table, mesh, lengths=[5, 5.0] + [5] * (size - 2))
     check(ValueError, "table is too short", x, x, x, table[:, 1:], mesh)
+    wide = x[:, :1].repeat(1, size, 1, 1)
+    for lengths in (None, [5] * size):
+        words = {"method": "all_to_all", "lengths": lengths}
+        check(ValueError, "table is too short", wide, wide, wide, torch.ones(size, 5 * size - 1), mesh, **words)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        words = "method='all_to_all' under torch.compile needs lengths"
+        check(RuntimeError, words, wide, wide, wide, torch.ones(size, 5 * size), mesh, method="all_to_all")
     check(ValueError, "table must have query's 2 heads", x, x, x, table[:1], mesh)
     check(TypeError, "is_causal must be True or False", x, x, x, table, mesh, is_causal=1)
+    for function in (lambda f: torch.func.vmap(f)(x[None]), lambda f: torch.func.grad(f)(x)):
+        with pytest.raises(RuntimeError, match="neither torch.func transforms nor forward-mode AD"):
+            function(lambda query: context_parallel_attention(query, x, x, table, mesh).sum())
     check(ValueError, "device type", x.to("meta"), x.to("meta"), x.to("meta"), table.to("meta"), mesh)
     out = context_parallel_attention(x.requires_grad_(), x, x, table, mesh)
     (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -221,11 +279,13 @@ CASES = {
         is_causal=True,
         nans=[(1, (0, 1, 5, 3)), (2, (1, 0, 6)), (0, (0, 0, 3, 1)), (4, (1, 1, 7))],
     ),
+    "context in bfloat16 rounds once": rounded_once,
     "context same bits": same_bits,
     "context needs query": partial(needs_only, "q"),
     "context needs value": partial(needs_only, "v"),
     "context needs table": partial(needs_only, "t"),
     "context needs nothing": needs_only,
+    "context of lse alone": only_lse,
     "context autocast": autocast,
     "context checkpointed": checkpointed,
     "context sub-mesh": sub_mesh,

@@ -64,12 +64,26 @@ def load_state_dict(options):
 
 
 def of_torchs_module():
-    """torch's state_dict means a bias of zero here too."""
+    """torch's state_dict means a bias of zero here too, and only that: a part of it leaves the bias as it is."""
     theirs = nn.MultiheadAttention(DIM, HEADS, dtype=torch.float64)
     module = parallel()
+    before = whole(module.pos_bias)
+    for part in ({}, {"in_proj_bias": theirs.in_proj_bias}):
+        module.load_state_dict(part, strict=False)
+        assert_equal(module.pos_bias, before)
     module.load_state_dict(theirs.state_dict())
+    last = f"mlp.{len(module.pos_bias.mlp) - 1}."
+    assert_equal(module.pos_bias, {k: x * 0 if k.startswith(last) else x for k, x in before.items()})
     x = torch.randn(5, 2, DIM, dtype=torch.float64)
     assert_close(module(x, x, x), theirs(x, x, x))
+
+
+def of_an_encoder(is_shared):
+    """The names of a part of a model have a prefix."""
+    expected = whole(build_encoder(is_shared=is_shared))
+    model = parallelize_module(build_encoder(1, is_shared), world(), {"layers.*.self_attn": HeadParallel()})
+    model.load_state_dict(expected)
+    assert_equal(model, expected)
 
 
 def of_a_bias_alone():
@@ -231,6 +245,8 @@ CASES = {
     **{f"tensor parallel pickles, {name}": partial(pickles, x) for name, x in OPTIONS.items()},
     "tensor parallel loads torch's module": of_torchs_module,
     "tensor parallel load_state_dict of a bias alone": of_a_bias_alone,
+    "tensor parallel load_state_dict of an encoder": partial(of_an_encoder, False),
+    "tensor parallel load_state_dict of an encoder with one bias": partial(of_an_encoder, True),
     "tensor parallel on the meta device": meta_device,
     "tensor parallel optimizer state_dict": optimizer_state_dict,
     "tensor parallel pickles of a bias": pickles_of_a_bias,

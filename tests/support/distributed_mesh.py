@@ -226,15 +226,12 @@ def checkpoint(before, after):
 CASES = {
     "mesh 2 x 2 x 1": partial(training, 2, 2, 1),
     "mesh 2 x 1 x 2": partial(training, 2, 1, 2),
-    "mesh 1 x 2 x 2": partial(training, 1, 2, 2),
     "mesh 1 x 2 x 2 by all_to_all": partial(training, 1, 2, 2, method="all_to_all"),
     "mesh 1 x 2 x 2 of odd length": partial(training, 1, 2, 2, total=15),
     "mesh 1 x 4 x 1 of contiguous slices": partial(training, 1, 4, 1, placement="contiguous", total=15),
     "checkpoint from 2 x 1 x 2 to 1 x 2 x 2": partial(checkpoint, (2, 1, 2), (1, 2, 2)),
     "checkpoint from 1 x 2 x 2 to 2 x 2 x 1": partial(checkpoint, (1, 2, 2), (2, 2, 1)),
     "mesh 2 x 2 x 2": partial(training, 2, 2, 2),
-    "mesh 2 x 4 x 1": partial(training, 2, 4, 1, placement="contiguous"),
-    "mesh 1 x 2 x 4": partial(training, 1, 2, 4, total=15),
     "mesh 1 x 4 x 2 by all_to_all": partial(training, 1, 4, 2, method="all_to_all"),
     "checkpoint from 4 processes to 8": partial(checkpoint, (2, 1, 2), (1, 2, 4)),
 }

@@ -149,6 +149,44 @@ def under_autocast():
             torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
+def frozen():
+    """What was frozen stays frozen and gets no gradient. The rest has one process's gradients."""
+    for options in ({}, {"kdim": 10, "vdim": 6, "add_bias_kv": True}):
+        for parity in (0, 1):
+            module = build(**options)
+            for number, parameter in enumerate(module.parameters()):
+                parameter.requires_grad_(number % 2 == parity)
+            parallel = parallelize_module(copy.deepcopy(module), world(), HeadParallel())
+            inputs = draw(module, 2, 5, 7)
+            for each in (parallel, module):
+                each(*inputs, need_weights=False)[0].sin().sum().backward()
+            trained = dict(parallel.named_parameters())
+            for name, parameter in module.named_parameters():
+                assert trained[name].requires_grad == parameter.requires_grad, name
+                assert (trained[name].grad is None) == (parameter.grad is None), name
+                if parameter.grad is not None:
+                    assert_close(full(trained[name].grad), parameter.grad)
+
+
+def halved(module, inputs, *, by):
+    return tuple(by * x for x in inputs)
+
+
+def hooked():
+    """A user's own pre-hooks still run, and the style is applied once even if its hook is not the only one."""
+    module = build()
+    module.pos_bias.mlp.register_forward_pre_hook(partial(halved, by=0.5))
+    module.register_forward_pre_hook(partial(halved, by=0.7))
+    parallel = parallelize_module(copy.deepcopy(module), world(), {"": HeadParallel(), "pos_bias": HeadParallel()})
+    assert len(parallel.pos_bias.mlp._forward_pre_hooks) == 2
+    assert len(parallel._forward_pre_hooks) == len(module._forward_pre_hooks)
+    inputs = [torch.randn(6, 2, DIM, dtype=torch.float64)] * 3
+    module.pos_bias.mlp.register_forward_pre_hook(partial(halved, by=-1.0))
+    parallel.pos_bias.mlp.register_forward_pre_hook(partial(halved, by=-1.0))
+    call = {"need_weights": False}
+    assert_close(*(results(each, inputs, call, {}) for each in (parallel, module)))
+
+
 class Encoder(nn.Module):
     """Two of torch's layers with our attention. Their position bias may be one module."""
 
@@ -196,6 +234,9 @@ def training():
     found, expected = train(parallel_encoder(world(), is_shared=True)), train(build_encoder(is_shared=True))
     assert expected[0][1] > 0.2, "nothing is clipped"
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    x = torch.randn(2, 7, DIM, dtype=torch.float64)
+    with torch.no_grad():  # torch's encoder would take its fast path, without the bias
+        assert_close(*(each.eval()(x) for each in (parallel_encoder(world()), build_encoder())))
 
 
 def training_with_data_parallel():
@@ -219,6 +260,8 @@ CASES = {
     "tensor parallel dropout": dropout,
     "tensor parallel compiled": compiled,
     "tensor parallel under autocast": under_autocast,
+    "tensor parallel of frozen parameters": frozen,
+    "tensor parallel beside a user's hooks": hooked,
     "tensor parallel training of an encoder": training,
     "data and tensor parallel training of an encoder": training_with_data_parallel,
 }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Runs a script whose first attempt is killed at a certain moment.
 
-torchrun … killed.py SCRIPT DTYPE [MOMENT COUNT RANK…]
+forked.py … killed.py SCRIPT [MOMENT COUNT RANK…]
 
-These ranks kill themselves when the moment comes for the COUNTth time. DTYPE is torch's default dtype.
+These ranks kill themselves when the moment comes for the COUNTth time. All numbers are float64, so that few processes
+and many round alike to eleven digits.
 """
 
 import os
@@ -31,14 +32,15 @@ def kill(moment, count):
         if len(calls) == count:
             if moment == "write":
                 os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+            print(f"rank {os.environ['RANK']} kills itself", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
     setattr(owner, name, wrapper)
 
 
-def main(script, dtype, moment=None, count=0, *ranks):
-    torch.set_default_dtype(getattr(torch, dtype))
+def main(script, moment=None, count=0, *ranks):
+    torch.set_default_dtype(torch.float64)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] in ranks:
         kill(moment, int(count))
     runpy.run_path(script, run_name="__main__")

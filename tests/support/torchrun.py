@@ -54,15 +54,19 @@ def without_examples(text):
     return MARKED.sub(lambda match: match[0].partition("\n")[0] + "\n", text)
 
 
-def torchrun(processes, *words, options=(), cwd=None, **environment):
-    """Start a script on one machine: -> subprocess.Popen with pipes of text."""
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+def torchrun(processes, script, *words, restarts=0, cwd=None, **environment):
+    """Start a script in several processes of this machine, as torchrun: -> subprocess.Popen with pipes of text."""
+    return started(ROOT / "tests/support/forked.py", processes, restarts, script, *words, cwd=cwd, **environment)
+
+
+def started(*words, cwd=None, **environment):
+    """Start Python with these words: -> subprocess.Popen with pipes of text."""
     dropped = "TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE"  # to compile all imports anew triples a start
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     inherited["PYTHONPYCACHEPREFIX"] = str(ROOT / "build/pycache")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [*command, *options, *map(str, words)],
+        [sys.executable, *map(str, words)],
         cwd=cwd,
         env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
         stdout=subprocess.PIPE,

@@ -169,6 +169,11 @@ BAD = {
     "dtype": (change(1, lambda x: x.half()), TypeError, "key_pages must have query's dtype torch.float32"),
     "pages": (change(2, lambda x: x[:-1]), ValueError, "value_pages must have the pages"),
     "head_dim": (change(1, lambda x: x[..., :8]), ValueError, "key_pages must have query's head_dim 16"),
+    "value_dim": (
+        change(2, lambda x: x.repeat(1, 1, 1, 20)),
+        ValueError,
+        "value_pages must have a head_dim of 1 to 256",
+    ),
     "page": (lambda a: a.__setitem__(slice(1, 3), [x[:, :0] for x in a[1:3]]), ValueError, "at least one key"),
     "table": (change(3, lambda x: x[:, :50]), ValueError, "table is too short"),
     "block_table": (change(4, lambda x: x.long()), TypeError, "block_table must be int32"),

@@ -39,18 +39,3 @@ def test_several_processes(size, name, launch):
     found = results.get(str(size), {})
     assert name in found, f"the case did not run:\n{output[-4000:]}"
     assert not found[name]["failure"], found[name]["failure"]
-
-
-def test_shifts_without_work_are_left_out():
-    from dpb_triton.distributed.placement import Placement
-
-    def shifts(lengths, left, right):
-        return Placement("contiguous", (0, sum(lengths)), len(lengths), lengths).shifts(left, right)
-
-    assert shifts((8, 8, 8, 8), None, None) == [0, 1, 2, 3]
-    assert shifts((8, 8, 8, 8), 8, 0) == [0, 1]  # a causal window as long as a slice
-    assert shifts((8, 8, 8, 8), 9, 0) == [0, 1, 2]  # the first query of a slice sees the last key two slices back
-    assert shifts((8, 8, 8, 8), 3, 3) == [0, 1, 3]
-    assert shifts((8, 8, 8, 8), 0, 0) == [0]
-    assert shifts((8, 0, 8, 8), 3, 0) == [0, 1, 2]  # the window crosses a rank without positions
-    assert Placement("zigzag", (0, 64), 4).shifts(8, 0) == [0, 1, 3]  # slice 7 - r looks back at rank r + 1

@@ -221,6 +221,34 @@ def test_the_shards_go_around(name):
         assert placement.pairs(left, right) == [int(seen[rows].sum()) for rows in held]
 
 
+def test_a_hop_goes_to_the_rank_that_awaits_it(ring_of, monkeypatch):
+    """What a rank sends in a step, another receives in it, under one tag and in a message of that length."""
+    case, sent, received = CASES["contiguous of given lengths"], set(), set()
+    monkeypatch.setattr(ring.dist, "P2POp", lambda *arguments, **options: (*arguments, options))
+    for rank in range(4):
+        one, _ = ring_of(rank, case, False, None, None)
+        for number, step in enumerate(one.steps):
+            shard = ring.Shard.of(*(torch.empty(1, 1, case[3][step.source], 300) for _ in range(2)), None)
+            started = []
+            monkeypatch.setattr(ring.dist, "batch_isend_irecv", started.extend)
+            hop = one.hop(shard, step, ring.GRADIENTS + number)
+            (send, outgoing, to), (receive, incoming, of) = started
+            assert (send, receive) == (ring.dist.isend, ring.dist.irecv)
+            assert outgoing is shard.flat and incoming is hop.incoming.flat and hop.outgoing is shard
+            assert to.pop("group") == of.pop("group") == one.group
+            sent.add((rank, to["group_peer"], to["tag"], len(outgoing)))
+            received.add((of["group_peer"], rank, of["tag"], len(incoming)))
+    assert len(sent) == 16 and sent == received
+
+
+@pytest.mark.parametrize("own", [4, 6])
+def test_another_number_of_rows_than_the_ranks_raises(own, ring_of):
+    ring_of(0, ("zigzag", (0, 10), 2), False, None, None)  # 5 rows each
+    for cu_seqlens, lengths in ((torch.tensor([0, 10]), None), (None, [5, 5])):
+        with pytest.raises(ValueError, match=f"query must have this rank's 5 positions of the 10, got {own}"):
+            ring.placement_for(torch.empty(1, 1, own, 1), "name", "zigzag", cu_seqlens, lengths)
+
+
 def test_a_search_through_very_many_pairs_is_left_out(monkeypatch):
     monkeypatch.setattr("dpb_triton.distributed.placement.MOST_SEARCHED", 7)
     assert Placement("contiguous", (0, 8), 2).shifts(0, 0) == [0]  # 2 slices and 2 ranks

@@ -287,6 +287,11 @@ def test_an_offset_on_the_device_is_that_number(kind, window):
     torch.testing.assert_close(*outs)
 
 
+def tiny(family, kind, **options):
+    config = getattr(transformers, f"{family.removesuffix('Encoder')}Config")
+    return getattr(transformers, family + kind)(config(vocab_size=9, **options | {"num_hidden_layers": 1}))
+
+
 NOT_A_MODEL, BIAS = torch.nn.Linear(2, 2), DynamicPositionBias(8, 4)
 CASES = {
     "model": (lambda: use_bias_attention(NOT_A_MODEL), TypeError, ["model", "Linear"]),
@@ -295,14 +300,27 @@ CASES = {
     "shared": (lambda: add_position_bias(decoder("Llama"), BIAS, shared=1), TypeError, ["shared", "1"]),
     "heads": (lambda: add_position_bias(decoder("Llama"), DynamicPositionBias(8, 2)), ValueError, ["4 heads", "got 2"]),
     "T5": (lambda: add_position_bias(t5(), DynamicPositionBias(8, 3)), ValueError, ["self-attention only", "T5"]),
+    "T5 without a decoder": (
+        lambda: add_position_bias(tiny("T5Encoder", "Model", d_model=8, d_kv=2, num_heads=4, d_ff=8), BIAS),
+        ValueError, ["no position bias of its own", "T5EncoderModel"],
+    ),
+    "cross attention": (
+        lambda: add_position_bias(tiny("GPT2", "LMHeadModel", n_embd=8, n_head=4, add_cross_attention=True), BIAS),
+        ValueError, ["self-attention only", "GPT2"],
+    ),
+    "more heads": (
+        lambda: add_position_bias(decoder("Llama"), DynamicPositionBias(8, 8)), ValueError, ["4 heads", "got 8"],
+    ),
+    "a bias to no interface": (
+        lambda: add_position_bias(tiny("Bloom", "ForCausalLM", hidden_size=8, n_head=4), BIAS),
+        ValueError, ["found none in Bloom"],
+    ),
     "twice": (
         lambda: add_position_bias(add_position_bias(decoder("Llama"), BIAS), BIAS),
         ValueError, ["no position bias yet"],
     ),
     "no interface": (
-        lambda: use_bias_attention(
-            transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_head=2, n_layer=1, vocab_size=9))
-        ),
+        lambda: use_bias_attention(tiny("Bloom", "ForCausalLM", hidden_size=8, n_head=2)),
         ValueError, ["interface", "Bloom"],
     ),
 }  # fmt: skip
@@ -330,3 +348,42 @@ def test_a_mask_for_other_lengths_raises():
     model.set_attn_implementation(NAME)
     with pytest.raises(ValueError, match="5 queries and 5 keys, as LlamaAttention has, got one for 5 and 7.*'eager'"):
         model(input_ids=tokens(1, 5), attention_mask=padding(1, 7, None), use_cache=False)
+
+
+@pytest.mark.parametrize(("i", "j"), [(4, 5), (5, 4)])
+def test_a_layer_with_other_lengths_than_its_mask_raises(i, j):
+    layer, x = decoder("Llama").model.layers[0].self_attn, torch.zeros(2, 4, 5, 6)
+    with pytest.raises(ValueError, match=f"5 queries and 5 keys, as LlamaAttention has, got one for {i} and {j}"):
+        transformers_attention.attend(layer, x, x, x, make_mask(i, j, 0, None))
+
+
+def test_a_layer_that_does_not_train_drops_nothing():
+    layer, x = decoder("Llama").model.layers[0].self_attn, torch.randn(2, 4, 5, 6)
+    expected, _ = transformers_attention.attend(layer, x, x, x, None)
+    out, _ = transformers_attention.attend(layer, x, x, x, None, dropout=0.9)
+    assert torch.equal(out, expected) and out.is_contiguous()
+    assert not torch.equal(transformers_attention.attend(layer.train(), x, x, x, None, dropout=0.9)[0], expected)
+
+
+def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):
+    """A scaling that is a tensor, and one batch of keys for all queries."""
+    warned = []
+    monkeypatch.setattr(transformers_attention.logger, "warning_once", warned.append)
+    layer, x, key = decoder("Llama").model.layers[0].self_attn, torch.randn(2, 4, 5, 6), torch.randn(1, 2, 5, 6)
+    expected, _ = transformers_attention.attend(layer, x, *[key.expand(2, -1, -1, -1)] * 2, None, scaling=0.3)
+    assert reasons == [None] and not warned
+    for keys, scaling in (([key] * 2, 0.3), ([key.expand(2, -1, -1, -1)] * 2, torch.tensor(0.3))):
+        out, _ = transformers_attention.attend(layer, x, *keys, None, scaling=scaling)
+        torch.testing.assert_close(out, expected)
+    assert "key 1" in reasons[1] and "scaling is no number" in reasons[2]
+    assert all("LlamaAttention attends eagerly" in text for text in warned) and len(warned) == 2
+    with pytest.raises(ValueError, match="Identity has no eager attention function to fall back to: output_attentions"):
+        transformers_attention.attend(torch.nn.Identity(), x, x, x, None, output_attentions=True)
+
+
+def test_a_mask_that_hides_nothing_has_no_padding():
+    assert make_mask(5, 5, 0, torch.ones(2, 5, dtype=torch.bool)).key_padding_mask is None
+    hidden = make_mask(5, 5, 0, padding(2, 5, "left").bool())
+    assert torch.equal(hidden.key_padding_mask, padding(2, 5, "left") == 0)
+    both_ways = make_mask(5, 5, 0, None, masking_utils.bidirectional_mask_function)
+    assert both_ways.window == (None, None) and not both_ways.dense().any()

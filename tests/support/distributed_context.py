@@ -3,6 +3,7 @@
 
 import itertools
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -109,7 +110,8 @@ def rounded_once():
     query, key, value, dout = (
         shards.shard(x.bfloat16().expand(1, 2, -1, -1), 2).requires_grad_() for x in (query, key, value, dout)
     )
-    out = context_parallel_attention(query, key, value, torch.zeros(2, 8), shards, scale=1.0, backend="torch")
+    table = torch.zeros(2, 8, dtype=torch.bfloat16)
+    out = context_parallel_attention(query, key, value, table, shards, scale=1.0, backend="torch")
     out.backward(dout)
     total = torch.full((1, 2, shards.length), 259.0).bfloat16()
     assert torch.equal(out[..., 2], total)
@@ -141,6 +143,20 @@ def needs_only(*needed):
             assert (ours.grad is None) == (theirs.grad is None)
             if ours.grad is not None:
                 torch.testing.assert_close(ours.grad, theirs.grad[:, :, part], atol=1e-12, rtol=1e-12)
+
+
+def only_lse():
+    """A loss of the lse alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    part = own_slice(LENGTHS[mesh.size()], mesh.get_local_rank())
+    whole = inputs(torch.float64, 2, 2, False)
+    bias_attention(*whole, return_lse=True, backend="torch")[1].square().sum().backward()
+    local = [x.detach()[:, :, part].requires_grad_() for x in whole[:3]] + [whole[3].detach().clone().requires_grad_()]
+    context_parallel_attention(*local, mesh, return_lse=True)[1].square().sum().backward()
+    dist.all_reduce(local[3].grad)
+    for ours, theirs in zip(local[:3], whole, strict=False):
+        torch.testing.assert_close(ours.grad, theirs.grad[:, :, part], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(local[3].grad, whole[3].grad, atol=1e-12, rtol=1e-12)
 
 
 def autocast():
@@ -209,6 +225,13 @@ def bad_input():
     check(ValueError, f"lengths[{mesh.get_local_rank()}] must be this rank's", x, x, x, table, mesh, lengths=own)
     check(TypeError, "lengths[1] must be an int", x, x, x, table, mesh, lengths=[5, 5.0] + [5] * (size - 2))
     check(ValueError, "table is too short", x, x, x, table[:, 1:], mesh)
+    wide = x[:, :1].repeat(1, size, 1, 1)
+    for lengths in (None, [5] * size):
+        words = {"method": "all_to_all", "lengths": lengths}
+        check(ValueError, "table is too short", wide, wide, wide, torch.ones(size, 5 * size - 1), mesh, **words)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        words = "method='all_to_all' under torch.compile needs lengths"
+        check(RuntimeError, words, wide, wide, wide, torch.ones(size, 5 * size), mesh, method="all_to_all")
     check(ValueError, "table must have query's 2 heads", x, x, x, table[:1], mesh)
     check(TypeError, "is_causal must be True or False", x, x, x, table, mesh, is_causal=1)
     for function in (lambda f: torch.func.vmap(f)(x[None]), lambda f: torch.func.grad(f)(x)):
@@ -262,6 +285,7 @@ CASES = {
     "context needs value": partial(needs_only, "v"),
     "context needs table": partial(needs_only, "t"),
     "context needs nothing": needs_only,
+    "context of lse alone": only_lse,
     "context autocast": autocast,
     "context checkpointed": checkpointed,
     "context sub-mesh": sub_mesh,

@@ -78,6 +78,14 @@ def of_torchs_module():
     assert_close(module(x, x, x), theirs(x, x, x))
 
 
+def of_an_encoder(is_shared):
+    """The names of a part of a model have a prefix."""
+    expected = whole(build_encoder(is_shared=is_shared))
+    model = parallelize_module(build_encoder(1, is_shared), world(), {"layers.*.self_attn": HeadParallel()})
+    model.load_state_dict(expected)
+    assert_equal(model, expected)
+
+
 def of_a_bias_alone():
     plain, module = (DynamicPositionBias(5, HEADS, norm=True).double() for _ in range(2))
     parallelize_module(module, world(), HeadParallel())
@@ -237,6 +245,8 @@ CASES = {
     **{f"tensor parallel pickles, {name}": partial(pickles, x) for name, x in OPTIONS.items()},
     "tensor parallel loads torch's module": of_torchs_module,
     "tensor parallel load_state_dict of a bias alone": of_a_bias_alone,
+    "tensor parallel load_state_dict of an encoder": partial(of_an_encoder, False),
+    "tensor parallel load_state_dict of an encoder with one bias": partial(of_an_encoder, True),
     "tensor parallel on the meta device": meta_device,
     "tensor parallel optimizer state_dict": optimizer_state_dict,
     "tensor parallel pickles of a bias": pickles_of_a_bias,

@@ -10,7 +10,7 @@ from distributed_model import HEADS, LENGTH, build, one_process, train
 from distributed_training import check_equal, ranks_mean
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dpb_triton import DynamicPositionBias, MultiheadAttention
@@ -89,6 +89,10 @@ def bad_input():
     module = parallelize_module(MultiheadAttention(8, 4), mesh, HeadParallel())
     parallelize_module(module, mesh, {"": HeadParallel(), "pos_bias": HeadParallel()})  # once more is no error
     assert len(module.pos_bias.mlp._forward_pre_hooks) == 1
+    other = MultiheadAttention(8, 4, pos_bias=module.pos_bias)  # its bias is distributed already, and may be
+    other.in_proj_bias = torch.nn.Parameter(distribute_tensor(other.in_proj_bias, mesh, [Replicate()]))
+    with pytest.raises(ValueError, match="in_proj_bias must be no DTensor yet, got one on DeviceMesh"):
+        parallelize_module(other, mesh, HeadParallel())
     for module in (DynamicPositionBias(4, 4), MultiheadAttention(8, 4)):
         with pytest.raises(ValueError, match="mesh must have one dimension"):
             HeadParallel()._apply(module, square)

@@ -27,7 +27,7 @@ import quick_interpreter
 import torch
 import torch._dynamo  # here, before the fork: a case under torch.compile imports it, and so does fully_shard
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 GROUPS = (
     distributed_context, distributed_shards, distributed_training, distributed_tensor, distributed_multihead,
@@ -94,8 +94,8 @@ def main(path, names_of_sizes):
         with tempfile.TemporaryDirectory() as folder:
             arguments = int(size), names, folder
             try:
-                torch.multiprocessing.start_processes(run_all, arguments, nprocs=int(size), start_method="fork")
-            except torch.multiprocessing.ProcessException as error:  # the results tell which cases it cost
+                start_processes(run_all, arguments, nprocs=int(size), start_method="fork")
+            except (ProcessRaisedException, ProcessExitedException) as error:  # the results tell which cases it cost
                 print(f"{size} processes: {error}", file=sys.stderr)
             finally:
                 found = Path(folder, f"{size}.json")

@@ -176,13 +176,16 @@ def save(name, row, found):
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(ROWS)))
+@click.option("--tests", help="Arguments of pytest in place of the rows' own, such as tests/expand.")
 @click.option("--prepare-only", is_flag=True, help="Make the environments, run nothing.")
-def main(names, prepare_only):
+def main(names, tests, prepare_only):
     """Run the rows NAMES, or all of them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     bad = []
     for name in names or ROWS:
         row = ROWS[name]
+        if tests:
+            row = replace(row, tests=(*SUITE, *tests.split()))
         try:
             prepare(row)
             found = {} if prepare_only else run(row, FOLDER / f"{name}.log")

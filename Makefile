@@ -102,7 +102,8 @@ build/cuda/.ready-$(TORCH_CUDA):
 	$(CUDA_PYTHON) $(INSTALL) einops hypothesis numpy pytest pytest-xdist
 	@touch $@
 
-# sdist -> wheel -> a folder like a checkout, with the wheel's dpb_triton. Tests "on the host" use no torch.
+# sdist -> wheel -> a folder like a checkout, with the wheel's dpb_triton. Tests "on the host", between guard pages, and
+# slow ones need no CUDA build of torch: the suite has run them.
 cuda-build-test: $(CUDA_READY)  ## build and test the wheel with a CUDA build of torch (5 GB), without a GPU
 	rm -rf $(CUDA_TEST)
 	$(CUDA_PYTHON) setup.py --quiet sdist --dist-dir $(CUDA_TEST)/dist
@@ -112,7 +113,8 @@ cuda-build-test: $(CUDA_READY)  ## build and test the wheel with a CUDA build of
 	cp -r bench csrc tests LICENSE README.md pyproject.toml setup.py $(CUDA_TEST)
 	mkdir $(CUDA_TEST)/empty
 	cd $(CUDA_TEST)/empty && PYTHONPATH=$(CUDA_TEST) $(CUDA_PYTHON) ../tests/smoke_cuda.py
-	cd $(CUDA_TEST) && $(CUDA_PYTHON) -m pytest -q -n 2 --dist loadfile -k "not on_the_host" \
+	cd $(CUDA_TEST) && $(CUDA_PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" \
+		-k "not on_the_host and not guard_pages" \
 		tests/expand/test_expand.py tests/expand/test_properties.py tests/expand/test_reduce.py \
 		tests/module/test_module.py tests/multihead tests/csrc
 

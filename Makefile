@@ -53,7 +53,7 @@ check: lint test-full  ## lint, run the whole suite and tiny benches: before a p
 	$(PYTHON) -m bench attention --smoke
 	$(PYTHON) -m bench decode --smoke
 
-# ROWS="oldest newest" runs these; .ci/matrix.py lists them. A row takes about a gigabyte, and ten minutes.
+# ROWS="oldest newest" runs these; .ci/matrix.py lists them. Each pair of a Python and a torch takes 3 GB of disk.
 matrix: $(READY)  ## run the quick suite on other versions of Python, torch, Triton and peers
 	$(PYTHON) .ci/matrix.py $(ROWS)
 	$(PYTHON) -m bench pages

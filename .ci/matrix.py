@@ -18,16 +18,18 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from importlib.metadata import requires
 from pathlib import Path
 
 import click
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from bench.environment import describe  # noqa: E402
+
 FOLDER, RESULTS = ROOT / "build/matrix", ROOT / "bench/results/matrix.json"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-SUITE, INTEGRATIONS = ("-m", "not slow"), ("-m", "not slow", "tests/integrations")
 # What they require, without torch and what a CPU has no use for: pip would bring gigabytes.
 OF_X_TRANSFORMERS = ("einx", "einops", "loguru", "packaging")
 OF_TORCH = ("filelock", "typing-extensions>=4.10", "sympy>=1.13.3", "networkx>=2.5.1", "jinja2", "fsspec>=0.8.5")
@@ -35,14 +37,14 @@ OF_TORCH = ("filelock", "typing-extensions>=4.10", "sympy>=1.13.3", "networkx>=2
 
 @dataclass(frozen=True)
 class Row:
-    """One environment, and the tests that run there."""
+    """One environment, and the parts of the quick suite that run there; no parts mean all of it."""
 
     python: str
     torch: str
     triton: str
     transformers: str = "5.24.0"
     x_transformers: str = "2.31.10"
-    tests: tuple[str, ...] = SUITE
+    parts: tuple[str, ...] = ()
 
     @property
     def libraries(self):
@@ -66,11 +68,11 @@ ROWS = {
     **{f"triton-{version}": replace(PLAIN, triton=version) for version in ("3.6.0", "3.8.0", "3.9.0")},
     # the libraries of the integrations
     **{
-        f"transformers-{version}": replace(PLAIN, transformers=version, tests=INTEGRATIONS)
+        f"transformers-{version}": replace(PLAIN, transformers=version, parts=("tests/integrations",))
         for version in ("5.20.0", "5.21.1", "5.22.2", "5.23.0")
     },
     **{
-        f"x-transformers-{version}": replace(PLAIN, x_transformers=version, tests=INTEGRATIONS)
+        f"x-transformers-{version}": replace(PLAIN, x_transformers=version, parts=("tests/integrations",))
         for version in ("2.0.5", "2.12.2")
     },
 }
@@ -151,7 +153,7 @@ def run(row, log):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     scripts = environment_of(row) / "bin"
     environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
-    command = [scripts / "python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", *row.tests]
+    command = [scripts / "python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "not slow", *row.parts]
     start = time.time()
     with log.open("w") as file:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -165,10 +167,7 @@ def run(row, log):
 def save(name, row, found):
     """Put the row's result in its place in the file, in the order of ROWS."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    sha = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record = asdict(row) | {"tests": " ".join(row.tests), "sha": sha}
-    results[name] = record | {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")} | found
+    results[name] = asdict(row) | found
     order = [*ROWS, *(name for name in results if name not in ROWS)]
     results = {name: results[name] for name in order if name in results}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -176,16 +175,17 @@ def save(name, row, found):
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(ROWS)))
-@click.option("--tests", help="Arguments of pytest in place of the rows' own, such as tests/expand.")
+@click.option("--parts", default="", help="Parts of the suite in place of the rows' own, such as tests/expand.")
 @click.option("--prepare-only", is_flag=True, help="Make the environments, run nothing.")
-def main(names, tests, prepare_only):
+def main(names, parts, prepare_only):
     """Run the rows NAMES, or all of them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    facts = describe("cpu")  # before the results change a file
     bad = []
     for name in names or ROWS:
         row = ROWS[name]
-        if tests:
-            row = replace(row, tests=(*SUITE, *tests.split()))
+        if parts:
+            row = replace(row, parts=tuple(parts.split()))
         try:
             prepare(row)
             found = {} if prepare_only else run(row, FOLDER / f"{name}.log")
@@ -193,7 +193,7 @@ def main(names, tests, prepare_only):
             found = {"left_out": str(reason)}
         click.echo(f"{name}: {found}")
         if found:
-            save(name, row, found)
+            save(name, row, {"sha": facts["sha"], "date": facts["date"]} | found)
         if found.keys() & {"failed", "error", "left_out"}:
             bad.append(name)
     if bad:

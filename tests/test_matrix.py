@@ -133,12 +133,13 @@ def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
     call = click_testing.CliRunner().invoke
     assert call(matrix.main, ["triton-3.9.0"]).exit_code == 1
     assert call(matrix.main, ["transformers-5.20.0"]).exit_code == 0
-    assert call(matrix.main, ["torch-2.12", "--tests", "tests/expand tests/module"]).exit_code == 0
+    assert call(matrix.main, ["torch-2.12", "--parts", "tests/expand tests/module"]).exit_code == 0
     assert call(matrix.main, ["oldest"]).exit_code == 0
     done = call(matrix.main, ["newest"])
     assert done.exit_code == 1 and "newest" in done.output.splitlines()[-1]
     results = json.loads(matrix.RESULTS.read_text())
     assert list(results) == ["oldest", "torch-2.12", "newest", "triton-3.9.0", "transformers-5.20.0"]
+    assert all(result["date"].endswith("UTC") and "sha" in result for result in results.values())
     monkeypatch.setattr(pages, "ROOT", matrix.RESULTS.parent)
     table = pages.filled("<!-- matrix: matrix.json -->\n<!-- end of matrix -->").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:-1]]

@@ -145,8 +145,9 @@ def test_packed_sequences(compiler, mask, device):
         ours, eager = (run(function, tensors, cu, options) for function in (compiled, bias_attention_varlen))
         assert_same(ours, eager)
         if lengths == (3, 5, 2):
-            first = counter.frame_count  # 2 in torch 2.15, if Dynamo starts again; no guard has failed
-    assert counter.frame_count == first <= 2, why_again()
+            first = counter.frame_count
+    most = 2 if torch.__version__ >= (2, 15) else 1  # Dynamo of 2.15 may start the first call again
+    assert counter.frame_count == first <= most, why_again()
 
 
 def test_errors_inside_a_graph(device):

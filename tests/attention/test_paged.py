@@ -9,7 +9,6 @@ import torch
 
 from dpb_triton import bias_attention, bias_attention_paged, dispatch
 from dpb_triton.attention import cpp_path
-from dpb_triton.dispatch import why_not
 
 
 def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
@@ -67,7 +66,7 @@ def test_like_keys_in_a_row(name, attention_backend, device):
 
 
 def test_the_compiled_kernels_serve_a_cpu(monkeypatch):
-    if reason := why_not("cpp", "cpu"):
+    if reason := dispatch.why_not("cpp", "cpu"):
         pytest.skip(reason)
     calls, forward = [], cpp_path.forward
     monkeypatch.setattr(cpp_path, "forward", lambda *args: calls.append(args) or forward(*args))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The parts of the ring that need no processes: how results merge, what a message holds, the seeds of dropout."""
 
-import math
-
 import pytest
 import torch
 
@@ -111,4 +109,4 @@ def test_a_hop_waits_for_all_that_it_started():
     outgoing, incoming, requests = object(), object(), [Request(), Request()]
     hop = Hop(outgoing, incoming, requests)
     assert hop.wait() is incoming and waited == requests and hop.outgoing is outgoing
-    assert KEYS != GRADIENTS and math.isfinite(KEYS)
+    assert KEYS != GRADIENTS

@@ -10,10 +10,12 @@ does on a CPU is its own code. PyPI has no other torch for Linux on x86-64.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+LDCONFIG = shutil.which("ldconfig") or "/sbin/ldconfig"  # a user's PATH may lack /sbin
 DRIVER = "libcuda.so.1"  # torch loads it only where there is a GPU
 OF_CUDA = re.compile(r"_*(cu|nv|nccl)")  # the names of functions that carry no version
 SAYS = re.compile(r"Get(Error|Status|LastError)\w*(String|Name)$|GetErrorMessage")
@@ -27,7 +29,7 @@ def missing(folder):
     """{library: the names to define in it} for the libraries that the loader would not find."""
     libraries = sorted(path for path in folder.glob("*.so*") if path.is_file())
     known = {path.name for path in libraries}
-    known |= set(re.findall(r"^\s+(\S+) ", "\n".join(_lines("ldconfig", "-p")), re.M))
+    known |= set(re.findall(r"^\s+(\S+) ", "\n".join(_lines(LDCONFIG, "-p")), re.M))
     needed, wanted, defined = {}, {}, set()
     for path in libraries:
         for found in re.finditer(r"NEEDED.*\[(\S+)\]", "\n".join(_lines("readelf", "-dW", path))):

@@ -128,7 +128,9 @@ class Cells:
     def wrong(self, direction, provider):
         """None if the provider's result is within the error budget, else what is wrong.
 
-        The budget: |result - exact| <= 2 (|eager at this precision - exact| + eps max|exact|), with `exact` in float64.
+        The budget: |result - exact| <= 2 (|eager at this precision - exact| + eps scale), with `exact` in float64. The
+        scale is max|exact|. For the module it is the largest sum of |addends| of a weight's gradient: the addends
+        cancel, so both errors are many eps max|exact|, and one may be several times the other.
         """
         n, dtype = self.shape.n, DTYPES[self.shape.dtype]
         eps = torch.finfo(dtype).eps
@@ -140,26 +142,32 @@ class Cells:
             budget = 0.0  # the forward only copies
         else:
             actual = self.backward(provider)()[0] if direction == "backward" else self.module(provider)().clone()
-            exact, eager = self._exact(direction)
+            exact, eager, scale = self._exact(direction)
             error = (actual.double() - exact).abs().max().item()
-            budget = 2 * ((eager.double() - exact).abs().max().item() + eps * exact.abs().max().item())
+            budget = 2 * ((eager.double() - exact).abs().max().item() + eps * scale)
         if not error <= budget:
             return f"off by {error:.3g}, budget {budget:.3g}"
         return None
 
     def _exact(self, direction):
-        """(the gradient in float64, eager's gradient at this precision)."""
+        """(the gradient in float64, eager's gradient at this precision, the scale of their errors)."""
         if direction not in self.exact:
+            n = self.shape.n
             if direction == "backward":
-                heads = [reference.reduce(head[None].double(), self.shape.n) for head in self.dbias]
+                heads = [reference.reduce(head[None].double(), n) for head in self.dbias]
                 exact = torch.cat(heads)
                 (eager,) = self.backward(EAGER)()
+                scale = exact.abs().max()
             else:
                 module = copy.deepcopy(self.modules[True]).double()
-                module.table(self.shape.n).backward(self._exact("backward")[0])
+                gradients = []
+                module.mlp[0].register_forward_hook(lambda *call: call[-1].register_hook(gradients.append) and None)
+                module.table(n).backward(self._exact("backward")[0])
                 exact = module.mlp[0].weight.grad
                 eager = self.module(EAGER)().clone()
-            self.exact[direction] = exact, eager
+                distances = torch.arange(n, device=exact.device)[:, None]
+                scale = (gradients[0].abs() * distances).sum(0).max()
+            self.exact[direction] = exact, eager, scale.item()
         return self.exact[direction]
 
 

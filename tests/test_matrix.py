@@ -5,6 +5,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ click_testing = pytest.importorskip("click.testing", reason="needs the extra `be
 pytest.importorskip("tabulate", reason="needs the extra `bench`")
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = os.environ["PATH"].split(os.pathsep)
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
@@ -155,7 +157,8 @@ def test_a_python_that_is_not_here(matrix):
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="there is no gcc")
-def test_a_library_that_is_missing_is_replaced(tmp_path):
+@pytest.mark.parametrize("path", [FOLDERS, [folder for folder in FOLDERS if "sbin" not in folder]])
+def test_a_library_that_is_missing_is_replaced(path, tmp_path):
     """As torch: one function carries the version of its library, one carries none, one returns words."""
     library, versions = tmp_path / "lib", "libcudart.so.77 { global: *; };"
     library.mkdir()
@@ -174,7 +177,9 @@ def test_a_library_that_is_missing_is_replaced(tmp_path):
         subprocess.run(command, input=text, text=True, check=True)
     for name in ("libcudart.so.77", "libcufile.so.77"):
         (library / name).unlink()
-    done = subprocess.run([sys.executable, ROOT / ".ci/stub_cuda.py", tmp_path], capture_output=True, text=True)
+    command = [sys.executable, ROOT / ".ci/stub_cuda.py", tmp_path]
+    done = subprocess.run(command, env=os.environ | {"PATH": os.pathsep.join(path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "libcudart.so.77: 2 functions that return 100\nlibcufile.so.77: 1 functions that return 100\n"
     for name in ("libcudart.so.77", "libcufile.so.77"):
         ctypes.CDLL(str(library / name), mode=ctypes.RTLD_GLOBAL)

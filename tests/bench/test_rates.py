@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Bytes, FLOPs and error budgets of the benches, on shapes whose numbers can be counted by hand."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -130,12 +131,27 @@ def test_the_last_element_of_a_bias_is_checked():
 def test_the_budget_of_a_bias_is_twice_the_error_of_eager_and_one_step_of_the_dtype(monkeypatch):
     cells = bench_expand.Cells(bench_expand.Shape("bf16", 1, 4), "cpu")
     exact, eager = torch.tensor([[1.0, -8.0]]).double(), torch.tensor([[1.25, -8.0]])
-    monkeypatch.setattr(cells, "_exact", lambda direction: (exact, eager))
+    monkeypatch.setattr(cells, "_exact", lambda direction: (exact, eager, 8.0))
     budget = 2 * (0.25 + 2.0**-7 * 8)  # 0.625
     for off, is_right in ((budget, True), (budget * 1.001, False)):
         monkeypatch.setattr(cells, "backward", lambda provider, off=off: lambda: (exact + torch.tensor([[0.0, -off]]),))
         assert (cells.wrong("backward", EAGER) is None) == is_right
     assert cells.wrong("backward", EAGER) == "off by 0.626, budget 0.625"
+
+
+def test_the_scale_of_a_bias_is_the_gradient_of_a_weight_without_cancellation():
+    cells = bench_expand.Cells(bench_expand.Shape("fp32", 2, 9), "cpu")
+    exact, _, scale = cells._exact("backward")
+    assert scale == exact.abs().max().item()
+    weight_gradient, _, scale = cells._exact("module")
+    module = copy.deepcopy(cells.modules[True]).double()
+    addends = []
+    for distance in range(9):
+        module.zero_grad()
+        module.table(9)[:, distance].backward(exact[:, distance])
+        addends.append(module.mlp[0].weight.grad.clone())
+    torch.testing.assert_close(sum(addends), weight_gradient)
+    assert scale == pytest.approx(sum(x.abs() for x in addends).max().item())
 
 
 @pytest.fixture

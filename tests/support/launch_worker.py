@@ -263,7 +263,7 @@ def _compile_declarations_only():
     def make_empty_ptx(self, source, *arguments):
         return make_ptx(self, EMPTIED.sub(r"\1  ret void\n}\n", source), *arguments)
 
-    llvm.optimize_module = lambda *arguments: None
+    llvm.optimize_module = lambda *arguments, **options: None
     CUDABackend.make_ptx = make_empty_ptx
     CUDABackend.make_cubin = lambda self, ptx, metadata, options, capability: b"nothing"
 

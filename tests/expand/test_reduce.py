@@ -117,6 +117,13 @@ def test_repeats_bit_for_bit(backend, device):
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_a_float64_table_has_a_float64_sum(backend, device):
+    """Also of a float32 bias."""
+    dbias = torch.randn(2, 40, 50, device=device)
+    dtable = ReduceBias.apply(dbias, 50, 10, False, torch.float64, SUFFIXES[backend])
+    torch.testing.assert_close(dtable.cpu(), oracle.reduce(dbias, 50, 10), rtol=1e-12, atol=1e-12)
+
+
 def test_low_precision_is_summed_in_float32(device, backend):
     """bf16 at 2,048 tokens: on the CPU eager scatters the gradient in bf16 and is off by over ten; ours only rounds."""
     n = 2048 if backend != "triton" or device == "cuda" else 256  # the interpreter takes minutes at 2,048

@@ -13,6 +13,7 @@ from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench.codegen import compile as codegen_compile  # noqa: E402
+from bench.codegen import cuda as codegen_cuda  # noqa: E402
 from bench.codegen.compile import caught_launches, compile_launches, report, target_of  # noqa: E402
 
 Config = namedtuple("Config", "IS_REPAIR SCALE", defaults=(False, 0.5))
@@ -119,3 +120,55 @@ def test_the_report_of_a_kernel(monkeypatch):
     text += "".join(f"    .{name}:     {size}\n" for name, size in sizes.items())
     found = report(kernel({"amdgcn": text}, **source))
     assert (found.threads, found.registers, found.spills, found.scalar_spills) == (256, 256, 7, 3)
+
+
+def test_which_nvcc_and_which_architectures(monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/opt/toolkit")
+    assert codegen_cuda.nvcc() == "/opt/toolkit/bin/nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(codegen_cuda.shutil, "which", lambda name: f"/bin/{name}")
+    assert codegen_cuda.nvcc() == "/bin/nvcc"
+    monkeypatch.setattr(codegen_cuda, "_compile", lambda arch: [arch, arch])
+    assert codegen_cuda.compile_cuda(["sm_80", "gfx942", "sm_90"], 1) == ["sm_80", "sm_80", "sm_90", "sm_90"]
+
+
+CUDA_SASS = """
+ Function _one:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:600 TEXTURE:0
+ Function _two:
+  REG:50 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:600 TEXTURE:0
+\t\tFunction : _two
+        /*0000*/        STL.64 [R1], R4 ;      /* 0x0 */
+\t\tFunction : _one
+        /*0000*/        LDG.E.128 R4, [R2.64] ;      /* 0x0 */
+        /*0010*/        @P0 BRA 0x0 ;      /* 0x0 */
+        /*0020*/        EXIT ;      /* 0x0 */
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "threads", "streams"),
+    [
+        ("expand_kernel<unsigned short>", "16 bits", 128, "store"),
+        ("reduce_kernel<true, c10::BFloat16, float>", "bf16", 128, "load"),
+        ("reduce_kernel<false, double, double>", "fp64", 128, None),
+        ("fold_kernel<float, c10::Half>", "fp32", 256, None),
+    ],
+)
+def test_the_record_of_a_cuda_kernel(name, dtype, threads, streams, monkeypatch):
+    """The first flag of `reduce_kernel` says whether rows are whole, so that it reads vectors."""
+    asked = []
+
+    def demangled(command, **options):
+        asked.append(command)
+        return SimpleNamespace(stdout=f"void (anonymous namespace)::{name}(band::Cut, int)\n")
+
+    monkeypatch.setattr(codegen_cuda.subprocess, "run", demangled)
+    two, one = (codegen_cuda._report(*function) for function in codegen_cuda._functions(CUDA_SASS))
+    assert asked == [["c++filt", "_two"], ["c++filt", "_one"]]
+    kernel, layout = name.rstrip(">").split("<")
+    assert (one["kernel"], one["layout"], one["dtype"], one["threads"]) == (kernel, layout, dtype, threads)
+    assert (one["registers"], one["shared"], one["stack"], one["spills"], one["instructions"]) == (40, 1024, 0, 0, 3)
+    assert (two["registers"], two["shared"], two["stack"], two["spills"]) == (50, 0, 8, 1)
+    assert (one["streams"], one["is_wide"]) == (streams, streams is not None)
+    assert (one["interior"] is not None) == (streams == "load")

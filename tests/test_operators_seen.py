@@ -52,17 +52,6 @@ def test_a_profiler_sees_them(calls):
     assert {event.name for event in profiler.events()} >= NAMES
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_trace_sees_them(device):
-    if reason := why_not("triton", device):
-        pytest.skip(reason)
-    arguments = 3, 4, 1, False, torch.float32
-    traced = torch.jit.trace(
-        lambda table: dispatch.call("expand", "_triton", table, *arguments), torch.randn(2, 5, device=device)
-    )
-    assert "dpb_triton::expand_triton" in str(traced.graph)
-
-
 class Wrapper(torch.Tensor):
     """A tensor that holds another one and records the operators that are called on it."""
 

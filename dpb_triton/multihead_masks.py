@@ -113,7 +113,7 @@ def biased_mask(bias, attn_mask, key_padding_mask, is_causal, offset):
 
 
 def _add(bias, mask):
-    return bias.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else bias + mask.to(bias.dtype)
+    return bias.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else bias + mask  # bias has the wider dtype
 
 
 def _show(tensor):

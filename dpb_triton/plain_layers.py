@@ -73,7 +73,6 @@ def _is_plain(layer):
         attributes.keys() <= _ATTRIBUTES[type(layer)]
         and not attributes["_forward_hooks"]
         and not attributes["_forward_pre_hooks"]
-        and attributes.get("_compiled_call_impl") is None
     )
 
 

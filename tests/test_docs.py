@@ -147,11 +147,23 @@ def test_a_table_waits_for_its_file_and_aims_leave_out_the_peers(tmp_path, monke
     result = {"bench": "attention", "environment": {"device": "a CPU"}, "absent": {}}
     (tmp_path / "r.json").write_text(json.dumps(result | {"records": [record | {"provider": "eager"}, ours]}))
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    late = "<!-- table: late.json -->\nNot measured yet.\n<!-- end of table -->"
-    assert pages.filled(late.replace("Not measured yet.", "")) == late
+    for kind in ("table", "aims", "matrix"):
+        late = f"<!-- {kind}: late.json -->\nNot measured yet.\n<!-- end of {kind} -->"
+        assert pages.filled(late.replace("Not measured yet.", "")) == late
     both, aims = (pages.filled(f"<!-- {kind}: r.json -->\n<!-- end of {kind} -->") for kind in ("table", "aims"))
     assert "a CPU\n" in both and "eager |" in both and "dpb cpp |" in both
     assert "a CPU\n" in aims and "eager |" not in aims and "dpb cpp |" in aims and "reached in 1 of 1 cells" in aims
+
+
+def test_the_command_writes_the_pages_that_differ(tmp_path, monkeypatch):
+    (tmp_path / "r.txt").write_text("new\n")
+    for name, words in (("a.md", "old"), ("b.md", "new")):
+        (tmp_path / name).write_text(f"<!-- file: r.txt -->\n{words}\n<!-- end of file -->\n")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", (tmp_path / "a.md", tmp_path / "b.md"))
+    assert CliRunner().invoke(cli, ["pages"]).output == "changed: a.md\n"
+    assert (tmp_path / "a.md").read_text() == (tmp_path / "b.md").read_text()
+    assert CliRunner().invoke(cli, ["pages"]).output == ""
 
 
 def anchors(text):

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,7 +83,10 @@ def test_rows_share_environments_and_differ_in_libraries(matrix, monkeypatch):
     monkeypatch.setattr(matrix, "find_python", str)
     monkeypatch.setattr(matrix, "is_reached", lambda address: False)
     monkeypatch.setattr(matrix.subprocess, "run", start)
+    half = matrix.environment_of(matrix.PLAIN) / "of a run that was killed"
+    half.mkdir(parents=True)
     matrix.prepare(matrix.PLAIN)
+    assert not half.exists()
     assert ("--no-deps", "torch==2.13.0") in installed
     added = [words[-1] for words in installed if "--target" in words]
     assert added == matrix.PLAIN.libraries
@@ -109,17 +114,21 @@ def test_rows_share_environments_and_differ_in_libraries(matrix, monkeypatch):
         ("2 skipped in 0.10s", None),
     ],
 )
-def test_a_row_is_what_pytest_counted(matrix, last, found, tmp_path):
-    row = matrix.PLAIN
+def test_a_row_is_what_pytest_counted(matrix, last, found, tmp_path, monkeypatch):
+    """Its Python sees no package of this one, and its scripts come first."""
+    row = matrix.ROWS["transformers-5.20.0"]
+    monkeypatch.setenv("PYTHONPATH", "of this Python")
     python = matrix.environment_of(row) / "bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\necho 99 passed\necho '{last}'\n")
+    python.write_text(f"#!/bin/sh\necho 99 passed\necho \"$PYTHONPATH,$PATH,$*\"\necho '{last}'\n")
     python.chmod(0o755)
     if found is None:
         with pytest.raises(LookupError, match="no test passed"):
             matrix.run(row, tmp_path / "log")
     else:
         assert matrix.run(row, tmp_path / "log").items() > found.items()
+        said = (tmp_path / "log").read_text().splitlines()[1]
+        assert said.startswith(f",{python.parent}{os.pathsep}") and said.endswith(" -m not slow tests/integrations")
 
 
 def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
@@ -128,27 +137,71 @@ def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
     def run(row, log):
         if row.torch == "2.15.0":
             raise LookupError("there is no Python 3.13 here")
-        return {"passed": 1234, "failed": 1} if row.triton == "3.9.0" else {"passed": 5, "skipped": 2}
+        bad = {"3.8.0": {"passed": 5, "error": 1}, "3.9.0": {"passed": 1234, "failed": 1}}
+        return bad.get(row.triton, {"passed": 5, "skipped": 2})
 
     monkeypatch.setattr(matrix, "prepare", lambda row: None)
     monkeypatch.setattr(matrix, "run", run)
     call = click_testing.CliRunner().invoke
+    old = asdict(matrix.PLAIN) | {"passed": 5, "skipped": 2, "date": "then UTC", "sha": "1"}
+    matrix.RESULTS.write_text(json.dumps({"of old": old}))
     assert call(matrix.main, ["triton-3.9.0"]).exit_code == 1
+    assert call(matrix.main, ["triton-3.8.0"]).exit_code == 1
     assert call(matrix.main, ["transformers-5.20.0"]).exit_code == 0
     assert call(matrix.main, ["torch-2.12", "--parts", "tests/expand tests/module"]).exit_code == 0
     assert call(matrix.main, ["oldest"]).exit_code == 0
     done = call(matrix.main, ["newest"])
     assert done.exit_code == 1 and "newest" in done.output.splitlines()[-1]
     results = json.loads(matrix.RESULTS.read_text())
-    assert list(results) == ["oldest", "torch-2.12", "newest", "triton-3.9.0", "transformers-5.20.0"]
+    tritons = ["triton-3.8.0", "triton-3.9.0"]
+    assert list(results) == ["oldest", "torch-2.12", "newest", *tritons, "transformers-5.20.0", "of old"]
     assert all(result["date"].endswith("UTC") and "sha" in result for result in results.values())
     monkeypatch.setattr(pages, "ROOT", matrix.RESULTS.parent)
     table = pages.filled("<!-- matrix: matrix.json -->\n<!-- end of matrix -->").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:-1]]
     assert cells[0][:7] == ["3.10", "2.10.0", "3.6.0", "5.20.0", "2.0.5", "all", "5 passed, 2 skipped"]
     counts = "5 passed, 2 skipped"
-    assert [row[6] for row in cells[1:]] == [counts, "there is no Python 3.13 here", "1,234 passed, 1 failed", counts]
-    assert [row[5] for row in cells] == ["all", "expand module", "all", "all", "integrations"]
+    assert [row[6] for row in cells[1:]] == [
+        counts, "there is no Python 3.13 here", "5 passed, 1 error", "1,234 passed, 1 failed", counts, counts,
+    ]  # fmt: skip
+    assert [row[5] for row in cells] == ["all", "expand module", "all", "all", "all", "integrations", "all"]
+
+
+def test_what_pip_says_and_is_told(matrix, monkeypatch):
+    seen = []
+
+    def start(command, env, **options):
+        seen.append((command, env))
+        return SimpleNamespace(returncode=len(seen) - 1, stderr="WARNING: old\nERROR: no such version\nERROR: more")
+
+    monkeypatch.setattr(matrix.subprocess, "run", start)
+    monkeypatch.setenv("PIP_CONSTRAINT", "of this machine")
+    matrix.pip("python9", "einops")
+    assert seen[0][0] == ["python9", "-m", "pip", "install", "-q", "einops"]
+    assert seen[0][1]["PIP_CONSTRAINT"] == os.devnull
+    with pytest.raises(LookupError, match="^ERROR: no such version$"):
+        matrix.pip("python9", "einops")
+
+
+def test_a_page_that_does_not_answer(matrix, monkeypatch):
+    def refused(address, timeout):
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(matrix.urllib.request, "urlopen", refused)
+    assert not matrix.is_reached("http://localhost")
+    monkeypatch.setattr(matrix.urllib.request, "urlopen", lambda address, timeout: SimpleNamespace(status=200))
+    assert matrix.is_reached("http://localhost")
+
+
+def test_a_name_that_starts_no_python_is_passed_over(matrix, monkeypatch, tmp_path):
+    pythons = [tmp_path / ".pyenv/versions/9.9.1/bin/python9.9", tmp_path / "bin/python9.9"]
+    monkeypatch.setattr(matrix.Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    for python, code in zip(pythons, (1, 0), strict=True):
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+    assert str(matrix.find_python("9.9")) == str(pythons[1])
 
 
 def test_a_python_that_is_not_here(matrix):

@@ -115,6 +115,16 @@ def test_traced_once_for_all_lengths(build, training, device):
     assert "dpb_triton::" not in str(traced.inlined_graph)
 
 
+def test_a_call_that_fails_does_not_end_the_trace():
+    def function(x):
+        with pytest.raises(ValueError, match="j must be"):
+            expand_bias(x, 2, -1)
+        return x * 2
+
+    traced = torch.jit.trace(function, torch.ones(2, 3))
+    assert torch.equal(traced(torch.full((2, 3), 5.0)), torch.full((2, 3), 10.0))
+
+
 def test_a_trace_trains(device):
     module = CASES["attention"]().to(device)
     tensors = inputs(2, 5, 7, device)

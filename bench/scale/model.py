@@ -217,9 +217,7 @@ def all_to_all(work, machine, ranks):
         (forward, 2, m.forward, m.host_forward),
         (backward, m.products_backward, m.backward, m.host_backward),
     ):
-        first, last = ((rows + keys), rows) if clock is forward else (rows, rows + keys)
-        both = copied if clock is forward else copied[::-1]
-        for size, copy in zip((first, last), both, strict=True):
+        for size, copy in zip((rows + keys, rows), copied, strict=True):  # backward has them in the other order
             clock.add(share, 1, **_exchange(m, ranks, size))
             clock.add(share, 1, sums=copy)
         clock.add(share, 1, products=_product_seconds(work, m, pairs, work.total, heads, n, rate), host=host)

@@ -107,6 +107,30 @@ def test_nan_in_a_future_key_and_in_a_seen_one():
     assert out[:, :, 5:].isnan().all() and lse[:, :, 5:].isnan().all()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_nan_and_inf_in_the_mask_of_a_future_key(number):
+    query, key, value, table, *_ = Case(i=8, j=8).draw()
+    mask = torch.zeros(1, 8).index_fill(1, torch.tensor(5), number)
+    options = {"is_causal": True, "return_lse": True}
+    found = reference.attention(query, key, value, table, key_padding_mask=mask, **options)
+    for ours, expected in zip(found, reference.attention(query, key, value, table, **options), strict=True):
+        torch.testing.assert_close(ours[:, :, :5], expected[:, :, :5])
+
+
+@pytest.mark.parametrize("offset", [2**64, -(2**64)])
+def test_no_pair_is_seen_from_far_away(offset):
+    """Whatever int64 holds."""
+    query, key, value, table, *_ = Case(i=3, j=4).draw()
+    out, lse = reference.attention(query, key, value, table, offset=offset, window=(2, 1), return_lse=True)
+    assert not out.any() and lse.isneginf().all()
+
+
+def test_a_pair_outside_the_table_is_refused():
+    query, key, value, table, *_ = Case(i=8, j=8).draw()
+    with pytest.raises((IndexError, RuntimeError)):
+        reference.attention(query, key, value, table[:, :7], is_causal=True)
+
+
 def test_a_large_number_on_all_keys_moves_lse_only():
     query, key, value, table, *_ = Case(batch=2, i=5, j=9).draw()
     mask = torch.arange(18.0).view(2, 9) * 8  # float32 adds these to -6e7 exactly

@@ -366,6 +366,7 @@ def test_which_loop_counts():
     unrolled, rest, masked = loop(load_128=4), loop(load_128=1, load_256=2), loop(load_128=9, predicated=6)
     assert interior_loop([rest, masked, unrolled], "load") == unrolled
     assert interior_loop([masked, rest], "load") in (rest, masked)
+    assert interior_loop([loop(load_128=1), loop(load_256=2)], "load") == loop(load_256=2)
     assert interior_loop([loop(load_256=3, store_128=9), rest], "store")["counts"]["store.128"] == 9
     assert interior_loop([loop(load_64=4, store_128=1)], "load") is None
 

@@ -57,7 +57,7 @@ def a_tar(tmp_path, folder, about):
 
 
 def test_a_cache_for_this_triton_is_unpacked(tmp_path):
-    folder = tmp_path / "cache"
+    folder = tmp_path / "of nobody yet" / "cache"
     cache = Cache(a_tar(tmp_path, folder, {}), folder)
     line = cache.open()
     assert "hit" in line and "1 kernels" in line and "changed" not in line and "\n" not in line

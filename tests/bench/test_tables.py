@@ -16,6 +16,7 @@ from bench.__main__ import cli  # noqa: E402
 from bench.report import is_reached, page, plot_times, tables, times_table  # noqa: E402
 from bench.report_answer import answers  # noqa: E402
 from bench.report_memory import plot_memory  # noqa: E402
+from bench.report_parts import mask_of, render  # noqa: E402
 from bench.train.report import plot_training  # noqa: E402
 
 
@@ -163,6 +164,7 @@ MEMORY = {
         memory("dpb cpp", 256, 3.5), memory("dpb cpp", 512, 17.5),
         memory("slow", 256, 8.0), memory("slow", 512, None, "over 600 s"),
         memory("big", 256, 65.0), memory("big", 512, None, "too much"), memory("no bias", 512, 1.0),
+        memory("alone", 256, 65.0),
     ],
 }  # fmt: skip
 MEMORY_TEXT = """
@@ -174,6 +176,7 @@ dpb cpp | 4 | 18 | | 256 | >= 512
 slow | 8 | over 600 s | | >= 256 | >= 256
 big | 65 | too much | | < 256 | < 256
 no bias | | 1 | | >= 512 | >= 512
+alone | 65 | | | < 256 | < 256
 absent: flex: too slow
 """
 TRAIN = {
@@ -298,6 +301,25 @@ def test_sentences_of_attention():
     ]
 
 
+def test_sentences_of_failures():
+    """What is absent in any of the runs is said once."""
+    wrong = [bias("eager", 30.0), bias("dpb cpp", 2.0, wrong="off by 1")]
+    peers = [timed("dpb cpp", 2.0, 2.0, 2.0), record("eager", wrong="no kernel"),
+             record("sdpa with bias", unmeasured="out of memory")]  # fmt: skip
+    runs = [{"bench": "expand", "records": wrong, "absent": {"cuda": "no toolkit"}},
+            {"bench": "attention", "records": peers, "absent": {"triton": "no GPU", "flex": "too slow"}}]  # fmt: skip
+    said = list(answers(runs, ("triton", "cuda", "cpp")))
+    assert said[0] == "The position bias (8 x 64 x 64, fp32, cpp): FAIL, off by 1."
+    assert said[3].endswith(", cpp): eager no kernel, SDPA with the bias as its mask out of memory.")
+    assert said[5:] == ["Backend triton is absent: no GPU.", "Backend cuda is absent: no toolkit."]
+
+
+def test_a_column_of_zeros_is_not_empty():
+    assert "here" in render([{"a": 0, "b": ""}], {"a": "here", "b": "gone"})
+    assert "gone" not in render([{"a": 0, "b": ""}], {"a": "here", "b": "gone"})
+    assert mask_of({"window": 0, "mask": "window"}) == "window 0"
+
+
 def test_the_headline_has_ours_and_the_fastest_of_each_kind(monkeypatch):
     cell = {"dtype": "bf16", "direction": "training"}
     found = [
@@ -328,6 +350,10 @@ def drawn(panel):
     return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in panel.lines}
 
 
+def dashed(panel):
+    return {line.get_label() for line in panel.lines if line.get_linestyle() == "--"}
+
+
 def test_pictures_show_the_times_the_peaks_and_the_losses():
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     records = [*ATTENTION["records"], timed("eager", 3.0, 3.0, 3.0, n=256), timed("eager", 4.0, 4.0, 4.0, mask="full")]
@@ -338,11 +364,13 @@ def test_pictures_show_the_times_the_peaks_and_the_losses():
         "eager": [(256, 3.0), (1024, 1234.6)], "eager full": [(512, 4.0)], "dpb cpp": [(512, 2.0)],
         "limit: no bias": [(512, 1.83)],
     }  # fmt: skip
+    assert dashed(forward) == {"limit: no bias"}
     assert drawn(training) == {"dpb cpp window 128": [(512, 30.0)]}
     assert figure.get_suptitle() == "batch 2, a CPU, 2026-11-27"
     titles = [panel.get_title() for panel in plot_times(DECODE | {"environment": ENVIRONMENT}).axes]
     assert titles == ["batch 16, group 4, fp32", "batch 1, group 4, fp32"]
-    (panel,) = plot_memory(MEMORY).axes
+    (panel,) = plot_memory(MEMORY | {"records": [*MEMORY["records"], memory("no bias", 256, 0.0)]}).axes
+    assert drawn(panel)["no bias"] == [(512, 1.0)] and dashed(panel) == {"no bias"}  # the axis has no zero
     assert drawn(panel)["eager"] == [(256, 16.0), (512, 64.4)] and drawn(panel)["big"] == [(256, 65.0)]
     assert panel.get_title() == "fp32, causal"
     curves, lengths = plot_training(TRAIN).axes

@@ -32,6 +32,14 @@ def gradients(heads, i, j, dtype, device):
 
 
 @pytest.mark.parametrize("signed", [False, True])
+def test_the_eager_code_is_right(signed):
+    """Its error is the budget of the others."""
+    dbias = torch.randn(2, 5, 7, dtype=torch.float64)
+    found = reference.reduce(dbias, 9, offset=3, signed=signed)
+    torch.testing.assert_close(found, oracle.reduce(dbias, 9, 3, signed))
+
+
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", [slow(x) if x == torch.float16 else x for x in oracle.DTYPES], ids=str)
 @pytest.mark.parametrize("shape", [(3, 33, 77, 44), (2, 50, 40, -3), (1, 70, 64, 100)], ids=str)
 def test_any_strides(shape, dtype, signed, backend, device, poisoned):
@@ -115,6 +123,13 @@ def test_repeats_bit_for_bit(backend, device):
     dbias = torch.randn(3, 200, 333, device=device)
     first, *others = (ReduceBias.apply(dbias, 333, 133, False, torch.float32, SUFFIXES[backend]) for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_float64_table_has_a_float64_sum(backend, device):
+    """Also of a float32 bias."""
+    dbias = torch.randn(2, 40, 50, device=device)
+    dtable = ReduceBias.apply(dbias, 50, 10, False, torch.float64, SUFFIXES[backend])
+    torch.testing.assert_close(dtable.cpu(), oracle.reduce(dbias, 50, 10), rtol=1e-12, atol=1e-12)
 
 
 def test_low_precision_is_summed_in_float32(device, backend):

@@ -178,7 +178,7 @@ def linears(module):
 
 class TestLayersOfOthers:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_weights_in_buffers(self, dtype):
+    def test_weights_in_buffers(self, dtype, monkeypatch):
         module, expected = make(dtype, norm=True), make(dtype, norm=True)
         for place in linears(module):
             module.mlp[place] = InBuffers(module.mlp[place])
@@ -188,6 +188,8 @@ class TestLayersOfOthers:
             module.mlp[place] = InBuffers(module.mlp[place])
         assert not list(module.parameters())
         assert_same(module, make(dtype), dtype)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(module.table(9), make(dtype).table(9))
 
     @pytest.mark.filterwarnings("ignore")
     def test_quantize_dynamic(self):
@@ -232,8 +234,13 @@ class TestLayersOfOthers:
             int8 = Int8(module.mlp[place], False, scale)
             module.mlp[place].weight = nn.Parameter(Quantised(int8.weight.data, int8.scale), requires_grad=False)
         assert module.mlp[0].weight.dtype == scale
+        dtypes = set()  # nothing but the products is in the weights' dtype
+        for layer in module.mlp:
+            layer.register_forward_hook(lambda layer, args, out: dtypes.add(out.dtype))
+        table = module.table(9)
+        assert dtypes == {table.dtype}
         torch.testing.assert_close(module(5, 9).float(), make(dtype)(5, 9).float(), atol=0.05, rtol=0.05)
-        module.table(9).sum().backward()
+        table.sum().backward()
 
     def test_a_layer_of_another_dtype(self):
         """The layer's weights are rounded, but the distances are not."""
@@ -340,8 +347,12 @@ class TestParametersThatComeAndGo:
         assert module.device == torch.device("cuda", 0)
         nested = make()
         for layer in nested.mlp:
-            layer._hf_hook = type("Sequence", (), {"hooks": [object(), type("Hook", (), {"execution_device": 0})()]})()
+            layer._hf_hook = type(
+                "Sequence", (), {"hooks": [object(), type("Hook", (), {"execution_device": "cuda:0"})()]}
+            )()
         assert nested.device.type == "cpu", "parameters on a real device must count first"
+        nested.to("meta")
+        assert nested.device == torch.device("cuda", 0)
 
     def test_a_meta_module_stays_one(self):
         """This also holds with hooks that fill nothing, such as those of a shape counter."""

@@ -165,6 +165,14 @@ def weight_is_a_buffer(module, dial, stack, patch):
     stack.enter_context(Setting(dial, lambda: layer.weight.copy_(weight * dial.factor)))
 
 
+def sparse_weight(module, dial, stack, patch):
+    """torch compares no sparse numbers."""
+    layer, weight = module.mlp[3], module.mlp[3].weight.detach()
+    stack.enter_context(
+        Setting(dial, lambda: setattr(layer, "weight", nn.Parameter((weight * dial.factor).to_sparse_csr())))
+    )
+
+
 class Setting:
     """Runs a function whenever the dial is turned."""
 
@@ -255,6 +263,7 @@ INTERVENTIONS = {
     "weight is an attribute": weight_is_an_attribute,
     "attribute before the parameter": attribute_before_the_parameter,
     "weight is a buffer": weight_is_a_buffer,
+    "sparse weight": sparse_weight,
     "weight of a class of its own": weight_of_a_class,
     "layer of a subclass": layer_of_a_subclass,
     "mlp of a subclass": mlp_of_a_subclass,
@@ -269,7 +278,7 @@ INTERVENTIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Sparse CSR")
 @pytest.mark.parametrize("install", INTERVENTIONS.values(), ids=INTERVENTIONS)
 def test_another_function_is_seen(install, monkeypatch):
     """After each turn of the dial the module gives the MLP's new result, and its first one once the change is gone."""

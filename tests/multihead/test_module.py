@@ -38,6 +38,7 @@ class TestModule:
         ours(x).sum().backward()
         assert ours[0].self_attn.pos_bias.mlp[-1].weight.grad.abs().sum() > 0  # its zero bias can learn
 
+    @pytest.mark.filterwarnings("ignore:for .*a non-meta parameter")
     def test_a_broken_state_dict_is_still_broken(self):
         ours = MultiheadAttention(12, 4)
         with pytest.raises(RuntimeError, match="Missing key.*out_proj.weight"):
@@ -46,6 +47,22 @@ class TestModule:
         del state_dict["pos_bias.mlp.0.weight"]
         with pytest.raises(RuntimeError, match="Missing key.*pos_bias.mlp.0.weight"):
             ours.load_state_dict(state_dict)
+        theirs = nn.MultiheadAttention(12, 4)
+        with pytest.raises(RuntimeError, match="Missing key.*pos_bias.mlp.0.weight"):
+            MultiheadAttention(12, 4, device="meta").load_state_dict(theirs.state_dict())
+
+    def test_only_a_state_dict_of_torchs_module_means_a_bias_of_zero(self):
+        """Each module looks at its own keys."""
+        ours = nn.ModuleList([MultiheadAttention(12, 4), MultiheadAttention(12, 4)])
+        before = copy.deepcopy(ours)
+        ours.load_state_dict({}, strict=False)
+        assert torch.equal(ours[0].pos_bias.table(5), before[0].pos_bias.table(5))
+        ours.load_state_dict({key: x for key, x in ours.state_dict().items() if not key.startswith("1.pos_bias.")})
+        assert torch.equal(ours[0].pos_bias.table(5), before[0].pos_bias.table(5))
+        assert not ours[1].pos_bias.table(5).any()
+
+    def test_the_width_of_the_mlp(self):
+        assert [MultiheadAttention(width, 1).pos_bias.dim for width in (12, 7, 2)] == [3, 1, 1]
 
     @pytest.mark.parametrize(
         "copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=("deepcopy", "pickle")
@@ -227,7 +244,10 @@ class TestTransforms:
         gradient = grad(loss)(parameters, x)
         torch.testing.assert_close(derivative, sum((gradient[n] * tangents[n]).sum() for n in tangents))
         with torch.autograd.forward_ad.dual_level():
-            dual = {n: torch.autograd.forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()}
+            dual = {  # the query, key and value have no tangents
+                n: torch.autograd.forward_ad.make_dual(p, tangents[n]) if "pos_bias" in n else p
+                for n, p in parameters.items()
+            }
             torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, x)).tangent, derivative)
 
     def test_dropout_as_torchs(self, need_weights):

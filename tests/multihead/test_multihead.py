@@ -340,13 +340,14 @@ def test_what_is_not_fused(fused):
 
 
 @pytest.mark.parametrize("head_dim", [256, 257, 300])
-def test_any_head_dim(head_dim):
+def test_any_head_dim(head_dim, fused):
     ours, theirs = MultiheadAttention(head_dim, 1), nn.MultiheadAttention(head_dim, 1)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(5, 2, head_dim)
     for padding in (None, torch.arange(5) >= torch.tensor([[5], [3]])):
         call = {"need_weights": False, "key_padding_mask": padding}
         torch.testing.assert_close(ours(x, x, x, **call)[0], theirs(x, x, x, **call)[0], atol=1e-5, rtol=1e-5)
+    assert len(fused) == (2 if head_dim == 256 else 0)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

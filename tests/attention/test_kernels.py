@@ -108,11 +108,14 @@ def test_small_tiles(name, tiles, set_tiles, device):
 
 
 def test_a_table_far_below_zero(set_tiles, device):
-    """Pairs beyond the ends have a bias of 0 in the padded table, and so an infinite weight, which a select drops."""
+    """Pairs beyond the ends have a bias of 0 in the padded table, and so an infinite weight, which a select drops.
+
+    For the maximum of a query beyond the first head's end, backward reads that of the second head's first query.
+    """
     if reason := why_not("triton", device):
         pytest.skip(reason)
     set_tiles(TILES[0])
-    query, key, value, table, dout, _ = Case(heads=1, i=18, j=19, head_dim=8, spare=2).draw(device)
+    query, key, value, table, dout, _ = Case(heads=2, i=18, j=19, head_dim=8, spare=2).draw(device)
     near, far = (
         run(partial(bias_attention, backend="triton"), query, key, value, table - height, dout) for height in (0, 1024)
     )

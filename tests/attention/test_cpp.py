@@ -214,8 +214,8 @@ def test_nan_in_the_only_gradient_takes_torch(name, taken):
     query, key, value, table, dout, _ = tensors = case.draw()
     dout[0, 1, 11, 2] = NAN
     expected = attention_oracle.attention(*tensors[:5], options=case.options)
-    wanted = {"query": query, "key": key, "value": value, "table": table, "mask": case.options["key_padding_mask"]}[name]
-    wanted.requires_grad_()
+    mask = case.options["key_padding_mask"]
+    wanted = {"query": query, "key": key, "value": value, "table": table, "mask": mask}[name].requires_grad_()
     attend(query, key, value, table, enable_gqa=True, **case.options).backward(dout)
     assert taken == ["backward"]
     short = {"query": "dq", "key": "dk", "value": "dv"}.get(name, f"d{name}")
@@ -228,6 +228,15 @@ def test_nan_in_a_split_of_a_decoding_step_takes_torch(taken):
     key[0, 1, 1501, 2] = NAN
     out = attend(query, key, value, table, key_padding_mask=holes)
     assert out.isfinite().all() and taken == ["forward"]
+
+
+def test_nan_at_a_dropped_pair_takes_torch(taken):
+    """All other scores are -inf, and what is kept is 0, so only the sum of the row shows it."""
+    query, key, value, table, *_ = Case(i=2, j=70, table="all masked").draw()
+    key[:, :, 0] = NAN
+    torch.manual_seed(0)
+    out = attend(query, key, value, table, dropout_p=0.99)
+    assert out.isnan().all() and taken == ["forward"]
 
 
 # Precision
@@ -375,12 +384,13 @@ def test_a_state_and_a_gradient_of_lse_of_any_strides():
     query, key, value, table, dout, dlse = Case(heads=2, i=4, j=8, options={"offset": 4}).draw()
     options = None, None, 4, 8, 4, False, None, None, 0.3, 0.0, 0.0
     out, _, state = dispatch.OPERATORS["attention_forward"](query, key, value, table, None, *options)
-    for dlse in (dlse.mT.contiguous().mT, dlse[..., :1].expand(dlse.shape)):
+    strided = state.mT.contiguous().mT
+    for given in (dlse.mT.contiguous().mT, dlse[..., :1].expand(dlse.shape)):
         results = [
             dispatch.OPERATORS["attention_backward"](
-                dout, dlse, query, key, value, table, None, out, state, *options, False, True, True, True, False
+                dout, x, query, key, value, table, None, out, z, *options, False, True, True, True, False
             )
-            for dlse, state in ((dlse, state.mT.contiguous().mT), (dlse.contiguous(), state))
+            for x, z in ((given, strided), (given.contiguous(), state))
         ]
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)

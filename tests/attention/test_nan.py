@@ -205,6 +205,12 @@ def test_dropout(name, options, attend, device):
 
 
 @pytest.mark.parametrize("attention_backend", BACKENDS)
+def test_the_gradient_of_an_lse_that_is_negative_infinity(attend, device):
+    """No pair is masked, but all scores are -inf. A loss of such an lse often has NaN as its gradient."""
+    check(attend, Case(heads=1, i=5, j=7, head_dim=4, table="all masked"), [("dlse", ..., NAN)], device)
+
+
+@pytest.mark.parametrize("attention_backend", BACKENDS)
 def test_a_tile_of_one_query(attend, device):
     """No other row of its tile shows the NaN, which it does not see."""
     case = Case(heads=1, i=17, j=17, head_dim=4, options={"window": (5, None)})

@@ -200,29 +200,6 @@ def test_which_kernels_are_launched_again(options, expected, set_tiles, monkeypa
         assert all(more == {"num_warps": 4, "num_stages": 1} for *_, more in launches[1:])
 
 
-def test_which_calls_get_causal_tiles(monkeypatch, device):
-    """Dense ones with causality and no other option, and no groups."""
-    if reason := why_not("triton", device):
-        pytest.skip(reason)
-    found = []
-
-    def noted(name, query, value, has_dropout, is_describable, is_causal):
-        found.append(is_causal)
-        raise KeyError("enough")
-
-    monkeypatch.setattr(importlib.import_module("dpb_triton.attention.kernels.backward"), "blocks_of", noted)
-    query, key = (torch.randn(1, heads, 5, 8, device=device, requires_grad=True) for heads in (2, 1))
-    causal, mask = {"is_causal": True}, torch.zeros(1, 5, device=device)
-    more = {"window": (3, 0)}, {"softcap": 2.0}, {"dropout_p": 0.5}, {"key_padding_mask": mask}
-    for keys, options in ((query, causal), (key, causal), (query, {}), *((query, causal | others) for others in more)):
-        out = bias_attention(
-            query, keys, keys, torch.zeros(2, 5, device=device), enable_gqa=True, backend="triton", **options
-        )
-        with pytest.raises(KeyError, match="enough"):
-            out.sum().backward()
-    assert found == [True] + [False] * 6
-
-
 def test_a_second_launch_has_no_bound_of_registers(monkeypatch):
     """Its code holds more, and it has one stage."""
     launch, seen = importlib.import_module("dpb_triton.attention.kernels.launch"), []

@@ -426,7 +426,7 @@ class TestWhichRowServes:
     def test_uneven_heads_have_rows_of_their_own(self):
         rows = blocks.BLOCKS["hopper"]
         for dims, kind in (
-            ((64, 128), "uneven"), ((96, 40), "uneven"), ((128, 24), "half narrow"), ((16, 256), "half narrow"),
+            ((64, 128), "uneven"), ((96, 40), "uneven"), ((128, 24), "half narrow"), ((32, 256), "half narrow"),
         ):  # fmt: skip
             column = 1 if max(dims) <= 128 else 2
             for head_dim, value_dim in (dims, dims[::-1]):

@@ -328,7 +328,7 @@ struct Backward {
           std::fill_n(dband_rest - MARGIN, band_length(s.i, s.j), 0.0f);
         }
         for (int64_t y = begin; y < begin + count; y += BLOCK_KEYS) {
-          run_block(s, keys, y, std::min(BLOCK_KEYS, begin + count - y), begin, head, dq, dtable != nullptr);
+          run_block(s, keys, y, begin, head, dq, dtable != nullptr);
         }
         if (dtable != nullptr) {
           fold(s, dtable + (head - kv_head * group) * a.table_width);
@@ -412,19 +412,19 @@ struct Backward {
     }
   }
 
-  // All query rows against the keys y … + count - 1.
-  void run_block(const Sequence& s, const Keys& keys, int64_t y, int64_t count, int64_t begin, int64_t head, float* dq,
+  // All query rows against a block of keys from y on. A part of the keys ends with a block, or with the sequence.
+  void run_block(const Sequence& s, const Keys& keys, int64_t y, int64_t begin, int64_t head, float* dq,
                  bool needs_dtable) {
-    const int64_t from = std::max(keys.first, y), to = std::min(keys.end, y + count);
+    const int64_t from = std::max(keys.first, y), to = std::min(keys.end, y + BLOCK_KEYS);
     const int64_t first = std::max<int64_t>(0, from - s.offset - a.right) / 2 * 2;
     const int64_t last = std::min(s.i, to - s.offset + a.left);
     for (int64_t x = first; from < to && x < last; x += BLOCK_ROWS) {
-      run_tile(s, keys, y, count, begin, x, std::min(BLOCK_ROWS, last - x), head, dq, needs_dtable);
+      run_tile(s, keys, y, begin, x, std::min(BLOCK_ROWS, last - x), head, dq, needs_dtable);
     }
   }
 
-  void run_tile(const Sequence& s, const Keys& keys, int64_t y, int64_t count, int64_t begin, int64_t x, int64_t rows,
-                int64_t head, float* dq, bool needs_dtable) {
+  void run_tile(const Sequence& s, const Keys& keys, int64_t y, int64_t begin, int64_t x, int64_t rows, int64_t head,
+                float* dq, bool needs_dtable) {
     Dropout dropout;
     dropout.set(a, s, head, x, rows);
     int64_t low[PANELS], high[PANELS] = {};  // the rows that see each panel
@@ -432,7 +432,7 @@ struct Backward {
       height = strip_of(rows - at);
       const Visible seen = visible_keys(a, s, keys, x + at, height);
       const int64_t left = std::max(seen.begin, y) / WIDTH * WIDTH - y;
-      const int64_t right = ceil_to(std::min(seen.end, y + count) - y, WIDTH);
+      const int64_t right = ceil_to(std::min(seen.end - y, BLOCK_KEYS), WIDTH);
       if (seen.begin >= seen.end || left >= right) {
         continue;
       }

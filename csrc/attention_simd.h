@@ -122,7 +122,7 @@ DPB_INLINE Vec exp2_of(Vec x) {
   return x < -126.0f ? Vec{} : result;
 }
 
-// tanh(x), within 2 units in the last place.
+// tanh(x), within 2 units in the last place; NaN stays NaN.
 DPB_INLINE Vec tanh_of(Vec x) {
   // 1 - 2 / (exp(2 |x|) + 1), which rounds badly near 0; there the polynomial of Cephes (tanhf) is right
   const Vec size = x < 0.0f ? -x : x, bounded = size > 10.0f ? splat(10.0f) : size;
@@ -133,8 +133,7 @@ DPB_INLINE Vec tanh_of(Vec x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Vec near = p * z * x + x;
-  const Vec result = size < 0.625f ? near : x < 0.0f ? -far : far;
-  return x == x ? result : x;
+  return size < 0.625f ? near : x < 0.0f ? -far : far;
 }
 
 // A permutation of the 32-bit integers that spreads every bit over all bits; torch_path.py has the same.

@@ -111,15 +111,13 @@ inline void fill_key_bias(const Attention& a, const Sequence& s, int64_t first, 
   }
 }
 
-// The keys [begin, end) that some of the queries first … + rows - 1 see.
+// The keys [begin, end) that some of the queries first … + rows - 1 see; none if end <= begin.
 struct Visible {
   int64_t begin, end;
 };
 
 DPB_INLINE Visible visible_keys(const Attention& a, const Sequence& s, const Keys& keys, int64_t first, int64_t rows) {
-  const int64_t begin = std::max(keys.first, first + s.offset - a.left);
-  const int64_t end = std::min(keys.end, first + rows + s.offset + a.right);
-  return {begin, std::max(begin, end)};
+  return {std::max(keys.first, first + s.offset - a.left), std::min(keys.end, first + rows + s.offset + a.right)};
 }
 
 // Dropout's keys of some rows: whether a row keeps y depends on them, as in torch_path.py (`keep_mask`).

@@ -5,6 +5,7 @@ needed, no memory of size i * j, no read outside a tensor."""
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import attention_oracle
 import pytest
@@ -206,6 +207,50 @@ def test_nan_beside_seen_numbers_takes_torch(name, options, taken):
         assert torch.equal(results[result].isnan(), expected.isnan().to(results[result].device)), result
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "table", "mask"])
+def test_nan_in_the_only_gradient_takes_torch(name, taken):
+    """The kernels look at each result, so a single wanted one suffices."""
+    case = Case(**SHAPE, options={"is_causal": True, "key_padding_mask": torch.zeros(2, 64)})
+    query, key, value, table, dout, _ = tensors = case.draw()
+    dout[0, 1, 11, 2] = NAN
+    expected = attention_oracle.attention(*tensors[:5], options=case.options)
+    mask = case.options["key_padding_mask"]
+    wanted = {"query": query, "key": key, "value": value, "table": table, "mask": mask}[name].requires_grad_()
+    attend(query, key, value, table, enable_gqa=True, **case.options).backward(dout)
+    assert taken == ["backward"]
+    short = {"query": "dq", "key": "dk", "value": "dv"}.get(name, f"d{name}")
+    assert torch.equal(wanted.grad.isnan(), expected[short][0].isnan())
+
+
+def test_nan_in_a_split_of_a_decoding_step_takes_torch(taken):
+    holes = (torch.arange(2100) % 5 == 1).expand(1, 2100)
+    query, key, value, table, *_ = Case(i=1, j=2100).draw()
+    key[0, 1, 1501, 2] = NAN
+    out = attend(query, key, value, table, key_padding_mask=holes)
+    assert out.isfinite().all() and taken == ["forward"]
+
+
+def test_nan_at_a_dropped_pair_takes_torch(taken):
+    """All other scores are -inf, and what is kept is 0, so only the sum of the row shows it."""
+    query, key, value, table, *_ = Case(i=2, j=70, table="all masked").draw()
+    key[:, :, 0] = NAN
+    torch.manual_seed(0)
+    out = attend(query, key, value, table, dropout_p=0.99)
+    assert out.isnan().all() and taken == ["forward"]
+
+
+# Precision
+
+
+def test_a_long_sum_keeps_its_small_terms(taken):
+    """Each row adds its gradient to distance 0. Float32 would round every sum of 1 and a strip's terms to 1."""
+    query, key, value, table, dout, _ = Case(heads=1, i=600, j=600).draw()
+    dlse = torch.full((1, 1, 600), 4e-9)
+    dlse[0, 0, 0] = 1
+    results = attention_oracle.run(attend, query, key, value, table, 0 * dout, dlse, window=(0, 0))
+    assert results["dtable"][0, 0].item() == pytest.approx(1 + 599 * 4e-9, rel=2e-7) and taken == []
+
+
 def test_float64_and_empty_calls_take_torch(taken):
     for case in (Case(dtype=torch.float64), Case(i=0), Case(j=0, options={"offset": 1})):
         attention_oracle.run(attend, *case.draw(), **case.options)
@@ -332,6 +377,42 @@ def test_a_key_bias_of_any_strides():
         results = [call(query, key, value, table, bias, *options) for bias in (key_bias, key_bias.contiguous())]
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_state_and_a_gradient_of_lse_of_any_strides():
+    """Backward reads both as contiguous numbers. autograd makes a gradient of lse with strides of 0."""
+    query, key, value, table, dout, dlse = Case(heads=2, i=4, j=8, options={"offset": 4}).draw()
+    options = None, None, 4, 8, 4, False, None, None, 0.3, 0.0, 0.0
+    out, _, state = dispatch.OPERATORS["attention_forward"](query, key, value, table, None, *options)
+    strided = state.mT.contiguous().mT
+    for given in (dlse.mT.contiguous().mT, dlse[..., :1].expand(dlse.shape)):
+        results = [
+            dispatch.OPERATORS["attention_backward"](
+                dout, x, query, key, value, table, None, out, z, *options, False, True, True, True, False
+            )
+            for x, z in ((given, strided), (given.contiguous(), state))
+        ]
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_bound_far_below_zero_hides_all_keys():
+    """As above: the public functions refuse a negative one."""
+    query, key, value, table, *_ = Case(heads=2, i=4, j=8).draw()
+    for bounds in ((-(2**63), None), (None, -(2**63))):
+        options = None, None, 4, 8, 4, False, *bounds, 0.3, 0.0, 0.0
+        out, lse, _ = dispatch.OPERATORS["attention_forward"](query, key, value, table, None, *options)
+        assert (out == 0).all() and lse.isneginf().all()
+
+
+def test_the_kernels_may_use_torchs_threads(monkeypatch):
+    calls, forward = [], cpp_path._C.attention_forward
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 61)
+    monkeypatch.setattr(
+        cpp_path, "_C", SimpleNamespace(attention_forward=lambda *numbers: calls.append(numbers) or forward(*numbers))
+    )
+    attend(*Case().draw()[:4])
+    assert calls[0].count(61) == 1
 
 
 @pytest.mark.parametrize("change", [

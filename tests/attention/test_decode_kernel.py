@@ -193,6 +193,16 @@ def test_far_apart(dim, attend, device):
     assert torch.equal(near, forward(query, key, value, table, mask))
 
 
+def test_a_key_bias_with_gaps(attend, device):
+    """Of packed sequences: the second one begins inside it. Only a direct call of the operator gets as far."""
+    query, key, value, table, *_ = Case(i=3, j=40).draw(device)
+    seqlens = torch.tensor([[0, 1, 0, 15, 14], [1, 2, 15, 25, 23]], dtype=torch.int32, device=device)
+    options = seqlens, None, 2, 25, 0, False, None, None, 0.3, 0.0, 0.0
+    operator, key_bias = dispatch.OPERATORS["attention_forward_triton"], torch.randn(1, 80, device=device)[:, ::2]
+    results = [operator(query, key, value, table, bias, *options)[0] for bias in (key_bias, key_bias.contiguous())]
+    assert torch.equal(*results)
+
+
 def merged(partial, seqlens, sizes, splits, value_dim, device):
     """Results (out, lse, state) of `merge.py` as numbers on the CPU, for rows of sizes (batch, heads, i)."""
     merge = importlib.import_module("dpb_triton.attention.kernels.merge")

@@ -17,10 +17,11 @@ def identity(batch, heads, j, device):
     return torch.eye(j, device=device).expand(batch, heads, j, j)
 
 
-def forward(backend, query, key, value, table, seed, dropout_p, **options):
+def forward(backend, query, key, value, table, seed, dropout_p, longest_query=None):
     """Call the operator itself, which takes a seed."""
     i, j = query.shape[2], key.shape[2]
-    arguments = (None, None, torch.tensor([seed], device=query.device), i, j, j - i, False, None, None)
+    seed = torch.tensor([seed], device=query.device)
+    arguments = (None, None, seed, longest_query or i, j, j - i, False, None, None)
     operator = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[backend]}"]
     return operator(query, key, value, table, *arguments, 0.3, 0.0, dropout_p)[:2]
 
@@ -46,6 +47,17 @@ def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
     plain, plain_lse = forward(attention_backend, query, key, identity(2, 3, 83, device), table, seed, 0.0)
     torch.testing.assert_close(out, plain * keep.to(device) / (1 - dropout_p))
     assert torch.equal(lse, plain_lse), "dropout comes after the softmax"
+
+
+@pytest.mark.parametrize("attention_backend", ["torch", "cpp"])  # test_tiles.py has Triton's
+def test_rows_beyond_32_bits(attention_backend, device):
+    """A packed call numbers its rows by the longest sequence, and the hash takes all bits of a number."""
+    query, key, _, table, *_ = Case(heads=5, i=3, j=83).draw(device)
+    longest = 2**31 + 7
+    value = identity(1, 5, 83, device)
+    out, _ = forward(attention_backend, query, key, value, table, 5, 0.5, longest_query=longest)
+    keep = attention_oracle.dropout_keep(5, 1, 5, 3, 83, 0.5, longest_query=longest)
+    assert torch.equal(kept(out), torch.from_numpy(keep))
 
 
 def test_mask_of_many_blocks(attention_backend, device):

@@ -204,6 +204,19 @@ def test_dropout(name, options, attend, device):
     check(attend, case, [(name, (0, 1, 8, 2), NAN), (name, (1, 0, 3, 1), NAN)], device, keep=keep)
 
 
+@pytest.mark.parametrize("attention_backend", BACKENDS)
+def test_the_gradient_of_an_lse_that_is_negative_infinity(attend, device):
+    """No pair is masked, but all scores are -inf. A loss of such an lse often has NaN as its gradient."""
+    check(attend, Case(heads=1, i=5, j=7, head_dim=4, table="all masked"), [("dlse", ..., NAN)], device)
+
+
+@pytest.mark.parametrize("attention_backend", BACKENDS)
+def test_a_tile_of_one_query(attend, device):
+    """No other row of its tile shows the NaN, which it does not see."""
+    case = Case(heads=1, i=17, j=17, head_dim=4, options={"window": (5, None)})
+    check(attend, case, [(name, (0, 0, 3), NAN) for name in ("key", "value")], device)
+
+
 # 33 programs, 11 for each head. In a second launch one program reads their flags as 32 and 1, or four programs read
 # 9, 8, 8 and 8. A query sees one key, so each NaN meets one program only.
 MANY = Case(heads=3, i=176, j=176, head_dim=4, options={"window": (0, 0)})

@@ -87,15 +87,36 @@ def test_options_of_the_reduction(options, width, device, poisoned):
     oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
 
 
-@pytest.mark.parametrize("misalignment", range(8))
-@pytest.mark.parametrize("width", [40, 41, 46])
-def test_misaligned_rows(misalignment, width, device, poisoned):
-    """Rows inside wider rows begin at every phase of the 16-byte boundary."""
-    memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()[misalignment:]
-    dbias = memory.as_strided((2, 20, width), (20 * 48, 48, 1))
+def check_reduce(dbias):
+    """Of bfloat16, whose vectors have 8 elements."""
+    width = dbias.shape[2]
     dtable = kernels.reduce(dbias, width, width - 20, False, torch.float32, **TILES[0])
     eager = reference.reduce(dbias, width, dtype=torch.float32)
     oracle.assert_within_budget(dtable, oracle.reduce(dbias, width), eager)
+
+
+@pytest.mark.parametrize("misalignment", range(8))
+@pytest.mark.parametrize("width", [40, 41, 54])
+def test_misaligned_rows(misalignment, width, device, poisoned):
+    """Rows inside wider rows begin at every phase of the 16-byte boundary. At 54 a whole window ends beyond a row."""
+    memory = torch.randn(2 * 20 * 56 + 8, device=device).bfloat16()[misalignment:]
+    check_reduce(memory.as_strided((2, 20, width), (20 * 56, 56, 1)))
+
+
+def test_misaligned_heads(device, poisoned):
+    """The rows of the first head begin at the boundary, those of the second one do not."""
+    memory = torch.randn(2 * 20 * 48 + 8, device=device).bfloat16()
+    check_reduce(memory.as_strided((2, 20, 40), (20 * 48 + 3, 48, 1)))
+
+
+def test_memory_that_torch_did_not_allocate(device, poisoned):
+    """Its storage begins off the boundary, so the kernel cannot step back to one."""
+    if device != "cpu":
+        pytest.skip("torch allocates the memory of every tensor on a GPU")
+    memory = torch.randn(2 * 20 * 48 + 8).bfloat16()
+    place = torch.frombuffer(memory.view(torch.uint8).numpy().data[6:], dtype=torch.bfloat16)
+    assert place.data_ptr() % 16 == 6 and place.storage_offset() == 0
+    check_reduce(place.as_strided((2, 20, 48), (20 * 48, 48, 1)))
 
 
 @pytest.mark.parametrize("tiles", TILES[:2], ids=str)

@@ -216,6 +216,19 @@ def test_arguments_and_results_keep_their_places(gpu):
     assert gpu.started[-1][9:11] == (results[1].data_ptr(), (X.data_ptr(), other.data_ptr()))
 
 
+def test_a_tensor_without_elements_has_no_memory(gpu):
+    """It has no place behind another one in a block either."""
+
+    def hide(size, dtype, device):
+        replay.empty(size, dtype, device)
+        return replay.empty((0,), dtype, device)
+
+    call = call_of(gpu, hide=hide)
+    for _ in range(3):
+        call(X, 3)
+    assert len(call.ran) == 2 and gpu.started[-2][10] == (None, 0)
+
+
 def test_forgotten_calls_run_again(gpu, monkeypatch):
     call = call_of(gpu)
     for _ in range(3):

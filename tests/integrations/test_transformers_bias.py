@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
 from hf_models import decoder, generated, padding, run, tokens
 
 from dpb_triton import DynamicPositionBias
@@ -86,6 +87,17 @@ def test_generates_with_a_cache_what_it_does_without(options):
     model = biased()
     expected = generated(model, NAME, inputs, mask, use_cache=False, num_beams=options.get("num_beams", 1))
     assert torch.equal(generated(model, NAME, inputs, mask, **options), expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_attention_weights_with_a_cache_have_the_bias_of_their_positions(signed):
+    model, ids, past = biased(signed=signed), tokens(2, 7), transformers.DynamicCache()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, 5:]
+        model(input_ids=ids[:, :5], past_key_values=past)
+        out = model(input_ids=ids[:, 5:], past_key_values=past, output_attentions=True)
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-4)
+    assert out.attentions[0].shape == (2, 4, 2, 7)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_is_copied_pickled_saved_and_loaded(tmp_path, shared):
     missing, unexpected = loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert not missing and not unexpected
     assert torch.equal(loaded.eval()(input_ids=tokens(2, 9)).logits, expected)
+
+
+def test_a_config_need_not_name_the_heads():
+    model = decoder("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.config = types.SimpleNamespace()
+    assert add_position_bias(model, bias := make_bias()).model.layers[1].self_attn.pos_bias is bias
 
 
 def test_another_attention_implementation_raises():

@@ -443,6 +443,9 @@ def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):
         out, _ = transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, **call)
         torch.testing.assert_close(out, ((0.3 * x @ k.mT + bias).softmax(3) @ k).transpose(1, 2))
         assert f"but of shape {tuple(added.shape)}" in reasons.pop() and warned.pop()
+    layer.pos_bias = torch.nn.Identity()  # of the model's own
+    assert torch.equal(transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, scaling=0.3)[0], expected)
+    assert reasons.pop() is None
     layer.pos_bias = BIAS
     out, _ = transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, **call)
     torch.testing.assert_close(out, ((0.3 * x @ k.mT + bias + BIAS(5, 5)).softmax(3) @ k).transpose(1, 2))

@@ -73,9 +73,9 @@ def of_torchs_module():
     for part in ({}, {"in_proj_bias": theirs.in_proj_bias}):
         module.load_state_dict(part, strict=False)
         assert_equal(module.pos_bias, before)
-    for name, x in module.named_parameters():
+    for name, _ in module.named_parameters():
         with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
-            module.load_state_dict({name: torch.ones(x.dim() * [1] + [1])}, strict=False)
+            module.load_state_dict({name: torch.ones(())}, strict=False)
     module.load_state_dict(theirs.state_dict())
     last = f"mlp.{len(module.pos_bias.mlp) - 1}."
     assert_equal(module.pos_bias, {k: x * 0 if k.startswith(last) else x for k, x in before.items()})

@@ -214,6 +214,24 @@ def held():
         assert found == whole | expected
 
 
+class Scaled(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("by", torch.linspace(0.5, 2, dim, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.by * x
+
+
+def buffered():
+    """A layer of the bias's MLP may have a buffer."""
+    module = build()
+    module.pos_bias.mlp.insert(1, Scaled(module.pos_bias.dim))
+    parallel = parallelize_module(copy.deepcopy(module), world(), HeadParallel())
+    inputs, call = [torch.randn(6, 2, DIM, dtype=torch.float64)] * 3, {"need_weights": False}
+    assert_close(*(results(each, inputs, call, {}) for each in (parallel, module)))
+
+
 class Encoder(nn.Module):
     """Two of torch's layers with our attention. Their position bias may be one module."""
 
@@ -291,6 +309,7 @@ CASES = {
     "tensor parallel beside a user's hooks": hooked,
     "tensor parallel inputs that are one": one_sum_each,
     "tensor parallel shards": held,
+    "tensor parallel of a buffer": buffered,
     "tensor parallel training of an encoder": training,
     "data and tensor parallel training of an encoder": training_with_data_parallel,
 }

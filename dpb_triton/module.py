@@ -278,7 +278,7 @@ class DynamicPositionBias(nn.Module):
                 raise TypeError(f"state_dict's {prefix}{key} must be a Tensor, got {type(value).__name__}")
         found_depth = sum(key.endswith(".0.weight") for key in weights)
         last = weights.get(f"mlp.{found_depth}.weight")
-        if found_depth == 0 or last is None or last.dim() != 2:
+        if last is None or last.dim() != 2:
             raise ValueError(
                 f"state_dict must hold an x-transformers DynamicPositionBias at prefix {prefix!r} (keys "
                 f"{prefix}mlp.0.0.weight … {prefix}mlp.DEPTH.weight), got the keys {sorted(map(str, state_dict))[:8]} …"

@@ -104,9 +104,17 @@ CASES = {
     "plot log_x": (lambda: plot_bias(module(), 4, log_x="y"), TypeError, ["log_x must be True or False", "'y'"]),
     "state_dict type": (lambda: DynamicPositionBias.from_x_transformers([1]), TypeError, ["state_dict must be a mapping", "list"]),
     "state_dict other": (lambda: DynamicPositionBias.from_x_transformers(module().state_dict()), ValueError, ["state_dict must hold", "mlp.0.weight"]),
+    "state_dict of norms": (lambda: DynamicPositionBias.from_x_transformers(module(norm=True).state_dict()), ValueError, ["state_dict must hold", "mlp.1.weight"]),
     "state_dict keys": (lambda: DynamicPositionBias.from_x_transformers({1: torch.zeros(2), "mlp.foo": 3}), ValueError, ["state_dict must hold", "mlp.foo"]),
     "state_dict values": (lambda: DynamicPositionBias.from_x_transformers({"mlp.0.0.weight": [1.0]}), TypeError, ["mlp.0.0.weight", "list"]),
     "state_dict prefix": (lambda: DynamicPositionBias.from_x_transformers({}, prefix=3), TypeError, ["prefix", "3"]),
+    "state_dict norm": (
+        lambda: DynamicPositionBias.from_x_transformers(
+            {"mlp.0.0.weight": torch.ones(3, 1), "mlp.0.1.gamma": torch.ones(3), "mlp.1.weight": torch.ones(2, 3)}, norm=False
+        ),
+        ValueError,
+        ["norm must be True", "got False"],
+    ),
     "state_dict depth": (
         lambda: DynamicPositionBias.from_x_transformers(
             {"mlp.0.0.weight": torch.ones(3, 1), "mlp.0.0.bias": torch.ones(3), "mlp.1.weight": torch.ones(2, 3), "mlp.1.bias": torch.ones(2)}, depth=2

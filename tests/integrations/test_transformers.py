@@ -84,7 +84,7 @@ def test_t5_is_eager(fused_only, options, side):
     assert_same(t5(dtype=torch.float64, **options), decoder_mask, tolerance=1e-6, **inputs, **masks)
 
 
-@pytest.mark.parametrize("family", ["MT5", "UMT5"])
+@pytest.mark.parametrize("family", ["MT5", "UMT5", "LongT5"])  # LongT5's encoder attends in another way
 def test_t5_family_is_eager(fused_only, family):
     mask = padding(2, 8, "right")
     inputs = {"input_ids": tokens(2, 8), "attention_mask": mask, "decoder_input_ids": tokens(2, 5, seed=1)}
@@ -126,8 +126,10 @@ def test_t5_is_copied_pickled_saved_and_loaded(fused_only, tmp_path, family):
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), use_bias_attention(loaded)):
+    copied = use_bias_attention(copy.deepcopy(model))  # once more changes nothing
+    for other in (copied, pickle.loads(pickle.dumps(model)), use_bias_attention(loaded)):
         assert torch.equal(other(**inputs).logits, expected)
+        assert {type(part) for part in other.modules()} == {type(part) for part in model.modules()}
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
     model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data += torch.randn(32, 3)
     # a replica, as in DataParallel, uses the weights that it was given, not those of the original module

@@ -3,12 +3,14 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
 from hf_models import decoder, generated, padding, run, tokens
 
 from dpb_triton import DynamicPositionBias
@@ -88,6 +90,17 @@ def test_generates_with_a_cache_what_it_does_without(options):
     assert torch.equal(generated(model, NAME, inputs, mask, **options), expected)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_attention_weights_with_a_cache_have_the_bias_of_their_positions(signed):
+    model, ids, past = biased(signed=signed), tokens(2, 7), transformers.DynamicCache()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, 5:]
+        model(input_ids=ids[:, :5], past_key_values=past)
+        out = model(input_ids=ids[:, 5:], past_key_values=past, output_attentions=True)
+    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-4)
+    assert out.attentions[0].shape == (2, 4, 2, 7)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_is_copied_pickled_saved_and_loaded(tmp_path, shared):
     model = biased(shared)
@@ -104,6 +117,13 @@ def test_is_copied_pickled_saved_and_loaded(tmp_path, shared):
     missing, unexpected = loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert not missing and not unexpected
     assert torch.equal(loaded.eval()(input_ids=tokens(2, 9)).logits, expected)
+
+
+def test_a_config_need_not_name_the_heads():
+    model = decoder("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.config = types.SimpleNamespace()
+    assert add_position_bias(model, bias := make_bias()).model.layers[1].self_attn.pos_bias is bias
 
 
 def test_another_attention_implementation_raises():

@@ -2,6 +2,8 @@
 """What bias_attention cannot compute for a transformers model gives eager's numbers or an exception."""
 
 import copy
+import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from dpb_triton.integrations.transformers import NAME, add_position_bias, use_bi
 from dpb_triton.integrations.transformers import attention as transformers_attention
 from dpb_triton.integrations.transformers import mask as transformers_mask
 from dpb_triton.integrations.transformers.mask import read_window
-from dpb_triton.integrations.transformers.table import place
+from dpb_triton.integrations.transformers.table import has_t5_bias, place
 
 
 @pytest.fixture
@@ -57,9 +59,12 @@ def test_a_bool_mask_is_true_for_a_seen_key():
     torch.testing.assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("name", ["Llama", "T5"])
+SOFTCAP = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.5}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "T5"])
 def test_attention_weights_fall_back(reasons, name):
-    model = t5() if name == "T5" else decoder(name)
+    model = t5() if name == "T5" else decoder(name, **SOFTCAP if name == "Gemma2" else {})
     inputs = {"input_ids": tokens(2, 7), "output_attentions": True, "attention_mask": padding(2, 7, "right")}
     inputs |= {"decoder_input_ids": tokens(2, 3)} if name == "T5" else {}
     weights = []
@@ -101,6 +106,25 @@ def test_the_largest_head_dim_is_fused(reasons):
     model = decoder("Llama", num_attention_heads=1, num_key_value_heads=1, head_dim=256, initializer_range=0.1)
     assert_same(model, mask, input_ids=tokens(2, 6), attention_mask=mask)
     assert set(reasons) == {None}
+
+
+@pytest.mark.parametrize("name", ["sinks", "s_aux", "cat", "reshape", "expand", "max", "values", "sigmoid", "tanh"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_only_plain_eager_functions_are_replaced(name, is_wrapped):
+    lines = f"def eager_attention_forward(x):\n return x.softmax().{name}", "def forward(x): ALL_ATTENTION_FUNCTIONS"
+    exec("\n".join(lines), scope := {})
+    if is_wrapped:
+        eager = scope["eager_attention_forward"]
+        scope["eager_attention_forward"] = functools.wraps(eager)(lambda x: eager(x))
+    layer = type("Layer", (), {"forward": scope["forward"]})
+    assert transformers_attention._is_plain(layer) == (name == "tanh")
+
+
+def test_an_eager_function_may_have_a_longer_name():
+    code = "def x_eager_attention_forward(): pass\ndef forward(): ALL_ATTENTION_FUNCTIONS, x_eager_attention_forward"
+    exec(code, scope := {})
+    layer = type("Layer", (), {"forward": scope["forward"]})
+    assert transformers_attention.find_eager_attention(layer) is scope["x_eager_attention_forward"]
 
 
 def test_t5_whose_bias_is_not_replaced_falls_back(reasons):
@@ -188,6 +212,7 @@ LOOKS = {
     "minus": lambda mask: -mask,
     "a method": lambda mask: mask.masked_fill(torch.eye(5, dtype=torch.bool), 7.0),
     "another dtype": lambda mask: mask.to(torch.float64),
+    "a named dtype": lambda mask: mask.to(dtype=torch.float64),
     "device and dtype": lambda mask: mask.to("cpu", torch.float16),
     "bool": lambda mask: mask.bool(),
     "expanded": lambda mask: mask.expand(-1, 4, -1, -1),
@@ -196,6 +221,7 @@ LOOKS = {
     "concatenated": lambda mask: torch.cat([mask, torch.zeros(2, 1, 5, 1)], -1),
     "its like": lambda mask: torch.ones_like(mask),
     "tensor first": lambda mask: torch.add(torch.ones(5), mask),
+    "keywords": lambda mask: torch.add(torch.ones(5), other=mask, alpha=3),
 }
 
 
@@ -223,16 +249,22 @@ def test_a_mask_that_is_asked_for_its_sizes_stays_one():
     assert torch.equal(copy.deepcopy(mask).dense(), mask.dense())
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_dense_mask_is_transformers_own(window):
-    function = masking_utils.causal_mask_function
-    if window is not None:
-        function = masking_utils.sliding_window_causal_mask_function(window)
+@pytest.mark.parametrize(
+    "function",
+    [
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_causal_mask_function(3),
+        masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64)),
+    ],
+    ids=["causal", "window", "chunks"],
+)
+def test_the_dense_mask_is_transformers_own(function):
     seen = padding(2, 9, "left").bool()
     request = {"batch_size": 2, "q_length": 2, "kv_length": 5, "kv_offset": 3, "mask_function": function}
     expected = masking_utils.eager_mask(**request, q_offset=6, attention_mask=seen)
     for offset in (6, torch.tensor(6)):
         mask = transformers_mask.make_mask(**request, q_offset=offset, attention_mask=seen)
+        offset += 1  # as a static cache does in place, after the mask was made
         assert torch.equal(mask.dense(), expected)
 
 
@@ -242,7 +274,8 @@ WINDOWS = {
     "window": (masking_utils.sliding_window_causal_mask_function(4), (3, 0)),
     "window of 1": (masking_utils.sliding_window_causal_mask_function(1), (0, 0)),
     "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(4), (4, 4)),
-    "two windows": (masking_utils.and_masks(WINDOW := masking_utils.sliding_window_overlay(4), WINDOW), (3, None)),
+    "two windows": (masking_utils.and_masks(*map(masking_utils.sliding_window_overlay, (4, 6))), (3, None)),
+    "two windows ahead": (lambda b, h, x, y: (y < x + 2) & (y < x + 5) & (x - y < 3) & (x - y <= 5), (2, 1)),
     "the caller's window": (lambda b, h, x, y: (x - y < 3) & (y < x + 2), (2, 1)),
     # these are no windows
     "chunks": (masking_utils.chunked_causal_mask_function(4, torch.zeros(2)), None),
@@ -255,7 +288,13 @@ WINDOWS = {
     "not the query itself": (lambda b, h, x, y: y < x, None),
     "by head": (lambda b, h, x, y: (y <= x) if h == 0 else (y >= 0), None),
     "by batch": (lambda b, h, x, y: y <= x + b, None),
+    "strictly near": (lambda b, h, x, y: abs(x - y) < 4, (3, 3)),
+    "near the next": (lambda b, h, x, y: abs(x - y + 1) < 4, None),
+    "to the third query": (lambda b, h, x, y: x <= 3, None),
     "scaled": (lambda b, h, x, y: y <= x + x, None),
+    "scaled keys": (lambda b, h, x, y: y + y <= x, None),
+    "scaled keys ahead": (lambda b, h, x, y: y + y >= x, None),
+    "Python's and": (lambda b, h, x, y: x - y < 3 and y <= x, None),
     "everywhere": (lambda b, h, x, y: True, None),
 }
 
@@ -287,9 +326,25 @@ def test_an_offset_on_the_device_is_that_number(kind, window):
     torch.testing.assert_close(*outs)
 
 
+def test_a_layer_without_the_flag_of_t5_keeps_its_bias():
+    class Layer(torch.nn.Module):
+        compute_bias = transformers.models.t5.modeling_t5.T5Attention.compute_bias
+
+    layer = Layer()
+    assert not has_t5_bias(layer)
+    layer.has_relative_attention_bias = True
+    assert has_t5_bias(layer)
+
+
 def tiny(family, kind, **options):
     config = getattr(transformers, f"{family.removesuffix('Encoder')}Config")
     return getattr(transformers, family + kind)(config(vocab_size=9, **options | {"num_hidden_layers": 1}))
+
+
+def with_text(config):
+    model = decoder("Llama")
+    model.config.text_config = config
+    return model
 
 
 NOT_A_MODEL, BIAS = torch.nn.Linear(2, 2), DynamicPositionBias(8, 4)
@@ -307,6 +362,10 @@ CASES = {
     "cross attention": (
         lambda: add_position_bias(tiny("GPT2", "LMHeadModel", n_embd=8, n_head=4, add_cross_attention=True), BIAS),
         ValueError, ["self-attention only", "GPT2"],
+    ),
+    "cross attention of a text model": (
+        lambda: add_position_bias(with_text(transformers.GPT2Config(add_cross_attention=True)), BIAS),
+        ValueError, ["self-attention only", "Llama"],
     ),
     "more heads": (
         lambda: add_position_bias(decoder("Llama"), DynamicPositionBias(8, 8)), ValueError, ["4 heads", "got 8"],
@@ -370,11 +429,28 @@ def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):
     warned = []
     monkeypatch.setattr(transformers_attention.logger, "warning_once", warned.append)
     layer, x, key = decoder("Llama").model.layers[0].self_attn, torch.randn(2, 4, 5, 6), torch.randn(1, 2, 5, 6)
-    expected, _ = transformers_attention.attend(layer, x, *[key.expand(2, -1, -1, -1)] * 2, None, scaling=0.3)
+    keys_of_both = key.expand(2, -1, -1, -1)
+    expected, _ = transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, scaling=0.3)
     assert reasons == [None] and not warned
-    for keys, scaling in (([key] * 2, 0.3), ([key.expand(2, -1, -1, -1)] * 2, torch.tensor(0.3))):
+    for keys, scaling in (([key] * 2, 0.3), ([keys_of_both] * 2, torch.tensor(0.3))):
         out, _ = transformers_attention.attend(layer, x, *keys, None, scaling=scaling)
         torch.testing.assert_close(out, expected)
+    out, _ = transformers_attention.attend(torch.nn.Identity(), x, *[keys_of_both] * 2, None, scaling=0.3)
+    assert torch.equal(out, expected) and reasons.pop() is None
+    bias, k = torch.randn(4, 5, 5), keys_of_both.repeat_interleave(2, 1)
+    for added in (bias, bias[None]):
+        call = {"scaling": 0.3, "position_bias": added}
+        out, _ = transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, **call)
+        torch.testing.assert_close(out, ((0.3 * x @ k.mT + bias).softmax(3) @ k).transpose(1, 2))
+        assert f"but of shape {tuple(added.shape)}" in reasons.pop() and warned.pop()
+    layer.pos_bias = torch.nn.Identity()  # of the model's own
+    assert torch.equal(transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, scaling=0.3)[0], expected)
+    assert reasons.pop() is None
+    layer.pos_bias = BIAS
+    out, _ = transformers_attention.attend(layer, x, *[keys_of_both] * 2, None, **call)
+    torch.testing.assert_close(out, ((0.3 * x @ k.mT + bias + BIAS(5, 5)).softmax(3) @ k).transpose(1, 2))
+    assert reasons.pop() and warned.pop()
+    del layer.pos_bias
     assert "key 1" in reasons[1] and "scaling is no number" in reasons[2]
     assert all("LlamaAttention attends eagerly" in text for text in warned) and len(warned) == 2
     with pytest.raises(ValueError, match="Identity has no eager attention function to fall back to: output_attentions"):
@@ -382,8 +458,14 @@ def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):
 
 
 def test_a_mask_that_hides_nothing_has_no_padding():
-    assert make_mask(5, 5, 0, torch.ones(2, 5, dtype=torch.bool)).key_padding_mask is None
-    hidden = make_mask(5, 5, 0, padding(2, 5, "left").bool())
-    assert torch.equal(hidden.key_padding_mask, padding(2, 5, "left") == 0)
-    both_ways = make_mask(5, 5, 0, None, masking_utils.bidirectional_mask_function)
+    for i in (5, 2):
+        assert make_mask(i, 5, 5 - i, torch.ones(2, 5, dtype=torch.bool)).key_padding_mask is None
+        hidden = make_mask(i, 5, 5 - i, padding(2, 5, "left").bool())
+        assert torch.equal(hidden.key_padding_mask, padding(2, 5, "left") == 0)
+        assert type(hidden.offset) is int and hidden.offset == 5 - i and hidden.dense() is hidden.dense()
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            assert hidden.offset == 5 - i and isinstance(hidden.offset, torch.Tensor) == (i != 5)
+            assert torch.equal(hidden.key_padding_mask, padding(2, 5, "left") == 0)
+    call = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip": True}
+    both_ways = transformers_mask.make_mask(2, 5, 5, **call)  # transformers' own would be None
     assert both_ways.window == (None, None) and not both_ways.dense().any()

@@ -191,12 +191,27 @@ def test_a_checkpoint_keeps_its_dtype(dtype):
 def test_older_x_transformers_have_a_bias_in_the_first_norm():
     old = torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.LayerNorm(6), torch.nn.SiLU()), torch.nn.Linear(6, 2)
-    )
+    ).double()
     torch.nn.init.normal_(old[0][1].bias)
     state = {f"mlp.{key}": value for key, value in old.state_dict().items()}
     module = DynamicPositionBias.from_x_transformers(state)
-    torch.testing.assert_close(module.table(4).mT, old(torch.arange(-3.0, 4.0)[:, None]))
-    assert "bias" in dict(module.mlp[1].named_parameters())
+    torch.testing.assert_close(module.table(4).mT, old(torch.arange(-3.0, 4.0)[:, None].double()))
+    assert module.mlp[1].bias.dtype == torch.float64
+
+
+def test_a_prefix_is_that_of_one_module_among_others():
+    """Of ten layers: their number has a 0 too."""
+
+    class Ours(DynamicPositionBias):
+        pass
+
+    layers = [torch.nn.Sequential(torch.nn.Linear(6 if k else 1, 6), torch.nn.SiLU()) for k in range(10)]
+    theirs = [torch.nn.Sequential(*copy.deepcopy(layers), torch.nn.Linear(6, heads)) for heads in (2, 3)]
+    state = {f"{n}.mlp.{key}": x for n, mlp in enumerate(theirs) for key, x in mlp.state_dict().items()}
+    for n, mlp in enumerate(theirs):
+        ours = Ours.from_x_transformers(state, prefix=f"{n}.")
+        assert type(ours) is Ours and ours.depth == 10
+        torch.testing.assert_close(ours.table(4).mT, mlp(torch.arange(-3.0, 4.0)[:, None]))
 
 
 def test_all_norms_but_the_first_have_a_bias():

@@ -8,6 +8,7 @@ import pickle
 import tempfile
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -51,7 +52,8 @@ def only_on_rank_0(state_dict):
 def load_state_dict(options):
     """Whole tensors load into a distributed module, strictly, and its own whole tensors into a plain one."""
     expected = whole(build(**options))
-    for each in (expected, parallel(**options).state_dict(), {k: nn.Parameter(x) for k, x in expected.items()}):
+    trained = {k: nn.Parameter(x) for k, x in expected.items()}
+    for each in (expected, parallel(**options).state_dict(), trained, {k: 1 * x for k, x in trained.items()}):
         for assign in (False, True):
             module = parallel(1, **options)
             placements = {name: x.placements for name, x in module.named_parameters()}
@@ -71,6 +73,9 @@ def of_torchs_module():
     for part in ({}, {"in_proj_bias": theirs.in_proj_bias}):
         module.load_state_dict(part, strict=False)
         assert_equal(module.pos_bias, before)
+    for name, _ in module.named_parameters():
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            module.load_state_dict({name: torch.ones(())}, strict=False)
     module.load_state_dict(theirs.state_dict())
     last = f"mlp.{len(module.pos_bias.mlp) - 1}."
     assert_equal(module.pos_bias, {k: x * 0 if k.startswith(last) else x for k, x in before.items()})

@@ -187,6 +187,51 @@ def hooked():
     assert_close(*(results(each, inputs, call, {}) for each in (parallel, module)))
 
 
+def one_sum_each():
+    """One tensor as query and key stays one, and so its gradient is summed over the ranks once."""
+    x, y = (torch.full((3, DIM), dist.get_rank() + 1.0).requires_grad_() for _ in range(2))
+    query, key, value, mask = parallelize_module(build(), world(), HeadParallel())._heads.shared(x, x, y, None)
+    assert query is key and value is not key and mask is None
+    (query.sum() + 2 * value.sum()).backward()
+    assert x.grad.eq(dist.get_world_size()).all() and y.grad.eq(2 * dist.get_world_size()).all()
+
+
+def held():
+    """What a rank holds: the heads' rows or columns of each weight, as checkpoints and optimizers see them."""
+    ranks, part = dist.get_world_size(), DIM // dist.get_world_size()
+    separate = {"kdim": 10, "vdim": 6, "add_bias_kv": True}
+    for options, expected in (
+        ({}, {"in_proj_weight": (3 * DIM, part)}),
+        (separate, {f"{x}_proj_weight": (part, n) for x, n in (("q", DIM), ("k", 10), ("v", 6))}
+         | {"bias_k": (1, 1, part), "bias_v": (1, 1, part)}),
+    ):  # fmt: skip
+        parallel = parallelize_module(build(**options), world(), HeadParallel())
+        last = f"pos_bias.mlp.{len(parallel.pos_bias.mlp) - 1}."
+        expected |= {"out_proj.weight": (DIM, part), last + "bias": (HEADS // ranks,)}
+        found = {name: tuple(x.to_local().shape) for name, x in parallel.named_parameters()}
+        whole = {name: tuple(x.shape) for name, x in build(**options).named_parameters()}
+        expected[last + "weight"] = HEADS // ranks, whole[last + "weight"][1]
+        assert found == whole | expected
+
+
+class Scaled(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("by", torch.linspace(0.5, 2, dim, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.by * x
+
+
+def buffered():
+    """A layer of the bias's MLP may have a buffer."""
+    module = build()
+    module.pos_bias.mlp.insert(1, Scaled(module.pos_bias.dim))
+    parallel = parallelize_module(copy.deepcopy(module), world(), HeadParallel())
+    inputs, call = [torch.randn(6, 2, DIM, dtype=torch.float64)] * 3, {"need_weights": False}
+    assert_close(*(results(each, inputs, call, {}) for each in (parallel, module)))
+
+
 class Encoder(nn.Module):
     """Two of torch's layers with our attention. Their position bias may be one module."""
 
@@ -262,6 +307,9 @@ CASES = {
     "tensor parallel under autocast": under_autocast,
     "tensor parallel of frozen parameters": frozen,
     "tensor parallel beside a user's hooks": hooked,
+    "tensor parallel inputs that are one": one_sum_each,
+    "tensor parallel shards": held,
+    "tensor parallel of a buffer": buffered,
     "tensor parallel training of an encoder": training,
     "data and tensor parallel training of an encoder": training_with_data_parallel,
 }

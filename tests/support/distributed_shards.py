@@ -384,7 +384,9 @@ def bad_input():
           method="ulysses")  # fmt: skip
     check(ValueError, "lengths must be None beside ContextShards", attend, x, x, x, table, shards, lengths=[6] * ranks)
     wrong = x[:, :, :5]
-    check(ValueError, "query must have this rank's 6 positions", attend, wrong, wrong, wrong, table, shards)
+    for method in METHODS:
+        check(ValueError, f"query must have this rank's 6 positions of {shards}", attend, wrong, wrong, wrong, table,
+              shards, method=method)  # fmt: skip
     check(ValueError, "key_padding_mask must have the shape (batch, i) = (1, 6)", attend, x, x, x, table, shards,
           key_padding_mask=torch.zeros(1, total, dtype=torch.bool))  # fmt: skip
     check(ValueError, "dropout_p must be at least 0 and less than 1", attend, x, x, x, table, shards, dropout_p=1.0)

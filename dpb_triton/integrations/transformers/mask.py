@@ -200,7 +200,6 @@ for _name in (
     "eq", "ne", "lt", "le", "gt", "ge", "getitem",
 ):  # fmt: skip
     setattr(Mask, f"__{_name}__", _of_dense(f"__{_name}__"))
-Mask.__hash__ = object.__hash__
 
 
 def make_mask(
@@ -224,7 +223,6 @@ def make_mask(
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
-    options.pop("allow_is_causal_skip", None)
     options["allow_is_bidirectional_skip"] = False
     request = {
         "batch_size": batch_size,
@@ -236,9 +234,7 @@ def make_mask(
         "attention_mask": attention_mask,
         **options,
     }
-    if isinstance(q_offset, torch.Tensor):
-        request["q_offset"] = q_offset = q_offset.clone()  # a static cache adds to it in place
-    offset, padding = q_offset - kv_offset, None
+    offset, padding = q_offset - kv_offset, None  # a new tensor: a static cache adds to its own in place
     if attention_mask is not None:
         tokens = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = ~tokens[:, kv_offset : kv_offset + kv_length].bool()

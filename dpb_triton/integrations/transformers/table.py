@@ -96,7 +96,7 @@ def place(diagonals, position_bias, query, key, offset, window):
     options = {"offset": offset, "signed": diagonals is not None, "window": window}
     is_known = not isinstance(offset, torch.Tensor)
     if is_known and diagonals is None:
-        n = max(i + offset, j - offset, 1)
+        n = max(i + offset, j - offset)
         if position_bias is None:
             return query.new_zeros(heads, 1, dtype=torch.float32).expand(heads, n), options
         return position_bias.table(n), options | {"signed": position_bias.signed}

@@ -49,11 +49,11 @@ def dtype_and_device(module, query=None):
 
 
 def run(mlp, x):
-    """mlp(x), whatever the dtypes of its layers: their products come out in x's dtype."""
+    """mlp(x) in x's dtype, whatever the dtypes of its layers."""
     if _is_in(mlp, x.dtype):
         return mlp(x)
     with _PromotedProducts(x.dtype):
-        return mlp(x)
+        return mlp(x).to(x.dtype)
 
 
 def _is_in(mlp, dtype):

@@ -122,6 +122,39 @@ def test_a_row_does_not_depend_on_the_others(options, dtype, set_threads, taken)
     assert taken == []
 
 
+# Ends of what is seen
+
+
+FIRST = torch.arange(64).expand(1, 64)
+ENDS = {
+    "hidden keys fill a panel": {"key_padding_mask": FIRST < 16},
+    "rows see only keys of a small number": {
+        "key_padding_mask": (FIRST < 20) * -2e30, "is_causal": True, "offset": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ENDS.values(), ids=ENDS)
+def test_the_first_keys(options, taken):
+    attention_oracle.check(attend, Case(i=30, j=64, head_dim=8, options=options))
+    assert taken == []
+
+
+def test_a_table_as_long_as_its_window(taken):
+    query, key, value, table, *_ = Case(i=30, j=64).draw()
+    results = [attend(query, key, value, x, window=(4, 2)) for x in (table, table[:, :5])]
+    assert torch.equal(*results) and taken == []
+
+
+def test_a_decoding_step_whose_first_keys_have_no_weight(taken):
+    """All scores of its first block are -inf."""
+    query, key, value, table, *_ = Case(i=1, j=600).draw()
+    table[:, 300:] = -INF
+    out = attend(query, key, value, table)
+    torch.testing.assert_close(out, attend(query, key[:, :, 300:], value[:, :, 300:], table))
+    assert taken == []
+
+
 # Where torch's path takes over
 
 
@@ -166,6 +199,11 @@ ALL, ONE = Case(**SHAPE), Case(**SHAPE | {"i": 1})
 UNSEEN = {  # the case, and the keys that no query sees
     "causal tail": (ALL, {"is_causal": True, "offset": 7}, (slice(None), slice(None), slice(37, None))),
     "before a window": (ALL, {"window": (5, None), "offset": 36}, (slice(None), slice(None), slice(0, 31))),
+    "one key of a panel before a window": (
+        ALL,
+        {"window": (3, None), "offset": 36},
+        (slice(None), slice(None), slice(33)),
+    ),
     "after a window": (ALL, {"window": (None, 3), "offset": 5}, (slice(None), slice(None), slice(38, None))),
     "hidden ends": (ALL, {"key_padding_mask": mask(32, 45)}, (1, slice(None), [*range(32), 45, 63])),
     "any hidden ends": (ALL, {"key_padding_mask": mask(19, 45)}, (1, slice(None), [*range(19), 45, 63])),
@@ -207,10 +245,12 @@ def test_nan_beside_seen_numbers_takes_torch(name, options, taken):
         assert torch.equal(results[result].isnan(), expected.isnan().to(results[result].device)), result
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "table", "mask"])
-def test_nan_in_the_only_gradient_takes_torch(name, taken):
-    """The kernels look at each result, so a single wanted one suffices."""
-    case = Case(**SHAPE, options={"is_causal": True, "key_padding_mask": torch.zeros(2, 64)})
+@pytest.mark.parametrize(("name", "j"), [
+    ("query", 64), ("query", 1030), ("key", 64), ("value", 64), ("table", 64), ("mask", 64),
+])  # fmt: skip
+def test_nan_in_the_only_gradient_takes_torch(name, j, taken):
+    """The kernels look at each result, so a single wanted one suffices. 1030 keys are two parts, whose dq are added."""
+    case = Case(**SHAPE | {"j": j}, options={"is_causal": True, "key_padding_mask": torch.zeros(2, j)})
     query, key, value, table, dout, _ = tensors = case.draw()
     dout[0, 1, 11, 2] = NAN
     expected = attention_oracle.attention(*tensors[:5], options=case.options)

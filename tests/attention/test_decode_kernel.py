@@ -215,6 +215,23 @@ def merged(partial, seqlens, sizes, splits, value_dim, device):
     return [result.double().cpu() for result in results]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_merging_far_apart(dim, device):
+    """Batch entries or heads of the result, the last one beyond element 2^31."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    if device != "cpu":
+        pytest.skip("the test needs memory that is reserved but never touched; a GPU has none")
+    merge = importlib.import_module("dpb_triton.attention.kernels.merge")
+    sizes = (3, 1, 2) if dim == 0 else (1, 3, 2)
+    partial = merge.Partial(torch.randn(*sizes, 4, 5), torch.randn(*sizes, 4), torch.rand(*sizes, 4) + 0.1)
+    near, lse, state = (torch.empty(size) for size in ((*sizes, 5), sizes, (2, *sizes)))
+    far = attention_oracle.empty_far_apart(near.shape, dim, FARTHER, near)
+    for out in (near, far):
+        merge.launch_merge(partial, None, (out, lse, state), (*sizes, 4))
+    assert torch.equal(far, near)
+
+
 def whole(acc, largest, total):
     """The same, by the definition: (out, lse, state)."""
     acc, largest, total = acc.double().nan_to_num(0.0), largest.double(), total.double()

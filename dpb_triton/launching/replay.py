@@ -359,6 +359,6 @@ def _with_utils(wrapper, utils):
         names = {**function.__globals__, "triton": triton, **others}
         return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
 
-    make = "make_tensordesc_arg"  # a global of the wrapper in 3.6 and 3.7, in its closure in 3.8
+    make = "make_tensordesc_arg"  # a global of the wrapper in 3.6 and 3.7, in its closure since 3.8
     make = _closure(wrapper).get(make) or wrapper.__globals__[make]
     return copied(wrapper, launcher=utils.launch, make_tensordesc_arg=copied(make))

@@ -8,7 +8,7 @@
     scores            floats
     config            one tl.constexpr: the constants a kernel is compiled for
 
-i, j, offset and the other counts are separate arguments, because they must not be specialised. Triton (3.6 to 3.8)
+i, j, offset and the other counts are separate arguments, because they must not be specialised. Triton (3.6 to 3.9)
 specialises on the values in a tuple in spite of `do_not_specialize`, and would compile one kernel for i = 1 and another
 for multiples of 16. A kernel's first lines pack the counts into a `Span`, and its own data into another tuple.
 """

@@ -97,7 +97,7 @@ def test_no_memory_is_torchs_own_error():
         with pytest.raises(RuntimeError, match=r"allocate \d{16} bytes"):
             call()
         gc.collect()
-        assert tensors_alive() == before, name
+        assert tensors_alive() <= before, name  # fewer: another test left a cache that forgets
     step(None)
 
 

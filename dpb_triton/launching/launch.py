@@ -27,7 +27,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 IS_INTERPRETED = bool(knobs.runtime.interpret)  # Triton reads it once, when a kernel is decorated
-IS_TRIED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None and not IS_INTERPRETED
+IS_TRIED = (
+    triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")) and torch.version.hip is None and not IS_INTERPRETED
+)
 INT32 = 2**31
 
 _TRITONS = vars(triton.runtime.jit)

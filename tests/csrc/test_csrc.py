@@ -132,9 +132,9 @@ def test_the_cuda_file_on_the_host(tmp_path):
 @needs_compiler
 def test_random_calls_between_guard_pages(cpp, guarded):
     """All results of the installed extension are right."""
-    out = guarded("-c", "import fuzz, fuzz_cuts; fuzz.main(1200, 7); fuzz_cuts.main(100, 7)")
+    out = guarded("-c", "import fuzz, fuzz_cuts; fuzz.main(1000, 7); fuzz_cuts.main(60, 7)")
     accepted, *_, calls, _, _ = out.split()
-    assert int(accepted) > 300 and int(calls) > 250, out
+    assert int(accepted) > 250 and int(calls) > 150, out
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_random_calls_with_each_instruction_set(name, build_for):
     """The sets round differently; each result is within the budget of the definition."""
     for program, calls in (("fuzz.py", 500), ("fuzz_cuts.py", 60), ("fuzz_attention.py", 25)):
         out = run(sys.executable, ROOT / "tests/csrc" / program, calls, 3, PYTHONPATH=build_for(name))
-        assert int(out.split()[0]) > 50
+        assert int(out.split()[0]) > calls // 10
 
 
 SAME_BITS = """

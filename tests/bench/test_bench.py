@@ -117,6 +117,7 @@ def test_a_wrong_provider_fails_but_is_timed(monkeypatch):
         (["expand", "--backend", "tpu"], "tpu"),
         (["expand", "--device", "cuda"], "torch sees no GPU"),
         (["nothing"], "nothing"),
+        (["table", "no.json"], "no.json"),
     ],
 )
 def test_bad_options_are_named(arguments, words, monkeypatch):

@@ -254,6 +254,21 @@ def test_the_winner_fits():
     assert "nothing fits" in report.words(Work(0), replace(H200, capacity=5e9))
 
 
+def test_each_method_has_its_columns(monkeypatch):
+    cells = report.predictions(Work(0), H200, (1 << 17,), (8,))
+    monkeypatch.setattr(report, "predictions", lambda *arguments: cells)
+    tables = []
+    monkeypatch.setattr(report, "_table", lambda *table: tables.append(table))
+    report.prediction_table(Work(0), H200, "simple")
+    (((row,), headers, _),) = tables
+    assert len(row) == len(headers)
+    found = dict(zip(METHODS, (row[2:5], row[5:7], row[7:10]), strict=True))
+    for method, columns in found.items():
+        prediction, size = cells[1 << 17, 8][method]
+        gib = [] if method == CONTIGUOUS else [f"{size / 2**30:.3g}"]
+        assert columns == [report.ms(prediction.seconds), *gib, prediction.limit]
+
+
 def test_the_table_and_the_mlp_do_not_shrink_with_the_ranks():
     work = Work(1 << 20)
     few, many = (room.peak(work, ranks, RING) for ranks in (8, 1024))

@@ -210,6 +210,13 @@ def test_options_that_people_train_with_are_in_the_matrix():
         assert {"d64 causal", "d128 causal", "d256 causal"} <= layouts
 
 
+def test_rows_of_a_kernel_without_products():
+    record = FORWARD | {"op": "attention backward", "kernel": "_prologue_kernel", "counts": {"load.128": 8}}
+    assert broken(record) == []
+    (sentence,) = broken(record | {"counts": {"load.16": 3}})
+    assert sentence.startswith("rows by single elements: 3 load.16")
+
+
 @pytest.mark.slow
 def test_head_dims_that_nobody_listed_keep_the_promises():
     """One multiple of 8 for each padded width, drawn among the unlisted; the exceptions are those of a listed one."""

@@ -13,7 +13,7 @@ else
   READY       := .venv/.ready
   READY_BENCH := .venv/.ready-bench
 endif
-# Containers often set it. Then each of the hundreds of processes that tests start compiles torch's Python anew.
+# Containers often set it. Then each process that a test starts compiles torch's Python anew.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check
 

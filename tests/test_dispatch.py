@@ -99,6 +99,8 @@ def test_the_command_without_a_gpu(available, monkeypatch, capsys):
 class On:
     """Stands for a tensor on a GPU, or with -1 on the CPU."""
 
+    device = torch.device("cpu")  # asked for with -1 only
+
     def __init__(self, index):
         self.index = index
 
@@ -115,6 +117,7 @@ def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch):
         yield
         entered.append(None)
 
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: None)
     kernels = ModuleType("kernels_of_a_test")
     kernels.scale = lambda tensor, *args: found.append((tensor.index, args, entered[-1:])) or "done"
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
@@ -125,6 +128,17 @@ def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch):
         assert function(On(index), "more", index) == "done"
     assert found == [(-1, ("more", -1), []), (0, ("more", 0), [0]), (1, ("more", 1), [None]), (2, ("more", 2), [2])]
     assert entered == [0, None, 2, None]
+
+
+@pytest.mark.parametrize("name", ["expand", "reduce", "attention_forward", "attention_backward", "attention_paged"])
+def test_tritons_operator_refuses_what_its_kernels_do_not_serve(name, monkeypatch):
+    """A graph, or a user, may call it on a CPU; a GPU would read from an address that is not its own."""
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: f"serves {backend} on no {device_type}")
+    function = dispatch.DIRECT[f"{name}_triton", "cpu"]
+    with pytest.raises(
+        ValueError, match="backend='triton' is not available for cpu tensors: it serves triton on no cpu"
+    ):
+        function(torch.ones(2, 3))
 
 
 def test_float64_on_a_gpu_is_torchs():

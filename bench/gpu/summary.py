@@ -69,10 +69,12 @@ def summary(folder):
     cells = _cells(bias, ("dtype", "n", "direction"), EXPAND)
     cells = {cell: times for cell, times in cells.items() if "Triton" in times}
     columns = ["Triton", "Triton, graph", *list(EXPAND.values())[1:3], "limit, graph", "eager"]
-    parts += [
-        "Milliseconds of the bias alone. The limit is fill forward, sum backward. Graph: replays, without the host.",
-        _table(cells, ("dtype", "n", "direction"), columns, ("limit / Triton", _of("limit", "Triton"))),
-    ]
+    if cells:
+        heading = "Milliseconds of the bias alone. The limit is fill forward, sum backward."
+        parts += [
+            f"{heading} Graph: replays, without the host.",
+            _table(cells, ("dtype", "n", "direction"), columns, ("limit / Triton", _of("limit", "Triton"))),
+        ]
     memory = {}
     for record in records:
         if record.get("event") == "memory" and not record["stopped"]:

@@ -72,6 +72,13 @@ def test_the_summary_of_a_run(folder):
     ]  # fmt: skip
 
 
+def test_a_phase_that_did_not_run_has_no_table(folder):
+    records = [record for record in RECORDS if record["phase"] != "expand"]
+    (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "summary.json").write_text(json.dumps({"environment": ENVIRONMENT}))
+    assert not any("Triton" in row for row in rows(summary(folder)))
+
+
 def test_what_a_run_prints(folder):
     phases = [
         {"name": "expand", "outcome": "ok", "seconds": 3.5, "share": 9.0, "commands": [{"cells": 2}, {"cells": 3}]}

@@ -316,6 +316,9 @@ def test_constants_fit_the_kernels():
                 assert 2 * tile.block_m <= prologue.ROW_PADDING
                 assert max(tile.block_m, tile.block_n) * launch.LARGEST_STRIDE < 2**32
                 assert tile.bands == 1 or kernel == "dtable"
+                # Triton takes powers of two only; its products have at least 16 rows
+                assert {tile.block_m, tile.block_n} <= {16, 32, 64, 128} and tile.num_warps in (4, 8)
+                assert 1 <= tile.num_stages <= 4
 
 
 @pytest.mark.parametrize(

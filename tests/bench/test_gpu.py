@@ -22,7 +22,7 @@ from quick import slow  # noqa: E402
 
 from bench import gpu as page  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
-from bench.gpu import counters, runner, show, smoke, suite  # noqa: E402
+from bench.gpu import counters, guard, runner, show, smoke, suite  # noqa: E402
 from bench.gpu.output import MOST_LOG, Lines, Output  # noqa: E402
 from bench.gpu.phases import Command, Phase, phases, shares  # noqa: E402
 
@@ -210,6 +210,22 @@ def test_the_smoke_computes(case, capsys):
     """The interpreter runs one case of each kind."""
     assert smoke.main(["--device", "cpu", "--tiny", "--case", case]) == 0
     assert f"{case} … ok" in capsys.readouterr().out
+
+
+def test_the_smoke_says_what_it_does(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        smoke.main(["--help"])
+    assert "check every kernel once against float64" in capsys.readouterr().out
+
+
+def test_the_guard_finds_the_children_of_children():
+    sleeper = "sleep 300 & echo $!; wait"
+    with subprocess.Popen(["sh", "-c", f"sh -c '{sleeper}'; :"], stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        lowest = int(process.stdout.readline())
+        found = guard.descendants(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert lowest in found and len(found) == 2
 
 
 def test_every_test_file_is_chosen_or_left_out_with_a_reason():

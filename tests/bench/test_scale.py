@@ -283,9 +283,10 @@ def test_the_command_says_that_it_predicts():
     assert done.exit_code == 0, done.output
     assert done.output.count("Predicted, not measured: ") == 3
     assert "H100 SXM" in done.output and "16 heads" in done.output
-    default = CliRunner().invoke(cli, ["scale"]).output
+    default = CliRunner().invoke(cli, ["scale"], catch_exceptions=False).output
+    assert default.endswith(report.measured_page(json.loads(POINTS.read_text())) + "\n")
     for options in (["--flops", "800"], ["--link", "400"], ["--host", "0"], ["--mlp", "1024"], ["--batch", "2"]):
-        assert CliRunner().invoke(cli, ["scale", *options]).output != default
+        assert CliRunner().invoke(cli, ["scale", *options], catch_exceptions=False).output != default
     assert CliRunner().invoke(cli, ["scale", "--heads", "6", "--kv-heads", "4"]).exit_code == 2
 
 

@@ -197,7 +197,7 @@ def test_the_options_of_the_command_are_tera_giga_and_micro(monkeypatch):
     monkeypatch.setattr(command, "predicted_page", lambda work, machine: seen.append((work, machine)) or "a page")
     monkeypatch.setattr(command, "POINTS", SimpleNamespace(exists=lambda: False))
     words = ["--flops", "2", "--link", "3", "--host", "4", "--batch", "5", "--mlp", "6", "--head-dim", "64"]
-    assert CliRunner().invoke(cli, ["scale", *words]).output == "a page\n"
+    assert CliRunner().invoke(cli, ["scale", *words], catch_exceptions=False).output == "a page\n"
     (name, *rates), (work, machine) = seen
     assert (name, *rates) == ("h200", 64, 2e12, 3e9)
     assert machine == replace(
@@ -205,7 +205,7 @@ def test_the_options_of_the_command_are_tera_giga_and_micro(monkeypatch):
     )
     assert work == Work(0, 32, 8, 64, 5, mlp_dim=6)
     seen.clear()
-    CliRunner().invoke(cli, ["scale"])
+    CliRunner().invoke(cli, ["scale"], catch_exceptions=False)
     assert seen[0] == ("h200", 128, None, None) and seen[1] == (Work(0), ONE)
 
 

@@ -143,6 +143,8 @@ def test_large_windows_serve_programs_with_many_rows():
     )
     assert kernels.window_of(2, 256) == kernels.window_of(4, 256) == (16, 256, 4)
     assert kernels.window_of(8, 64) == kernels.window_of(8, 1024) == (16, 128, 4)
+    # Triton takes powers of two only
+    assert all(set(window) <= {4, 8, 16, 32, 64, 128, 256} for window in kernels.LARGE_WINDOWS.values())
 
 
 def test_float64_is_summed_in_float64_from_any_dtype(device):

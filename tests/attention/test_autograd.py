@@ -283,7 +283,8 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
 
 def test_an_operator_called_directly_has_its_gradient(attention_backend, device):
     inputs = arguments(device, requires_grad=True)
-    out, lse, _ = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"](*inputs)
+    out, lse, state = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"](*inputs)
+    assert out.requires_grad and lse.requires_grad and not state.requires_grad
     (out.square().sum() + lse.sum()).backward()
     for tensor, expected in zip(inputs[:4], gradients_of_reference(inputs), strict=True):
         torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5)

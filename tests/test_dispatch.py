@@ -27,6 +27,36 @@ def available(monkeypatch):
     return set_it
 
 
+def test_why_the_extension_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    monkeypatch.setitem(sys.modules, "dpb_triton._C", None)  # then an import raises ModuleNotFoundError
+    assert dispatch.load_csrc().startswith("the compiled extension is not loaded: import of dpb_triton._C halted")
+    (tmp_path / "_C.txt").write_text("no ninja\n")
+    assert dispatch.load_csrc() == "the compiled extension was not built: no ninja"
+
+    def is_broken(name):
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", is_broken)  # it is there, whatever setup.py left
+    assert dispatch.load_csrc() == "the compiled extension is not loaded: dpb_triton._C: undefined symbol"
+    monkeypatch.undo()
+    assert dispatch.load_csrc() == dispatch.CSRC_ERROR
+
+
+@pytest.mark.parametrize(("serves", "key"), [("cpp", "CPU"), ("cuda", "CUDA")])
+def test_why_the_extension_has_no_kernels(serves, key, monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "dispatch.py"))
+    monkeypatch.setattr(dispatch, "CSRC_ERROR", None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, asked: asked != key)
+    why = dispatch.why_no_csrc.__wrapped__
+    assert why(serves) == f"the compiled extension was built without {key} kernels"
+    (tmp_path / "_C.txt").write_text("nvcc is older than torch's CUDA\n")
+    assert why(serves) == f"the compiled extension was built without {key} kernels: nvcc is older than torch's CUDA"
+    assert why({"cpp": "cuda", "cuda": "cpp"}[serves]) is None
+    monkeypatch.setattr(dispatch, "CSRC_ERROR", "it is broken")
+    assert why(serves) == "it is broken"
+
+
 def test_why_not(available):
     available(cpp="no compiler", cuda="no toolkit")
     assert why_not("torch", "cpu") is why_not("torch", "cuda") is None

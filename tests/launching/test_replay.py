@@ -90,6 +90,27 @@ def test_a_kernel_that_still_compiles_is_left_to_triton(gpu):
     assert len(gpu.by_triton) == 3 and len(gpu.started) == 1
 
 
+ARGUMENTS, CONSTANTS = (X, (None, X), 3, 3, 0.5), {"WIDTH": 16, "IS_SET": False}
+UNKNOWN = {
+    "a constant by its place": ((*ARGUMENTS, 16), {"IS_SET": False}),
+    "an argument by its name": (ARGUMENTS[:4], CONSTANTS | {"scale": 0.5}),
+    "an argument twice": (ARGUMENTS, CONSTANTS | {"number": 3}),
+    "a default": (ARGUMENTS, {"WIDTH": 16}),
+    "too many": ((*ARGUMENTS, 16, False, 3), {}),
+    "a bool": ((*ARGUMENTS[:3], True, 0.5), CONSTANTS),
+    "a string": ((*ARGUMENTS[:3], "3", 0.5), CONSTANTS),
+    "numbers beside tensors": ((X, (3, X), *ARGUMENTS[2:]), CONSTANTS),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_call_of_unknown_form_is_left_to_triton(name, gpu):
+    args, constants = UNKNOWN[name]
+    for _ in range(2):
+        assert launching.launch(gpu.kernel, (3,), *args, **constants)[1] is None
+    assert gpu.by_triton == [((3,), args, constants)] * 2 and not gpu.started
+
+
 def test_rounding_up():
     assert [launching.cdiv(x, 4) for x in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
     assert [launching.next_power_of_2(x) for x in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """plot_bias draws what the module computes."""
 
+import sys
+
 import pytest
 import torch
 
@@ -25,6 +27,12 @@ def test_curves_and_map(signed, log_x, tmp_path):
     torch.testing.assert_close(drawn, module(6, 9, dtype=torch.float32)[1].detach())
     figure.savefig(tmp_path / "bias.png")
     assert (tmp_path / "bias.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plot_bias needs matplotlib: pip install 'dpb_triton\[plot\]'"):
+        plot_bias(DynamicPositionBias(8, 3), 4)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -130,6 +130,8 @@ def flex(query, key, value, table, seen):
     def add_bias(score, b, h, x, y):
         return score + table[h, (x - y).abs()]
 
+    if torch.__version__ < (2, 11) and query.requires_grad and not query.is_cuda:  # torch 2.10 does not know it
+        raise NotImplementedError("FlexAttention does not support backward on CPU")
     blocks = _blocks(seen, query.shape[2], query.device)
     try:
         return call_flex(query, key, value, score_mod=add_bias, block_mask=blocks)

@@ -58,7 +58,6 @@ check: lint test-full  ## lint, run the whole suite and tiny benches: before a p
 # ROWS="oldest newest" runs these; .ci/matrix.py lists them. Each pair of a Python and a torch takes 3 GB of disk.
 matrix: $(READY)  ## run the quick suite on other versions of Python, torch, Triton and peers
 	$(PYTHON) .ci/matrix.py $(ROWS)
-	$(PYTHON) -m bench pages
 
 install: $(READY)  ## make .venv: torch, Triton, this package in place, the development tools
 

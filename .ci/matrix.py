@@ -6,7 +6,7 @@ A row has an environment in build/matrix/: a Python, a torch, a Triton, the libr
 compiled extension is the one in place, because one binary serves all of them. Versions are pinned, so a row is the same
 again. torch comes from PyTorch's index of CPU builds where that can be reached, and else from PyPI, without the
 gigabytes of CUDA libraries (stub_cuda.py). Each row's result goes into bench/results/matrix.json with its date, and
-`python -m bench pages` writes the table of docs/limits.md from it.
+from there into the table of docs/limits.md.
 """
 
 import json
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from bench.environment import describe  # noqa: E402
+from bench.pages import pages  # noqa: E402
 
 FOLDER, RESULTS = ROOT / "build/matrix", ROOT / "bench/results/matrix.json"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -194,6 +195,7 @@ def main(names, parts, prepare_only):
         click.echo(f"{name}: {found}")
         if found:
             save(name, row, {"sha": facts["sha"], "date": facts["date"]} | found)
+            pages.callback()  # the next row's tests compare the pages with the results
         if found.keys() & {"failed", "error", "left_out"}:
             bad.append(name)
     if bad:

@@ -141,6 +141,9 @@ def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
         bad = {"3.8.0": {"passed": 5, "error": 1}, "3.9.0": {"passed": 1234, "failed": 1}}
         return bad.get(row.triton, {"passed": 5, "skipped": 2})
 
+    written = []  # the number of rows whenever the pages are written
+    write = SimpleNamespace(callback=lambda: written.append(len(json.loads(matrix.RESULTS.read_text()))))
+    monkeypatch.setattr(matrix, "pages", write)
     monkeypatch.setattr(matrix, "prepare", lambda row: None)
     monkeypatch.setattr(matrix, "run", run)
     call = click_testing.CliRunner().invoke
@@ -153,6 +156,7 @@ def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
     assert call(matrix.main, ["oldest"]).exit_code == 0
     done = call(matrix.main, ["newest"])
     assert done.exit_code == 1 and "newest" in done.output.splitlines()[-1]
+    assert written == [2, 3, 4, 5, 6, 7]
     results = json.loads(matrix.RESULTS.read_text())
     tritons = ["triton-3.8.0", "triton-3.9.0"]
     assert list(results) == ["oldest", "torch-2.12", "newest", *tritons, "transformers-5.20.0", "of old"]

@@ -178,19 +178,22 @@ def test_defaults_of_a_device(where, monkeypatch):
 
 def test_how_the_compiled_peers_are_compiled(monkeypatch):
     """The bias by one graph for all lengths; attention by one for each shape, and a break of the graph is an error."""
+    import torch._functorch.config
+
     from bench import providers
     from bench.attention import providers as attention_providers
 
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
     monkeypatch.setattr(providers, "_why_not_compiled", lambda provider, device: None)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    found, absent = providers.providers("cpu", ["compiled eager"], [])
-    assert [provider.name for provider in found] == ["compiled eager"] and not absent
-    assert compiled == [{"dynamic": True}] * 2 and not torch._functorch.config.donated_buffer
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    attention_providers._compiled(len)
-    assert compiled[2:] == [{"dynamic": False, "fullgraph": True}] and torch._dynamo.config.recompile_limit == 1000
+    # monkeypatch would take the options out of torch's config in the end
+    with torch._functorch.config.patch(donated_buffer=True):
+        found, absent = providers.providers("cpu", ["compiled eager"], [])
+        assert [provider.name for provider in found] == ["compiled eager"] and not absent
+        assert compiled == [{"dynamic": True}] * 2 and not torch._functorch.config.donated_buffer
+    with torch._dynamo.config.patch(recompile_limit=8):
+        attention_providers._compiled(len)
+        assert compiled[2:] == [{"dynamic": False, "fullgraph": True}] and torch._dynamo.config.recompile_limit == 1000
 
 
 def test_a_dirty_checkout_is_said_and_what_is_not_known_is_left_out(monkeypatch):

@@ -41,7 +41,8 @@ def main() -> None:
     triton = version_of("triton") if dispatch.has_triton() else "not installed"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
     if torch.cuda.is_available():
-        print(f"cuda: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda or torch.version.hip}")
+        toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+        print(f"cuda: {torch.cuda.get_device_name()}, {toolkit}")
     else:
         is_cpu_build = not (torch.version.cuda or torch.version.hip)
         print("cuda: torch sees no GPU" + (" (a CPU build of torch)" if is_cpu_build else ""))

@@ -107,8 +107,10 @@ def test_the_command_names_the_choice(device_type, machine, expected, available,
         assert said == (why_not(backend, device_type) or "available")
 
 
-def test_the_command_without_a_gpu(available, monkeypatch, capsys):
-    is_cpu_build = not (torch.version.cuda or torch.version.hip)
+@pytest.mark.parametrize(("cuda", "hip"), [(None, None), ("13.0", None), (None, "7.0")])
+def test_the_command_without_a_gpu(cuda, hip, available, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
     available(cuda="built without CUDA")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command.main()
@@ -116,7 +118,7 @@ def test_the_command_without_a_gpu(available, monkeypatch, capsys):
     for words in (
         f"dpb_triton {command.__version__} in ",
         f"torch {torch.__version__}, triton {command.version_of('triton')}\n",
-        "cuda: torch sees no GPU" + " (a CPU build of torch)" * is_cpu_build + "\n",
+        "cuda: torch sees no GPU" + " (a CPU build of torch)" * (cuda is None and hip is None) + "\n",
         f"cpu: {torch.get_num_threads()} threads",
         "cuda tensors: there are none here, torch sees no GPU; with one 'triton' is chosen",
         "  triton  installed, but there is no GPU",
@@ -124,6 +126,17 @@ def test_the_command_without_a_gpu(available, monkeypatch, capsys):
     ):
         assert words in out
     assert command.version_of("no such package of ours") == "not installed"
+
+
+@pytest.mark.parametrize(("cuda", "hip", "said"), [("13.0", None, "CUDA 13.0"), (None, "7.0", "HIP 7.0")])
+def test_the_command_with_a_gpu(cuda, hip, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(command, "print_backends", print)
+    command.main()
+    assert f"cuda: a GPU, {said}\n" in capsys.readouterr().out
 
 
 class On:

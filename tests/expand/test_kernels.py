@@ -147,6 +147,16 @@ def test_large_windows_serve_programs_with_many_rows():
     assert all(set(window) <= {4, 8, 16, 32, 64, 128, 256} for window in kernels.LARGE_WINDOWS.values())
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_contiguous_columns_are_read_as_rows(signed, monkeypatch, device):
+    dbias, read, reduce = torch.randn(2, 9, 7, device=device), [], kernels.reduce
+    monkeypatch.setattr(kernels, "reduce", lambda x, *args, **more: read.append(x.stride()) or reduce(x, *args, **more))
+    expected = reference.reduce(dbias, 12, offset=2, signed=signed)
+    for x, strides in ((dbias, []), (dbias.mT.contiguous().mT, [(63, 9, 1)])):
+        torch.testing.assert_close(reduce(x, 12, 2, signed, torch.float32, **TILES[0]), expected)
+        assert read == strides
+
+
 def test_float64_is_summed_in_float64_from_any_dtype(device):
     dbias = torch.randn(1, 40, 70, device=device)
     found = kernels.reduce(dbias, 70, 30, False, torch.float64, **TILES[0])

@@ -40,6 +40,13 @@ def test_the_eager_code_is_right(signed):
 
 
 @pytest.mark.parametrize("signed", [False, True])
+def test_no_distance_has_a_sum(signed, backend, device):
+    dbias = torch.ones(2, 0, 5, device=device)
+    assert reference.reduce(dbias, 0, offset=0, signed=signed).shape == (2, 0)
+    assert ReduceBias.apply(dbias, 0, 0, signed, None, SUFFIXES[backend]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", [slow(x) if x == torch.float16 else x for x in oracle.DTYPES], ids=str)
 @pytest.mark.parametrize("shape", [(3, 33, 77, 44), (2, 50, 40, -3), (1, 70, 64, 100)], ids=str)
 def test_any_strides(shape, dtype, signed, backend, device, poisoned):

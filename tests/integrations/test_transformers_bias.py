@@ -17,19 +17,19 @@ from dpb_triton import DynamicPositionBias
 from dpb_triton.integrations.transformers import NAME, add_position_bias, table
 
 
+def make_bias(seed=0, **options):
+    torch.manual_seed(seed)
+    return DynamicPositionBias(8, 4, **options)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_distance_of_a_cache_has_its_bias(signed):
     """Also both farthest ones; a query beside the keys, in a part of the cache that nobody reads, has some bias."""
-    position_bias, distance = DynamicPositionBias(8, 4, signed=signed), torch.arange(-6, 7)
+    position_bias, distance = make_bias(signed=signed), torch.arange(-6, 7)
     expected = position_bias.table(7)[:, distance + 6 if signed else distance.abs()]
     torch.testing.assert_close(table._look_up(position_bias, distance, 4, 7), expected)
     beyond = table._look_up(position_bias, torch.tensor([-9, 9]), 4, 7)
     torch.testing.assert_close(beyond, expected[:, [0, -1]])
-
-
-def make_bias(seed=0, **options):
-    torch.manual_seed(seed)
-    return DynamicPositionBias(8, 4, **options)
 
 
 def biased(shared=True, **options):

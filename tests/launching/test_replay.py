@@ -35,11 +35,12 @@ USUAL = {
     "num_warps": 4,
     "grid": (3, 2),
 }
+BY_PLACE = ("x", "pair", "number", "plain", "scale")
 
 
 def start(gpu, **changes):
     call = USUAL | changes
-    args = [call.pop(name) for name in ("x", "pair", "number", "plain", "scale")]
+    args = [call.pop(name) for name in BY_PLACE]
     return launching.launch(gpu.kernel, call.pop("grid"), *args, **call)
 
 
@@ -90,7 +91,8 @@ def test_a_kernel_that_still_compiles_is_left_to_triton(gpu):
     assert len(gpu.by_triton) == 3 and len(gpu.started) == 1
 
 
-ARGUMENTS, CONSTANTS = (X, (None, X), 3, 3, 0.5), {"WIDTH": 16, "IS_SET": False}
+ARGUMENTS = tuple(USUAL[name] for name in BY_PLACE)
+CONSTANTS = {name: USUAL[name] for name in ("WIDTH", "IS_SET")}
 UNKNOWN = {
     "a constant by its place": ((*ARGUMENTS, 16), {"IS_SET": False}),
     "an argument by its name": (ARGUMENTS[:4], CONSTANTS | {"scale": 0.5}),

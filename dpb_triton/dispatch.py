@@ -173,18 +173,18 @@ def _autograd_kernel(differentiable, operator, suffix):
 def on_its_device(module, name):
     """The function `name` of `module`, Triton's, which is imported on first use.
 
-    It runs on the device of its first argument. A graph, or a user, may call its operator on a CPU. Without the
-    interpreter that raises ValueError: a GPU would read from an address that is not its own.
+    It runs on the device of its first argument. A graph, or a user, may call its operator without Triton, or on a CPU.
+    Without the interpreter that raises ValueError: a GPU would read from an address that is not its own.
     """
     kernels = None
 
     def function(tensor, *args):
         nonlocal kernels
+        index = tensor.get_device()
+        if index < 0 or kernels is None:
+            check_backend("triton", tensor.device.type, ("triton",))
         if kernels is None:
             kernels = importlib.import_module(module)
-        index = tensor.get_device()
-        if index < 0 and (reason := why_not("triton", tensor.device.type)):
-            raise ValueError(f"backend='triton' is not available for {tensor.device.type} tensors: it {reason}")
         if index < 0 or index == torch.cuda.current_device():  # the guard below takes a microsecond
             return getattr(kernels, name)(tensor, *args)
         with torch.cuda.device(index):

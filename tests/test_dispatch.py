@@ -176,12 +176,21 @@ def test_a_kernel_runs_on_the_device_of_its_tensor(monkeypatch):
 @pytest.mark.parametrize("name", ["expand", "reduce", "attention_forward", "attention_backward", "attention_paged"])
 def test_tritons_operator_refuses_what_its_kernels_do_not_serve(name, monkeypatch):
     """A graph, or a user, may call it on a CPU; a GPU would read from an address that is not its own."""
-    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: f"serves {backend} on no {device_type}")
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: f"serves no {device_type} tensors")
     function = dispatch.DIRECT[f"{name}_triton", "cpu"]
     with pytest.raises(
-        ValueError, match="backend='triton' is not available for cpu tensors: it serves triton on no cpu"
+        ValueError, match="backend='triton' is not available for cpu tensors: 'triton' serves no cpu tensors"
     ):
         function(torch.ones(2, 3))
+
+
+def test_tritons_operator_says_that_triton_is_missing(monkeypatch):
+    """Not an ImportError of the kernels' module, which it imports on first use; on a GPU too."""
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: "is not installed")
+    monkeypatch.setattr(On, "device", torch.device("cuda"))
+    function = dispatch.on_its_device("a_module_that_does_not_exist", "scale")
+    with pytest.raises(ValueError, match="is not available for cuda tensors: 'triton' is not installed"):
+        function(On(0))
 
 
 def test_float64_on_a_gpu_is_torchs():

@@ -162,6 +162,6 @@ def test_rows_of_flash_attention():
     found = [
         grid_of(Case(heads=1, head_dim=1, i=n, j=n, options={"window": window})).flash_rows()
         for window in ((None, None), (None, 0), (9, None), (9, 0), (99, 28))
-        for n in (100, 4000)
+        for n in (100, 4000, 5000)
     ]
-    assert found == [100, 4000, 256, 1000, 256, 1000, 64, 64, 128, 128]
+    assert found == [100, 4000, 5000, 256, 1000, 1024, 256, 1000, 1024, 64, 64, 64, 128, 128, 128]

@@ -2,6 +2,7 @@
 // Runs every thread of whole grids of the CUDA kernels on the host (csrc/band.h) and checks each access:
 //   expand   writes each element exactly once, with the right table entry; vectors are aligned and inside their row
 //   reduce   reads each element exactly once, and its folded sums are exact; vectors are aligned and inside their row
+//   steps    those between the edges are all that lie wholly inside the row
 // Prints the number of cases. At the first mistake it prints the case and exits with 1.
 
 #include "band.h"
@@ -105,6 +106,26 @@ std::unique_ptr<band::Vector<T>[]> allocate(int64_t count) {
   return memory;
 }
 
+// Whether `steps_of` finds exactly the steps that meet the row of a band, and those that need no bounds.
+template <class W>
+void test_steps(const band::Cut& cut) {
+  for (int64_t block = 0; block < cut.bands * cut.chunks; ++block) {
+    const band::Band place = band::band_of<W>(cut, block);
+    const band::Steps steps = band::steps_of<W>(place, cut.j);
+    for (int64_t k = 0; k <= cut.rows / W::BLOCK_M; ++k) {
+      const int64_t row = k * W::BLOCK_M, first = place.column + row, end = first + W::SHIFT + W::BLOCK_N;
+      const bool is_met = row < place.rows && first < cut.j && end > 0;
+      if (is_met != (steps.enter <= k && k < steps.leave)) {
+        fail("wrong steps of a window", k);
+      }
+      const bool is_whole = is_met && row + W::BLOCK_M <= place.rows && first >= 0 && end <= cut.j;
+      if (is_whole != (steps.inside <= k && k < steps.outside)) {
+        fail("wrong whole windows", k);
+      }
+    }
+  }
+}
+
 template <class W>
 void test_expand(const Case& c) {
   using T = typename W::Element;
@@ -117,6 +138,7 @@ void test_expand(const Case& c) {
   auto memory = allocate<T>(total);
   T* out = memory[0].element;
   const band::Cut cut = cut_of<W>(c);
+  test_steps<W>(cut);
   const band::Table<T> source{table.data(), c.n, c.offset, width, 1, c.is_signed};
   for (int64_t block = 0; block < cut.blocks(c.heads); ++block) {
     for (int thread = 0; thread < W::THREADS; ++thread) {
@@ -163,6 +185,7 @@ void test_reduce(const Case& c, std::mt19937& random) {
     data[e] = static_cast<T>(random() % 16);
   }
   const band::Cut cut = cut_of<band::ReduceWindow<T>>(c);
+  test_steps<band::ReduceWindow<T>>(cut);
   std::vector<double> partial(c.heads * cut.chunks * 2 * cut.bands * cut.block_n, NAN);
   if (c.stride_y == 1) {
     run_reduce<true, T>(c, data, cut, partial);

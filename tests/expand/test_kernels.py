@@ -6,9 +6,14 @@ import pytest
 import torch
 from quick import slow
 
-from dpb_triton import reference
+pytest.importorskip("triton", reason="Triton is not installed")
 
-kernels = pytest.importorskip("dpb_triton.expand.triton_kernels", reason="Triton is not installed")
+import triton
+import triton.language as tl
+
+from dpb_triton import reference
+from dpb_triton.dispatch import why_not
+from dpb_triton.expand import triton_kernels as kernels
 
 TILES = [
     {"block_m": 8, "block_n": 32, "rows": 16},
@@ -161,3 +166,46 @@ def test_float64_is_summed_in_float64_from_any_dtype(device):
     dbias = torch.randn(1, 40, 70, device=device)
     found = kernels.reduce(dbias, 70, 30, False, torch.float64, **TILES[0])
     torch.testing.assert_close(found.cpu(), oracle.reduce(dbias, 70), rtol=1e-13, atol=1e-13)
+
+
+@triton.jit
+def _steps_kernel(cases_ptr, steps_ptr, steps: tl.constexpr, SHIFT: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    ptr, to = cases_ptr + 3 * tl.program_id(0), steps_ptr + 4 * tl.program_id(0)
+    enter, inside, outside, leave = steps(tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), SHIFT, BLOCK_M, BLOCK_N)
+    tl.store(to, enter)
+    tl.store(to + 1, inside)
+    tl.store(to + 2, outside)
+    tl.store(to + 3, leave)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_steps_of_a_window(shift, device):
+    """All steps that meet the row lie in [enter, leave), and [inside, outside) are all that need no mask."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    block_m, block_n, most = 4, 8, 16  # the rows of a program; one that has fewer ends a head
+    cases = [(rows, column, j) for rows in (3, 4, 14, 16) for j in range(1, 40, 2) for column in range(-most, j, 3)]
+    found = torch.zeros(len(cases), 4, dtype=torch.int32, device=device)
+    sizes = torch.tensor(cases, dtype=torch.int32, device=device)
+    _steps_kernel[(len(cases),)](sizes, found, kernels._steps, shift, block_m, block_n)
+    for (rows, column, j), (enter, inside, outside, leave) in zip(cases, found.tolist(), strict=True):
+        firsts = {
+            k: column + k * block_m for k in range(most // block_m)
+        }  # columns of windows, which move with the rows
+        met = [k for k, y in firsts.items() if k * block_m < rows and y < j and y + shift + block_n > 0]
+        whole = [k for k in met if (k + 1) * block_m <= rows and firsts[k] >= 0 and firsts[k] + shift + block_n <= j]
+        assert [*range(enter, leave)] == met, (rows, column, j)
+        assert [*range(inside, outside)] == whole, (rows, column, j)
+
+
+def test_the_largest_sizes():
+    """Beyond them a sum of two positions is no int32."""
+    most = kernels.LARGEST
+    assert 2 * most <= 2**31 - 1
+    kernels._check_sizes(most, most, most)
+    for sizes in ((most + 1, 1, 1), (1, most + 1, 1), (1, 1, most + 1)):
+        with pytest.raises(
+            ValueError, match=f"at most {most} for Triton's kernels, got i = {sizes[0]}, j = {sizes[1]}"
+        ):
+            kernels._check_sizes(*sizes)

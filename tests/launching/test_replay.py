@@ -349,6 +349,12 @@ def test_the_tensors_in_a_block_share_nothing():
         assert place + tensor.untyped_storage().nbytes() <= end
 
 
+@pytest.mark.parametrize(("elements", "blocks"), [(0, 0), (1, 1), (128, 1), (129, 2)])
+def test_a_block_is_no_larger_than_its_tensors(elements, blocks):
+    (_, (size, *_)), places = replay._block([torch.empty(elements, dtype=torch.float32)] * 2)
+    assert (size, places) == ((2 * blocks * replay.BLOCK_BYTES,), [0, blocks * replay.BLOCK_BYTES])
+
+
 def test_no_block_for_nothing():
     assert replay._block([]) == (None, [])
 

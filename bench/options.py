@@ -65,7 +65,7 @@ def shared_options(peers, default_peers, backends, heads, lengths, what="Queries
     """
     path = click.Path(dir_okay=False, path_type=Path)
     many = dict.fromkeys(heads.values())
-    heads_words = " or ".join(f"{number}" for number in many) + (" on a GPU" if len(many) > 1 else "")
+    heads_words = ", or ".join(f"{number}" for number in many) + (" on a GPU" if len(many) > 1 else "")
     options = (
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU."),
         click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=("fp32", "bf16"),

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -396,6 +397,8 @@ def test_the_table_of_the_command_and_its_exit_code(monkeypatch, tmp_path, chang
     words = ["--kernel", "attention", "--json", str(path)]
     done = CliRunner().invoke(codegen_command.codegen, words)
     assert done.exit_code == code, done.output
+    python = re.escape(sys.version.split()[0])
+    assert re.match(rf"triton {record['triton']}, python {python}, 20\d\d-\d\d-\d\d, no GPU used\n", done.output)
     assert done.output.splitlines()[-1] == f"1 kernels, {code} break a promise"
     line = next(line for line in done.output.splitlines() if line.startswith("_forward_kernel"))
     assert line.split() == ["_forward_kernel", "sm_90", "bf16", "d64", "causal", *row.split()]

@@ -387,6 +387,7 @@ def test_which_loop_counts():
             {"spills": 3, "scalar_spills": 2}, 1,
             "128,64,4,3 253 8 2 5 65536 9 613 8 34 68 16 1 3 spills, 0 bytes a thread",
         ),
+        ({"interior": None}, 1, "128,64,4,3 253 8 2 0 65536 9 no loop with tensor-core instructions"),
         ({"error": "CompilationError: at 1:1\nno"}, 1, "does not compile: no"),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dpb_triton.attention.kernels.arguments import KeyRanges, Span
+from dpb_triton.attention.kernels.dtable import steps_of
 from dpb_triton.attention.kernels.tiles import clip_blocks, dropout_of, is_allowed, is_kept, tanh_of, visible_blocks
 from dpb_triton.dispatch import why_not
 
@@ -101,6 +102,38 @@ def check_blocks(found, visible, whole, row):
     assert not visible or max(visible) < end, row
     if whole is not None:
         assert list(range(inside, outside)) == whole, row
+
+
+@triton.jit
+def _steps_kernel(cases_ptr, steps_ptr, first_step, chunk_steps, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    ptr, to = cases_ptr + 6 * tl.program_id(0), steps_ptr + 4 * tl.program_id(0)
+    ranges = KeyRanges(tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5))
+    enter, inside, outside, leave = steps_of(
+        tl.load(ptr), ranges, tl.load(ptr + 1), first_step, chunk_steps, BLOCK_M, WIDTH
+    )
+    tl.store(to, enter)
+    tl.store(to + 1, inside)
+    tl.store(to + 2, outside)
+    tl.store(to + 3, leave)
+
+
+@pytest.mark.parametrize("chunk", [(0, 99), (1, 3)])
+def test_steps_of_a_window_of_the_table(chunk, device):
+    """A step moves the window by as many keys as queries: all that meet a seen key, and all that need no mask."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    cases = [(start, i, *ranges) for start in range(-30, 40, 3) for i in (1, 4, 9, 16)
+             for ranges in ((0, 25, 0, 25), (3, 21, 0, 25), (0, 30, 9, 23), (7, 7, 0, 0), (2, 28, 11, 12))]  # fmt: skip
+    found = torch.zeros(len(cases), 4, dtype=torch.int32, device=device)
+    sizes = torch.tensor(cases, dtype=torch.int32, device=device)
+    _steps_kernel[(len(cases),)](sizes, found, *chunk, ROWS, BLOCK)
+    for case, (enter, inside, outside, leave) in zip(cases, found.tolist(), strict=True):
+        start, i, seen, unseen, zero, nonzero = case
+        windows = {k: start + k * ROWS for k in range(chunk[0], sum(chunk)) if k * ROWS < i}
+        met = [k for k, y in windows.items() if y < unseen and y + BLOCK > seen]
+        whole = [k for k in met if zero <= windows[k] <= nonzero - BLOCK and (k + 1) * ROWS <= i]
+        assert [*range(enter, leave)] == met, case
+        assert [*range(inside, outside)] == whole, case
 
 
 @triton.jit

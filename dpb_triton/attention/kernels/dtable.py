@@ -199,6 +199,22 @@ def _store_diagonals(acc, relative, left, right, partial_ptr, span, config: tl.c
         tl.store(partial_ptr + r * span + tl.arange(0, BLOCK_N), sums)
 
 
+@triton.jit
+def steps_of(start, ranges, i, first_step, chunk_steps, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """The steps of a chunk: in [enter, leave) the window meets a key, in [inside, outside) it needs no mask.
+
+    start: the window's first key at step 0. A key bias makes an edge of a step.
+    """
+    enter = tl.cdiv(tl.maximum(ranges.seen + 1 - WIDTH - start, 0), BLOCK_M)
+    leave = tl.cdiv(tl.minimum(tl.maximum(ranges.unseen - start, 0), i), BLOCK_M)
+    inside = tl.cdiv(tl.maximum(ranges.zero - start, 0), BLOCK_M)
+    outside = tl.minimum(tl.maximum(ranges.nonzero - start - WIDTH + BLOCK_M, 0), i) // BLOCK_M
+    enter = tl.maximum(enter, first_step)
+    leave = tl.maximum(tl.minimum(leave, first_step + chunk_steps), enter)
+    inside = tl.minimum(tl.maximum(inside, enter), leave)
+    return enter, inside, tl.minimum(tl.maximum(outside, inside), leave), leave
+
+
 @triton.jit(do_not_specialize=["i", "j", "offset", "left", "right", "zero", "width", "batch", "least", "n_bands",
                                "n_chunks", "chunk_batch", "step_chunks", "chunk_steps", "threshold"])  # fmt: skip
 def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr, layout, i, j, offset, left, right,
@@ -255,16 +271,8 @@ def _dtable_kernel(query_ptr, key_ptr, value_ptr, dout_ptr, inputs, partial_ptr,
             threshold,
         )
 
-        # the steps [enter, leave) at which the window meets a key, and [inside, outside) at which it is all inside
         ranges = key_ranges_of(inputs.key_ranges, index, span, config.HAS_KEY_BIAS)
-        enter = tl.cdiv(tl.maximum(ranges.seen + 1 - WIDTH - start, 0), BLOCK_M)
-        leave = tl.cdiv(tl.minimum(tl.maximum(ranges.unseen - start, 0), span.i), BLOCK_M)
-        inside = tl.cdiv(tl.maximum(ranges.zero - start, 0), BLOCK_M)
-        outside = tl.minimum(tl.maximum(ranges.nonzero - start - WIDTH + BLOCK_M, 0), span.i) // BLOCK_M
-        enter = tl.maximum(enter, first_step)
-        leave = tl.maximum(tl.minimum(leave, first_step + chunk_steps), enter)
-        inside = tl.minimum(tl.maximum(inside, enter), leave)
-        outside = tl.minimum(tl.maximum(outside, inside), leave)
+        enter, inside, outside, leave = steps_of(start, ranges, span.i, first_step, chunk_steps, BLOCK_M, WIDTH)
         for edge in range(enter, leave - (outside - inside)):
             step = edge if edge < inside else edge + (outside - inside)
             state = load_state(rows_ptr, step * BLOCK_M, BLOCK_M, False)

@@ -12,6 +12,7 @@ for module in ("click", "tabulate", "tqdm"):
 from click.testing import CliRunner  # noqa: E402
 
 from bench import expand as bench_expand  # noqa: E402
+from bench import providers as bench_providers  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.environment import cpu_name, describe  # noqa: E402
 from bench.lines import Lines, read_lines  # noqa: E402
@@ -174,6 +175,15 @@ def test_defaults_of_a_device(where, monkeypatch):
     assert shapes == {("fp16", 3, 5)}
     shapes, common, *_ = run("--rounds", "9", "--seconds", "0.25")
     assert (common.rounds, common.seconds) == (9, 0.25)
+
+
+def test_what_is_not_measured(monkeypatch):
+    """On a CPU Triton's interpreter would run, which says nothing about a kernel's speed."""
+    asked = [(backend, where) for backend in ("triton", "cpp") for where in ("cpu", "cuda")]
+    for reason in (None, "is not installed"):
+        monkeypatch.setattr(bench_providers, "why_not", lambda backend, where, reason=reason: reason)
+        interpreted = reason or "on a CPU only its interpreter runs, which is for tests"
+        assert [bench_providers.why_not_measured(*pair) for pair in asked] == [interpreted, reason, reason, reason]
 
 
 def test_how_the_compiled_peers_are_compiled(monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Without options the commands measure what their help says, in its order."""
+"""Without options the commands of attention measure what their help says. test_bench.py does this for `expand`."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ for module in ("click", "tabulate", "tqdm"):
 
 from click.testing import CliRunner  # noqa: E402
 
-from bench import expand  # noqa: E402
 from bench.attention import command as attention  # noqa: E402
 from bench.decode import command as decode  # noqa: E402
 
@@ -17,15 +16,6 @@ from bench.decode import command as decode  # noqa: E402
 @pytest.mark.parametrize(
     ("module", "options", "where", "heads", "lengths", "words"),
     [
-        (expand, [], "cpu", 8, [1023, 2048], "1023, 2048 on a CPU"),
-        (
-            expand,
-            [],
-            "cuda",
-            8,
-            [1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384],
-            "1024 to 16384 with odd ones",
-        ),
         (attention, [], "cpu", 8, [512, 1024], "512, 1024 on a CPU"),
         (attention, [], "cuda", 16, [2048, 4096, 8192, 16384], "2048 to 16384 on a GPU"),
         (attention, ["--errors"], "cpu", 8, [512, 2048, 4096], "512, 2048, 4096 with --errors"),
@@ -47,6 +37,4 @@ def test_heads_and_lengths(module, options, where, heads, lengths, words, monkey
     assert {(shape.dtype, shape.heads) for shape in seen} == {(d, heads) for d in ("fp32", "bf16")[: 2 - len(options)]}
     helps = {option.opts[0]: option.help for option in command.params}
     assert words in helps["--seq"]
-    assert helps["--heads"] == {attention: "Default: 8, or 16 on a GPU.", decode: "Default: 8, or 32 on a GPU."}.get(
-        module, "Default: 8."
-    )
+    assert helps["--heads"] == f"Default: 8, or {32 if module is decode else 16} on a GPU."

@@ -43,11 +43,13 @@ OWN_PROCESSES = "starts processes of its own, on the CPU"
 BEFORE = "raises before a kernel starts, the same on every machine"
 NO_KERNEL = "runs no kernel of this library"
 CPU_ONLY = "draws its tensors on the CPU"
+INTERPRETED = "counts what Triton's interpreter calls"
 TRACED = "a trace holds torch's operators, and none of this library's"
 LEFT_OUT = {  # by pattern
     "attention/test_bad_input.py": BEFORE,
     "attention/test_reference.py": NO_KERNEL,
     "attention/test_tiles.py": NO_KERNEL,
+    "attention/test_tiles_computed.py": INTERPRETED,
     "attention/test_decode.py": NO_KERNEL,
     "attention/test_cpp.py": CPU_ONLY,
     "attention/test_fake_kernels.py": CPU_ONLY,
@@ -75,6 +77,7 @@ LEFT_OUT = {  # by pattern
     "test_docs.py": OWN_PROCESSES,
     "test_setup.py": OFFLINE,
     "test_tracing.py": TRACED,
+    "test_without_triton.py": OWN_PROCESSES,
     "test_types.py": NO_KERNEL,
     "integrations/test_transformers*.py": CPU_ONLY,
     "integrations/test_x_transformers.py": CPU_ONLY,

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch, reference
 from dpb_triton.attention import api
+from dpb_triton.checks import is_transformed
 
 
 @pytest.fixture
@@ -146,6 +147,15 @@ def test_double_backward_raises_in_every_input(attend, device):
 def forward_mode(f, t):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(f(forward_ad.make_dual(t, t))).tangent
+
+
+def test_what_asks_for_forward_mode():
+    """A tangent does. A level alone does not, so kernels still serve what has none in it."""
+    plain = torch.ones(2)
+    assert not is_transformed(plain, None)
+    with forward_ad.dual_level():
+        assert not is_transformed(plain, None)
+        assert is_transformed(None, plain, forward_ad.make_dual(plain, plain))
 
 
 TRANSFORMS = {

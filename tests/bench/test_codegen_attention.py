@@ -102,6 +102,22 @@ def test_float32_multiplies_three_times():
         assert found == ([] if times is None else [f"main loop: {times} times the products that its tile needs"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "has_key_bias", "most"),
+    [("_forward_kernel", True, 76), ("_dq_kernel", False, 76), ("_dkdv_kernel", True, 268),
+     ("_dtable_kernel", False, 12), ("_dtable_kernel", True, 44)],
+)  # fmt: skip
+def test_loads_of_single_elements(kernel, has_key_bias, most):
+    """Of 64 scores: each has a bias, and dkdv's queries four numbers; dtable keeps its bias and loads a key bias."""
+    record = copy.deepcopy(FORWARD) | {"kernel": kernel}
+    record["constants"]["HAS_KEY_BIAS"] = has_key_bias
+    assert scores_a_thread(record) == 64
+    for singles in (most, most + 1):
+        record["interior"]["counts"]["load.32"] = singles
+        numbers = {finding.what: finding.amount for finding in findings(record)}
+        assert numbers.get("bias loads") == (singles if singles > most else None)
+
+
 def test_a_bulk_copy_stands_for_the_rows():
     """TMA moves whole tiles, so there are no vectors to count."""
     record = copy.deepcopy(FORWARD)

@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import asdict, replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +214,8 @@ def test_the_words_are_those_of_the_predictions():
     work, here = Work(0), machine.gpu("h200", 128)
     said = report.words(work, here)
     found = report.predictions(work, here)
+    lengths = ["8k", "32k", "128k", "512k", "1M"]
+    assert [(report.tokens_word(n), ranks) for n, ranks in found] == [*product(lengths, (8, 32, 64, 256, 1024))]
 
     def best(tokens, ranks):
         return min((prediction for prediction, _ in found[tokens, ranks].values()), key=lambda p: p.seconds)

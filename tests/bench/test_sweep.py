@@ -20,6 +20,7 @@ from bench.sweep import command  # noqa: E402
 from bench.sweep import gpu as sweep_gpu  # noqa: E402
 from bench.sweep import offline as sweep_offline  # noqa: E402
 from bench.sweep.candidates import KERNELS, Candidate, candidates, elements  # noqa: E402
+from dpb_triton import reference  # noqa: E402
 
 GROUP = ("dkdv", 64, "bf16", "sm_90")
 
@@ -167,13 +168,19 @@ def test_compiling_for_a_gpu_that_is_not_there(tmp_path):
 
 
 def test_the_launches_that_are_timed():
-    """In the interpreter: other constants give the same results, and each call launches one kernel's part."""
+    """In the interpreter: each call launches one kernel's part of causal attention, with any constants."""
+    torch.manual_seed(0)
     calls = sweep_gpu.calls_of(16, "fp32", 40, 1, 2, "cpu")
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 40, 2, 16).transpose(1, 2).requires_grad_() for _ in range(4)]
+    dout, table = leaves.pop(), torch.randn(2, 40, requires_grad=True)
+    out = reference.attention(*leaves, table, is_causal=True)
+    dq, dk, dv, dtable = torch.autograd.grad(out, (*leaves, table), dout)
+    expected = {"forward": [out], "dkdv": [dk, dv], "dq": [dq], "dtable": [dtable]}
     for kernel, call in calls.items():
-        first, second = (call(Candidate(kernel, *tile, 4, 1)) for tile in ((16, 16), (16, 32)))
-        assert sweep_gpu.difference(second, first) < 1e-5
-        assert all(tensor.abs().sum() > 0 for tensor in first)
-        assert len(first) == (2 if kernel == "dkdv" else 1)
+        for tile in ((16, 16), (16, 32)):
+            assert sweep_gpu.difference(call(Candidate(kernel, *tile, 4, 1)), expected[kernel]) < 1e-5
+    assert calls.keys() == expected.keys()
 
 
 def test_differences():

@@ -196,10 +196,16 @@ def test_memory_is_counted_whatever_is_freed():
     assert 4 * 6000 <= allocated(call) <= 4 * 6000 + 256
 
 
+@pytest.fixture
+def unsent(monkeypatch):
+    """A rank sends itself a copy. Gloo would free what it sent in a thread of its own, where no profiler sees it."""
+    monkeypatch.setattr(torch.ops._c10d_functional, "all_to_all_single", lambda rows, *_: rows.clone())
+
+
 @pytest.mark.parametrize("mesh", [1], indirect=True)
 @pytest.mark.parametrize("kind", ["forward", "training"])
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_is_that_of_the_formula(method, kind, mesh):
+def test_memory_is_that_of_the_formula(method, kind, mesh, unsent):
     """Within a fifth, at a size whose tensors are far larger than the small ones, which it leaves out."""
     work = replace(WORK, total=2048, heads=8, kv_heads=4, head_dim=64)
     expected = report.beyond_inputs(work, 1, method, kind == "forward")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The bench times right results, prints FAIL for wrong ones, and writes what it prints."""
 
+import copy
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from bench.memory import peak_mib  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
 from bench.report import times_table  # noqa: E402
 from bench.timing import Time, measure  # noqa: E402
+from dpb_triton import reference  # noqa: E402
 
 QUICK = ["expand", "--smoke", "--device", "cpu", "--peer", "eager", "--backend", "torch"]
 
@@ -143,6 +145,16 @@ def test_peak_memory_is_that_of_the_call():
 
     assert 60 < peak_mib(call, "cpu") < 80
     assert peak_mib(lambda: None, "cpu") < 5
+
+
+def test_a_module_is_compared_with_float64():
+    """The exact gradient of a weight comes from the exact gradient of the table, not from that of a rounded sum."""
+    cells = bench_expand.Cells(bench_expand.Shape("bf16", 2, 33), "cpu")
+    module = copy.deepcopy(cells.modules[True]).double()
+    module.table(33).backward(reference.reduce(cells.dbias.double(), 33))
+    exact, eager, _ = cells._exact("module")
+    torch.testing.assert_close(exact, module.mlp[0].weight.grad, rtol=1e-9, atol=0)
+    assert eager.dtype == torch.float32 and not torch.equal(eager.double(), exact)
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])

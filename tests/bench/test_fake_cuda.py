@@ -4,6 +4,7 @@
 import ctypes
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ def library(tmp_path_factory):
 
     include = Path(next(iter(nvidia.__path__)), "include")
     return ctypes.CDLL(str(fake_cuda._build(tmp_path_factory.mktemp("fake"), include)))
+
+
+def test_a_driver_that_does_not_compile_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(subprocess.CalledProcessError, match="non-zero exit status 1"):
+        fake_cuda._build(tmp_path, tmp_path)
 
 
 class Config(ctypes.Structure):

@@ -354,6 +354,11 @@ def dashed(panel):
     return {line.get_label() for line in panel.lines if line.get_linestyle() == "--"}
 
 
+def bases(panel):
+    """Those of the axes' logarithms; None for an axis without."""
+    return tuple(getattr(axis.get_transform(), "base", None) for axis in (panel.xaxis, panel.yaxis))
+
+
 def test_pictures_show_the_times_the_peaks_and_the_losses():
     pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
     records = [*ATTENTION["records"], timed("eager", 3.0, 3.0, 3.0, n=256), timed("eager", 4.0, 4.0, 4.0, mask="full")]
@@ -377,3 +382,8 @@ def test_pictures_show_the_times_the_peaks_and_the_losses():
     assert drawn(curves)["eager"][-2:] == [(19, pytest.approx(1.4427, abs=1e-4)), (20, pytest.approx(2.8854, abs=1e-4))]
     assert drawn(lengths)["fused"] == [(8, pytest.approx(1.4427, abs=1e-4)), (16, pytest.approx(2.8854, abs=1e-4))]
     assert lengths.get_title() == "trained at 8, evaluated at"
+    # lengths double from one to the next; times and sizes span powers of ten, bits per byte do not
+    assert bases(forward) == (2, 10) and bases(panel) == (2, 10)
+    assert bases(curves) == (None, 2) and bases(lengths) == (2, None)
+    assert [label.get_text() for label in lengths.get_xticklabels()] == ["8", "16"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["256", "512", "1024"]

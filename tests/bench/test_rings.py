@@ -68,7 +68,7 @@ def test_the_slowest_rank_counts_in_milliseconds(monkeypatch):
 def test_the_table_of_overlap(clock, monkeypatch):
     """A step's products take 100 ms, then 110, and half of a hop hides behind them. Of five passes one is ten times as
     slow, one twice as fast: medians do not see them."""
-    hops, calls = [], []
+    hops, calls, met = [], [], []
 
     @contextmanager
     def link(seconds):
@@ -78,8 +78,10 @@ def test_the_table_of_overlap(clock, monkeypatch):
     def attention(query, key, value, table, shards, is_causal):
         assert is_causal and query.shape == (1, 4, 8, 64) and table.shape == (4, 16) and not torch.is_grad_enabled()
         calls.append(1)
+        assert len(met) == len(calls)  # every rank begins at the same time
         clock.now += (0.2 + 0.02 * (len(calls) > 7) + hops[-1] / 2) * (10, 0.5, 1, 1, 1)[len(calls) % 5]
 
+    monkeypatch.setattr(dist, "barrier", lambda: met.append(1))
     monkeypatch.setattr(overlap, "link", link)
     monkeypatch.setattr(overlap, "slowest", lambda seconds: 1e3 * seconds)
     monkeypatch.setattr(overlap, "ContextShards", lambda mesh, total: SimpleNamespace(length=total // 2, ranks=2))

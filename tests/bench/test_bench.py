@@ -3,6 +3,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,26 @@ def test_how_the_compiled_peers_are_compiled(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=8):
         attention_providers._compiled(len)
         assert compiled[2:] == [{"dynamic": False, "fullgraph": True}] and torch._dynamo.config.recompile_limit == 1000
+
+
+def test_the_driver_of_a_gpu(monkeypatch):
+    from bench import environment
+
+    def say(*_, **options):
+        assert options["check"] and options["timeout"] < 60
+        return SimpleNamespace(stdout="570.1\n580.2\n")  # a line for each GPU
+
+    monkeypatch.setattr(environment.subprocess, "run", say)
+    assert environment._driver() == "570.1"
+
+    def fail(*_, **options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(environment.subprocess, "run", fail)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert environment._driver() == "unknown"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert environment._driver() == "7.0"
 
 
 def test_a_dirty_checkout_is_said_and_what_is_not_known_is_left_out(monkeypatch):

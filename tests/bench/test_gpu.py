@@ -203,11 +203,17 @@ def test_a_wrong_case_says_so_and_a_lost_device_ends_the_smoke(monkeypatch, caps
     assert [record.get("ok") for record in records] == [None, False, None, False]
 
 
-@pytest.mark.parametrize(
-    "case", ["expand bf16, odd", "attention bf16 dropout", "attention bf16 varlen", "graph forward"]
-)
+LONG = ("d128", "d256", "repeated", "training")
+OF_TRITON = [
+    (slow if any(word in name for word in LONG) else pytest.param)(name)
+    for name in smoke.CASES
+    if not name.startswith("csrc")
+]
+
+
+@pytest.mark.parametrize("case", OF_TRITON)
 def test_the_smoke_computes(case, capsys):
-    """The interpreter runs one case of each kind."""
+    """In the interpreter."""
     assert smoke.main(["--device", "cpu", "--tiny", "--case", case]) == 0
     assert f"{case} … ok" in capsys.readouterr().out
 

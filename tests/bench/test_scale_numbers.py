@@ -227,6 +227,9 @@ def test_the_words_are_those_of_the_predictions():
     busy = sorted(most.busy.items(), key=lambda item: item[1])[::-1][:4]
     assert "Busy: " + ", ".join(f"{part} {report.ms(seconds)} ms" for part, seconds in busy) + "." in said
     assert f"instead of {report.ms(most.seconds)} ms, by" in said
+    split = replace(work, total=1 << 20, heads=4, kv_heads=1)  # of 32 and 8, over the 8 GPUs of a node
+    both = model.predict(split, replace(here, node=1), 128, RING)
+    assert f"a ring of 128 nodes it would be {report.ms(both.seconds)} ms, limit: {both.limit}." in said
     cell = found[8 << 10, 32]
     ratio = cell[RING][0].seconds / cell[ALL_TO_ALL][0].seconds
     assert f"Time of the ring over that of all-to-all on 32 GPUs: {ratio:.2f} at 8k," in said

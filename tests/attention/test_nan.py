@@ -229,23 +229,23 @@ def test_one_program_of_many(program, repairers, attend, small_tiles, monkeypatc
     """A program of the second launch reads many flags and finds each: the first, a group's last, the next, the last."""
     launch = pytest.importorskip("dpb_triton.attention.kernels.launch")
     monkeypatch.setattr(launch, "REPAIR_WARPS", 4 * repairers)
-    names, redone = {"forward", "dq", "dkdv"}, set()
-    for name in names if device == "cpu" else ():  # a GPU runs no Python
-        watched(name, redone, monkeypatch)
+    names, redone = {"forward", "dq", "dkdv"} if device == "cpu" else set(), set()  # a GPU runs no Python
+    for name in names:
+        watch(name, redone, monkeypatch)
     head, block = divmod(program, 11)
     y, x = 16 * (10 - block) + 5, 16 * block + 5  # program 0 takes the last block of queries, but the first of keys
     numbers = [(name, (0, head, y), NAN) for name in ("key", "value")]
     numbers += [(name, (0, head, x), NAN) for name in ("query", "dout")]
     check(attend, MANY, numbers, device)
-    assert redone == (names if device == "cpu" else set())
+    assert redone == names
 
 
-def watched(name, redone, monkeypatch):
+def watch(name, redone, monkeypatch):
     """Add `name` to `redone` when the second launch of this kernel redoes a program. It may redo none twice."""
     kernel, seen = importlib.import_module(f"dpb_triton.attention.kernels.{name}"), set()
     program = kernel._program
 
-    def watching(pid, *more):
+    def watched(pid, *more):
         if more[-1].IS_REPAIR:
             assert int(pid) not in seen, f"{name} redoes program {int(pid)} twice"
             seen.add(int(pid))
@@ -254,7 +254,7 @@ def watched(name, redone, monkeypatch):
             seen.clear()  # another call begins
         return program(pid, *more)
 
-    monkeypatch.setattr(kernel, "_program", watching)
+    monkeypatch.setattr(kernel, "_program", watched)
 
 
 @pytest.mark.parametrize("attention_backend", BACKENDS)

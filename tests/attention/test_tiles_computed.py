@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dpb_triton import bias_attention
+from dpb_triton import bias_attention, reference
 from dpb_triton.dispatch import why_not
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -33,16 +33,12 @@ OPTIONS = {
 
 def expected(key_padding_mask=None, is_causal=False, window=(None, None), offset=KEYS - QUERIES):
     """{is_masked: tiles of one head} of the batch's two entries."""
-    x, y = torch.arange(QUERIES)[:, None], torch.arange(KEYS)
-    distance = x + offset - y
-    left, right = window
-    is_seen = torch.ones(2, QUERIES, KEYS, dtype=torch.bool)
-    is_seen &= distance <= (KEYS + QUERIES if left is None else left)
-    is_seen &= -distance <= (0 if is_causal else KEYS + QUERIES if right is None else right)
-    is_plain = is_seen.clone()
+    left, right = (torch.inf if bound is None else bound for bound in window)
+    distance = reference.distance(QUERIES, KEYS, offset)
+    is_seen = is_plain = ((distance <= left) & (-distance <= (0 if is_causal else right))).expand(2, -1, -1)
     if key_padding_mask is not None:
-        is_seen &= (key_padding_mask != -torch.inf)[:, None]
-        is_plain &= (key_padding_mask == 0)[:, None]
+        is_seen = is_seen & (key_padding_mask != -torch.inf)[:, None]
+        is_plain = is_plain & (key_padding_mask == 0)[:, None]
     found = Counter()
     for tile, plain in zip(tiles_of(is_seen), tiles_of(is_plain), strict=True):
         if tile.any():

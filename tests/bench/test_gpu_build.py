@@ -41,10 +41,8 @@ sys.exit({status})
 
 
 def test_a_build_that_does_not_end_is_ended(tmp_path):
-    output = Output(tmp_path)
-    with Build(
-        output, dict(os.environ), "cuda", "9.0", [sys.executable, "-c", "import time; time.sleep(600)"]
-    ) as build:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with Build(Output(tmp_path), dict(os.environ), "cuda", "9.0", command) as build:
         build.wait(0.1)
         assert build.state() == BUILDING
     assert build.process.poll() is not None

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from window_steps import check_steps, store_steps
 
 from dpb_triton import reference
 from dpb_triton.dispatch import why_not
@@ -171,17 +172,14 @@ def test_float64_is_summed_in_float64_from_any_dtype(device):
 @triton.jit
 def _steps_kernel(cases_ptr, steps_ptr, steps: tl.constexpr, SHIFT: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    ptr, to = cases_ptr + 3 * tl.program_id(0), steps_ptr + 4 * tl.program_id(0)
+    ptr = cases_ptr + 3 * tl.program_id(0)
     enter, inside, outside, leave = steps(tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), SHIFT, BLOCK_M, BLOCK_N)
-    tl.store(to, enter)
-    tl.store(to + 1, inside)
-    tl.store(to + 2, outside)
-    tl.store(to + 3, leave)
+    store_steps(steps_ptr + 4 * tl.program_id(0), enter, inside, outside, leave)
 
 
 @pytest.mark.parametrize("shift", [0, 3])
 def test_steps_of_a_window(shift, device):
-    """All steps that meet the row lie in [enter, leave), and [inside, outside) are all that need no mask."""
+    """A row of the window may lie up to `shift` columns farther right."""
     if reason := why_not("triton", device):
         pytest.skip(reason)
     block_m, block_n, most = 4, 8, 16  # the rows of a program; one that has fewer ends a head
@@ -189,14 +187,10 @@ def test_steps_of_a_window(shift, device):
     found = torch.zeros(len(cases), 4, dtype=torch.int32, device=device)
     sizes = torch.tensor(cases, dtype=torch.int32, device=device)
     _steps_kernel[(len(cases),)](sizes, found, kernels._steps, shift, block_m, block_n)
-    for (rows, column, j), (enter, inside, outside, leave) in zip(cases, found.tolist(), strict=True):
-        firsts = {
-            k: column + k * block_m for k in range(most // block_m)
-        }  # columns of windows, which move with the rows
-        met = [k for k, y in firsts.items() if k * block_m < rows and y < j and y + shift + block_n > 0]
-        whole = [k for k in met if (k + 1) * block_m <= rows and firsts[k] >= 0 and firsts[k] + shift + block_n <= j]
-        assert [*range(enter, leave)] == met, (rows, column, j)
-        assert [*range(inside, outside)] == whole, (rows, column, j)
+    for case, steps in zip(cases, found.tolist(), strict=True):
+        rows, column, j = case
+        check_steps(steps, case, start=column, rows=rows, height=block_m, width=block_n + shift, seen=(0, j),
+                    plain=(0, j), chunk=(0, most // block_m))  # fmt: skip
 
 
 def test_the_largest_sizes():
@@ -204,8 +198,6 @@ def test_the_largest_sizes():
     most = kernels.LARGEST
     assert 2 * most <= 2**31 - 1
     kernels._check_sizes(most, most, most)
-    for sizes in ((most + 1, 1, 1), (1, most + 1, 1), (1, 1, most + 1)):
-        with pytest.raises(
-            ValueError, match=f"at most {most} for Triton's kernels, got i = {sizes[0]}, j = {sizes[1]}"
-        ):
-            kernels._check_sizes(*sizes)
+    for i, j, n in ((most + 1, 1, 1), (1, most + 1, 1), (1, 1, most + 1)):
+        with pytest.raises(ValueError, match=f"at most {most} for Triton's kernels, got i = {i}, j = {j}, n = {n}"):
+            kernels._check_sizes(i, j, n)

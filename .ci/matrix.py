@@ -143,10 +143,27 @@ def prepare(row):
     for library in row.libraries:
         place = FOLDER / f"libraries-{row.python}" / library
         if not place.exists():
-            pip(python, "--no-deps", "--target", place, library)
+            part = place.with_name(f"{library}.part")  # of a run that was killed, a part may be here
+            shutil.rmtree(part, ignore_errors=True)
+            pip(python, "--no-deps", "--target", part, library)
+            part.rename(place)
         places.append(str(place))
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "row.pth").write_text(f"import sys; sys.path[:0] = {places}\n")
+
+
+def verify(row):
+    """LookupError unless the environment has the row's versions: without Triton most tests would pass, some skipped."""
+    wanted = [("torch", row.torch), *(word.split("==") for word in row.libraries)]
+    ask = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    command = [environment_of(row) / "bin/python", "-c", ask, *(name for name, _ in wanted)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise LookupError(done.stderr.strip().splitlines()[-1])
+    for (name, version), found in zip(wanted, done.stdout.split(), strict=True):
+        if found.partition("+")[0] != version:
+            raise LookupError(f"{name} is {found}, not {version}")
 
 
 def run(row, log):
@@ -189,6 +206,7 @@ def main(names, parts, prepare_only):
             row = replace(row, parts=tuple(parts.split()))
         try:
             prepare(row)
+            verify(row)
             found = {} if prepare_only else run(row, FOLDER / f"{name}.log")
         except LookupError as reason:
             found = {"left_out": str(reason)}

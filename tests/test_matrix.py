@@ -85,9 +85,11 @@ def test_rows_share_environments_and_differ_in_libraries(matrix, monkeypatch):
     monkeypatch.setattr(matrix, "requires", lambda name: [])  # a row's environment has this package in place only
     monkeypatch.setattr(matrix.subprocess, "run", start)
     half = matrix.environment_of(matrix.PLAIN) / "of a run that was killed"
-    half.mkdir(parents=True)
+    part = matrix.FOLDER / "libraries-3.11/triton==3.7.1.part/triton"
+    for folder in (half, part):
+        folder.mkdir(parents=True)
     matrix.prepare(matrix.PLAIN)
-    assert not half.exists()
+    assert not half.exists() and not (matrix.FOLDER / "libraries-3.11/triton==3.7.1/triton").exists()
     assert ("--no-deps", "torch==2.13.0") in installed
     added = [words[-1] for words in installed if "--target" in words]
     assert added == matrix.PLAIN.libraries
@@ -105,6 +107,36 @@ def test_rows_share_environments_and_differ_in_libraries(matrix, monkeypatch):
     monkeypatch.setattr(matrix, "is_reached", lambda address: True)
     matrix.prepare(matrix.ROWS["torch-2.11"])
     assert any(words[1:3] == ("--index-url", matrix.CPU_INDEX) and words[3] == "torch==2.11.0" for words in installed)
+
+
+def test_a_row_without_its_versions_does_not_run(matrix, monkeypatch):
+    row = matrix.PLAIN
+    python = matrix.environment_of(row) / "bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    versions = {"torch": "2.13.0", "triton": "3.7.1", "transformers": "5.24.0", "x_transformers": "2.31.10"}
+
+    def lay():
+        for name, version in versions.items():
+            folder = matrix.FOLDER / f"site/{name}-{version}.dist-info"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+    code = f"import sys; sys.path[:] = [{str(matrix.FOLDER / 'site')!r}] + [p for p in sys.path if 'site-' not in p]; "
+    start = subprocess.run
+
+    def in_site(command, **options):
+        return start([*command[:2], code + command[2], *command[3:]], **options)
+
+    monkeypatch.setattr(matrix.subprocess, "run", in_site)
+    with pytest.raises(LookupError, match="torch"):
+        matrix.verify(row)
+    versions["torch"] += "+cpu"
+    lay()
+    matrix.verify(row)
+    with pytest.raises(LookupError, match=r"^triton is 3\.7\.1, not 3\.9\.0$"):
+        matrix.verify(matrix.ROWS["triton-3.9.0"])
 
 
 @pytest.mark.parametrize(
@@ -145,6 +177,7 @@ def test_results_are_kept_in_the_order_of_the_rows(matrix, monkeypatch):
     write = SimpleNamespace(callback=lambda: written.append(len(json.loads(matrix.RESULTS.read_text()))))
     monkeypatch.setattr(matrix, "pages", write)
     monkeypatch.setattr(matrix, "prepare", lambda row: None)
+    monkeypatch.setattr(matrix, "verify", lambda row: None)
     monkeypatch.setattr(matrix, "run", run)
     call = click_testing.CliRunner().invoke
     old = asdict(matrix.PLAIN) | {"passed": 5, "skipped": 2, "date": "then UTC", "sha": "1"}

@@ -106,7 +106,12 @@ def measure(build, shards, tensors, table, expected):
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--length", default=1024, help="Positions in total; FlexAttention needs a multiple of ranks * 128.")
+@click.option(
+    "--length",
+    default=1024,
+    show_default=True,
+    help="Positions in total; FlexAttention needs a multiple of ranks * 128.",
+)
 def main(length):
     """Measure on every rank; rank 0 prints."""
     torch.set_num_threads(1)

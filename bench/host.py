@@ -115,12 +115,12 @@ def count_launches(calls, fake):
 
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Of all inputs.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True, help="Heads of a call.")
 @click.option("--seq", type=click.IntRange(1), default=64, show_default=True, help="Queries and keys.")
-@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
+@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True, help="Width of a head.")
 @click.option("--tiles", type=click.Choice(["described", "pointers"]), help="How loops read. Default: as in blocks.py.")
-@click.option("--rounds", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=100, show_default=True, help="The least of so many counts.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all numbers there.")
 def host(device, dtype, heads, seq, head_dim, tiles, rounds, path):
     """Measure the host's microseconds per call, beside SDPA; without a GPU launches do nothing."""

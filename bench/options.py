@@ -69,14 +69,14 @@ def shared_options(peers, default_peers, backends, heads, lengths, what="Queries
     options = (
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU."),
         click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=("fp32", "bf16"),
-                     show_default=True),
+                     show_default=True, help="Of all inputs."),
         click.option("--heads", type=click.IntRange(1), help=f"Default: {heads_words}."),
         click.option("--seq", "seqs", multiple=True, type=click.IntRange(1),
                      help=f"{what}; default: {lengths}."),
         click.option("--peer", "peers", multiple=True, type=click.Choice([*peers, "none"]), default=default_peers,
-                     show_default=True),
+                     show_default=True, help="What to compare with; none: with nothing."),
         click.option("--backend", "backends", multiple=True, type=click.Choice(backends), default=backends,
-                     show_default=backends_default),
+                     show_default=backends_default, help="Of this library."),
         click.option("--rounds", type=click.IntRange(1), help="Each round times all calls in turn; default: 3, or 5 on "
                      "a GPU."),
         click.option("--seconds", type=click.FloatRange(0, min_open=True), help="A round repeats a call for so long; "

@@ -58,7 +58,7 @@ def slowest(seconds):
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--length", default=4096, help="Positions in total.")
+@click.option("--length", default=4096, show_default=True, help="Positions in total.")
 def main(length):
     """Measure on every rank; rank 0 prints."""
     torch.set_num_threads(1)

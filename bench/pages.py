@@ -8,6 +8,7 @@
     <!-- scale: bench/results/NAME.json -->    `python -m bench scale`: its prediction, and that file's points
     <!-- matrix: bench/results/NAME.json -->    what `make matrix` ran: versions, counts of tests, dates
     <!-- headline -->                           `headline.py`'s table
+    <!-- reference: PART -->                    options, phases, layouts: what the code itself says (reference.py)
 
 A table of a file that is not there yet is "Not measured yet." A table ends at `<!-- end of table -->`, and so on.
 tests/test_docs.py fails where a page differs from its files.
@@ -22,18 +23,21 @@ from tabulate import tabulate
 
 from .gpu.summary import summary
 from .headline import markdown
+from .reference import PARTS
 from .report import page
 from .scale.report import docs_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-KINDS = "table|aims|gpu|file|scale|matrix|headline"
+KINDS = "table|aims|gpu|file|scale|matrix|headline|reference"
 MARKED = re.compile(rf"(<!-- ({KINDS})(?:: (\S+))? -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def _content(kind, path):
     if kind == "headline":
         return markdown()
+    if kind == "reference":
+        return PARTS[path]()
     if kind == "gpu":
         return summary(ROOT / path)
     if kind in ("table", "aims", "matrix") and not (ROOT / path).exists():

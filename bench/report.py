@@ -194,7 +194,8 @@ def page(result, directions=None):
 
 @click.command()
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), default=DIRECTIONS)
+@click.option("--direction", "directions", multiple=True, type=click.Choice(DIRECTIONS), default=DIRECTIONS,
+              show_default=True, help="Tables to print.")  # fmt: skip
 def table(path, directions):
     """Print the Markdown tables of a JSON from bench/results/, or of a .jsonl from --lines."""
     if path.suffix == ".jsonl":

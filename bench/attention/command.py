@@ -80,8 +80,10 @@ def _chosen_peers(common, is_memory):
 @click.option("--batch", type=click.IntRange(1), help="Default: 1 on a CPU, by --tokens on a GPU.")
 @click.option("--tokens", type=click.IntRange(1),
               help=f"Instead of --batch: tokens of the whole batch; default: {TOKENS} on a GPU.")  # fmt: skip
-@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True)
-@click.option("--mask", "masks", multiple=True, type=click.Choice(MASKS), default=("causal",), show_default=True)
+@click.option("--head-dim", type=click.IntRange(1, 256), default=64, show_default=True,
+              help="Width of a head.")  # fmt: skip
+@click.option("--mask", "masks", multiple=True, type=click.Choice(MASKS), default=("causal",), show_default=True,
+              help="Which keys a query sees; padded: a key mask too.")  # fmt: skip
 @click.option("--window", type=click.IntRange(0), default=128, show_default=True,
               help="Keys on either side of a query, for --mask window.")  # fmt: skip
 @click.option("--cell", type=click.Choice(list(CELLS)),

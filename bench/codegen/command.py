@@ -90,7 +90,8 @@ def _more(constants):
               help="Any sm_NN or gfxNNN that Triton compiles for.")  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)),
               help="Default: bf16, fp16, fp32; for attention those of the matrix.")  # fmt: skip
-@click.option("--kernel", "ops", multiple=True, type=click.Choice(list(OPS)), default=list(OPS), show_default=True)
+@click.option("--kernel", "ops", multiple=True, type=click.Choice(list(OPS)), default=list(OPS), show_default=True,
+              help="What to compile.")  # fmt: skip
 @click.option("--layout", "layouts", multiple=True,
               help="By its name in the table: aligned, ragged, …, 'd64 causal'. Default: all.")  # fmt: skip
 @click.option("--head-dim", "head_dims", multiple=True, type=click.IntRange(1, 256), help="Head widths of attention.")
@@ -106,7 +107,8 @@ def _more(constants):
               help="Compile for this many queries and keys instead of the layouts.")  # fmt: skip
 @click.option("--block", type=(int, int), default=None, metavar="M N", help="Use this window, not the launchers' own.")
 @click.option("--csrc", "is_csrc", is_flag=True, help="Compile csrc/'s CUDA kernels instead of Triton's; needs nvcc.")
-@click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 8), show_default=True)
+@click.option("--jobs", type=click.IntRange(1), default=lambda: min(os.cpu_count(), 8),
+              show_default="one a core, at most 8", help="Processes that compile.")  # fmt: skip
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all records there.")
 @click.option("--list-broken", "is_listing", is_flag=True, help="Print the lines that exceptions.txt would need.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Exit with 1 if a promise is broken.")

@@ -18,13 +18,22 @@ POINTS = ROOT / "bench/results/scale-cpu.json"
 
 
 @click.command()
-@click.option("--gpu", "name", type=click.Choice(["h200", "h100"]), default="h200", show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=Work.heads, show_default=True)
-@click.option("--kv-heads", type=click.IntRange(1), default=Work.kv_heads, show_default=True)
+@click.option(
+    "--gpu",
+    "name",
+    type=click.Choice(["h200", "h100"]),
+    default="h200",
+    show_default=True,
+    help="Its peaks are published ones.",
+)
+@click.option("--heads", type=click.IntRange(1), default=Work.heads, show_default=True, help="Heads of the layer.")
+@click.option(
+    "--kv-heads", type=click.IntRange(1), default=Work.kv_heads, show_default=True, help="Heads of keys and values."
+)
 @click.option(
     "--head-dim", type=click.Choice(["64", "128"]), default=f"{Work.head_dim}", show_default=True, help="As measured."
 )
-@click.option("--batch", type=click.IntRange(1), default=Work.batch, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=Work.batch, show_default=True, help="Sequences.")
 @click.option(
     "--mlp", "mlp_dim", type=click.IntRange(1), default=Work.mlp_dim, show_default=True, help="Width of the MLP."
 )

@@ -135,11 +135,12 @@ def advice(times):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cuda: time the best; cpu: compile only.")  # fmt: skip
 @click.option("--arch", "archs", multiple=True, type=click.Choice(ARCHS), help="Default: sm_90, or the GPU's own.")
-@click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS), default=KERNELS)
+@click.option("--kernel", "kernels", multiple=True, type=click.Choice(KERNELS), default=KERNELS, show_default=True,
+              help="Of attention.")  # fmt: skip
 @click.option("--head-dim", "widths", multiple=True, type=click.Choice([str(width) for width in WIDTHS]),
-              default=("64", "128"), show_default=True)  # fmt: skip
+              default=("64", "128"), show_default=True, help="Width of a head.")  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["bf16", "fp16", "fp32"]), default=("bf16",),
-              show_default=True)  # fmt: skip
+              show_default=True, help="Of query, key and value.")  # fmt: skip
 @click.option("--limit", type=click.FloatRange(0), default=600, show_default=True, help="Seconds in total.")
 @click.option("--list", "path", type=click.Path(dir_okay=False, path_type=Path),
               help="Results to go on from; default on a GPU: bench/results/sweep-offline-ARCH.json.")  # fmt: skip
@@ -147,11 +148,12 @@ def advice(times):
 @click.option(
     "--best", "count", type=click.IntRange(1), default=8, show_default=True, help="How many of a group to show or time."
 )
-@click.option("--seq", type=click.IntRange(1), default=8192, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--jobs", type=click.IntRange(1), default=min(os.cpu_count(), 14), show_default=True)
+@click.option("--seq", type=click.IntRange(1), default=8192, show_default=True, help="Queries and keys, to time.")
+@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences, to time.")
+@click.option("--heads", type=click.IntRange(1), default=16, show_default=True, help="Heads, to time.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Each times a group in turn.")
+@click.option("--jobs", type=click.IntRange(1), default=lambda: min(os.cpu_count(), 14),
+              show_default="one a core, at most 14", help="Processes that compile.")  # fmt: skip
 def sweep(device, archs, kernels, widths, dtypes, limit, path, lines, count, seq, batch, heads, rounds, jobs):
     """Find launch constants: compile candidates for a GPU that is not here, or time the best on this one."""
     deadline = time.monotonic() + limit

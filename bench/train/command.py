@@ -188,15 +188,14 @@ def compare(variants, text, run, rounds):
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option(
-    "--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)), default=tuple(VARIANTS), show_default=True
-)
-@click.option("--steps", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)), default=tuple(VARIANTS),
+              show_default=True, help="Models to train, all on the same bytes.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of the optimizer.")
 @click.option("--seq", type=click.IntRange(2), default=512, show_default=True, help="Bytes of a training sequence.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--dim", type=click.IntRange(8), default=256, show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Sequences of a step.")
+@click.option("--dim", type=click.IntRange(8), default=256, show_default=True, help="Width of the model.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the model.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True, help="Heads of a layer.")
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
@@ -204,7 +203,7 @@ def compare(variants, text, run, rounds):
     show_default=True,
     help="The largest learning rate.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights and batches.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option(

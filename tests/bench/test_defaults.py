@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Without options the commands of attention measure what their help says. test_bench.py does this for `expand`."""
+"""Without options the commands measure what their help says; each option says what it is. docs/bench.md pins the rest.
+
+test_bench.py does this for `expand`.
+"""
+
+import importlib
 
 import pytest
 import torch
@@ -7,10 +12,13 @@ import torch
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
+import click  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
+from bench.__main__ import MODULES, cli  # noqa: E402
 from bench.attention import command as attention  # noqa: E402
 from bench.decode import command as decode  # noqa: E402
+from bench.reference import BY_TORCHRUN  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -39,3 +47,18 @@ def test_heads_and_lengths(module, options, where, heads, lengths, words, monkey
     helps = {option.opts[0]: option.help for option in command.params}
     assert words in helps["--seq"]
     assert helps["--heads"] == f"Default: 8, or {32 if module is decode else 16} on a GPU."
+
+
+ALONE = {f"bench.{module}": importlib.import_module(f"bench.{module}").main for module in BY_TORCHRUN}
+
+
+@pytest.mark.parametrize("name", [*MODULES, *ALONE])
+def test_every_option_says_what_it_is_and_its_default(name):
+    command = ALONE.get(name) or cli.get_command(None, name)
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, option.opts
+            default = option.to_info_dict()["default"]
+            is_set = default is not None and default is not False  # a flag's default is False
+            assert option.hidden or bool(option.show_default) == is_set, option.opts

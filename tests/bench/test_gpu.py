@@ -203,6 +203,20 @@ def test_a_wrong_case_says_so_and_a_lost_device_ends_the_smoke(monkeypatch, caps
     assert [record.get("ok") for record in records] == [None, False, None, False]
 
 
+def test_budgets_of_the_smoke():
+    """Four times eager's own error and a rounding of the largest value, the coarsest dtype's for every result."""
+    import torch
+
+    exact = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    eager = exact + torch.tensor([0.0, 0.25])
+    actual = (exact + torch.tensor([1.0, 0.0])).bfloat16()
+    found = {"out": (actual, exact, eager), "dtable": (exact.float(), exact, exact), "bits": (actual, exact, None)}
+    near = 4 * 2 * 2**-8
+    assert smoke.errors_of(found) == {"out": [1.0, 1.0 + near], "dtable": [0.0, near], "bits": [1.0, 0.0]}
+    assert smoke.errors_of({"dtable": found["dtable"]}) == {"dtable": [0.0, 4 * 2 * 1e-5]}
+    assert smoke.errors_of({"out": (actual[:1], exact, None)}) == {"out": [float("inf"), 0.0]}
+
+
 LONG = ("d128", "d256", "repeated", "training")
 OF_TRITON = [
     (slow if any(word in name for word in LONG) else pytest.param)(name)

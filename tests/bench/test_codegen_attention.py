@@ -22,6 +22,7 @@ from bench.codegen import command as codegen_command  # noqa: E402
 from bench.codegen import exceptions  # noqa: E402
 from bench.codegen.attention import KERNELS, main_loop  # noqa: E402
 from bench.codegen.attention_promises import broken_lines, findings  # noqa: E402
+from bench.codegen.floors import limit  # noqa: E402
 from bench.codegen.matrix import ATTENTION, HEAD_DIMS, attention_cases, cases  # noqa: E402
 from bench.codegen.products import (  # noqa: E402
     PRODUCTS,
@@ -147,6 +148,20 @@ def test_floors_of_the_loops(kernel, changes, words):
     record["interior"]["counts"] |= {"exp2": 32, "wait": changes.get("waits", 2)}
     found = broken(record)
     assert found == [] if words is None else (len(found) == 1 and words in found[0]), found
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_dq_kernel", "_dtable_kernel"])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_each_triton_has_a_floor_for_each_loop(kernel, width):
+    """What one version of Triton makes of a loop differs by less than 3% from what the next does."""
+    found = []
+    for version in ("3.6.0", "3.7.1", "3.8.0"):
+        record = copy.deepcopy(FORWARD) | {"triton": version, "kernel": kernel, "layout": f"d{width} causal"}
+        record["constants"] |= {"HEAD_DIM": width, "BLOCK_D": width, "BLOCK_V": width}
+        most, waits = limit(record)
+        assert waits is None
+        found.append(most)
+    assert max(found) < 1.03 * min(found)
 
 
 def test_a_key_mask_may_lengthen_a_loop_by_8_percent():

@@ -361,6 +361,17 @@ def test_lines_are_taken_when_they_are_whole(tmp_path):
     assert [json.loads(line)["a"] for line in results.read_text().splitlines()] == [1, 23]
 
 
+def test_each_record_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
+    """A lent machine may be taken back at any moment."""
+    results, synced = tmp_path / "results.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((number > 2, results.read_text().count("\n"))))
+    lines = Lines(tmp_path / "lines", results, "a phase")
+    for number in (1, 2):
+        lines.add([{"a": number}])
+    lines.add([])
+    assert synced == [(True, 1), (True, 2)]
+
+
 def test_a_long_log_keeps_its_ends(tmp_path):
     output = Output(tmp_path)
     with output.open_log("before") as log:

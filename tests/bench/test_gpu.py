@@ -258,6 +258,22 @@ def test_every_test_file_is_chosen_or_left_out_with_a_reason():
         assert "device" in (ROOT / "tests" / name).read_text(), f"{name} does not use the device"
 
 
+@pytest.mark.parametrize(
+    ("cores", "tiny", "has_xdist", "workers"),
+    [(16, False, True, "14"), (64, False, True, "14"), (5, False, True, "3"), (3, False, True, None),
+     (None, False, True, None), (16, True, True, None), (16, False, False, None)],
+)  # fmt: skip
+def test_the_words_of_the_tests_there(monkeypatch, cores, tiny, has_xdist, workers):
+    """Two cores are left to other processes; one worker needs no xdist."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: object() if has_xdist else None)
+    words = suite.arguments("cuda", tiny)
+    chosen = suite.TINY if tiny else suite.CHOSEN
+    assert list(words[-len(chosen) - 1 :]) == ["not hypothesis", *(f"tests/{name}" for name in chosen)]
+    assert words[words.index("--device") + 1] == "cuda"
+    assert (words[words.index("-n") + 1] if "-n" in words else None) == workers
+
+
 @pytest.mark.slow
 def test_the_tests_that_run_there_are_deterministic_and_need_a_gpu():
     arguments = suite.arguments("cpu", tiny=True)

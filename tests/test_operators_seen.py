@@ -91,15 +91,19 @@ def test_expansion_of_a_negative(backend, device):
     assert torch.equal(results[0][0], expand_bias(-table, 5, 9, backend="torch"))
 
 
-def test_attention_of_negatives(attention_backend, device):
-    tensors = [torch.randn(1, 2, 9, 16, device=device) for _ in range(4)]
-    table = torch.randn(2, 9, device=device)
+@pytest.mark.parametrize("which", range(6))
+def test_attention_of_a_negative(which, attention_backend, device):
+    """Query, key, value, table, key mask and the gradient of out, one of them at a time."""
+    tensors = [torch.randn(1, 2, 9, 16, device=device) for _ in range(3)]
+    tensors += [torch.randn(2, 9, device=device), torch.randn(1, 9, device=device), torch.randn_like(tensors[0])]
     results = []
     for negate in (torch.neg, torch._neg_view):
-        leaves = [negate(x).detach().requires_grad_() for x in (*tensors[:3], table)]
-        assert leaves[0].is_neg() == (negate is torch._neg_view)
-        out = bias_attention(*leaves, backend=attention_backend)
-        results.append([out, *torch.autograd.grad(out, leaves, negate(tensors[3]))])
+        inputs = [*tensors[:which], negate(tensors[which]), *tensors[which + 1 :]]
+        assert inputs[which].is_neg() == (negate is torch._neg_view)
+        *leaves, mask, dout = [x.detach() for x in inputs]
+        leaves = [x.requires_grad_() for x in leaves]
+        out = bias_attention(*leaves, key_padding_mask=mask, backend=attention_backend)
+        results.append([out, *torch.autograd.grad(out, leaves, dout)])
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other)
 

@@ -101,14 +101,18 @@ def test_generates_with_a_cache_what_it_does_without(options):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_attention_weights_with_a_cache_have_the_bias_of_their_positions(signed):
+@pytest.mark.parametrize("is_static", [False, True])
+def test_attention_weights_with_a_cache_have_the_bias_of_their_positions(signed, is_static):
+    """A static cache has more places than there are tokens."""
     model, ids, past = biased(signed=signed), tokens(2, 7), transformers.DynamicCache()
+    if is_static:
+        past = transformers.StaticCache(model.config, max_cache_len=11)
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, 5:]
         model(input_ids=ids[:, :5], past_key_values=past)
         out = model(input_ids=ids[:, 5:], past_key_values=past, output_attentions=True)
     torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-4)
-    assert out.attentions[0].shape == (2, 4, 2, 7)
+    assert out.attentions[0].shape == (2, 4, 2, 11 if is_static else 7)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -347,6 +347,11 @@ def with_text(config):
     return model
 
 
+def with_part(model, part):
+    model.part = part
+    return model
+
+
 NOT_A_MODEL, BIAS = torch.nn.Linear(2, 2), DynamicPositionBias(8, 4)
 CASES = {
     "model": (lambda: use_bias_attention(NOT_A_MODEL), TypeError, ["model", "Linear"]),
@@ -377,6 +382,10 @@ CASES = {
     "twice": (
         lambda: add_position_bias(add_position_bias(decoder("Llama"), BIAS), BIAS),
         ValueError, ["no position bias yet"],
+    ),
+    "no interface in a part": (
+        lambda: use_bias_attention(with_part(decoder("Llama"), tiny("Bloom", "ForCausalLM", hidden_size=8, n_head=2))),
+        ValueError, ["interface", "Bloom"],
     ),
     "no interface": (
         lambda: use_bias_attention(tiny("Bloom", "ForCausalLM", hidden_size=8, n_head=2)),

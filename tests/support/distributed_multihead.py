@@ -32,6 +32,12 @@ def world():
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+def part_of_the_world():
+    """The second dimension of a mesh: a rank's place in it is not its number."""
+    shape = 2, dist.get_world_size() // 2
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))["tensor"]
+
+
 def build(seed=0, **options):
     torch.manual_seed(seed)
     module = MultiheadAttention(DIM, HEADS, dtype=torch.float64, **options)
@@ -60,9 +66,9 @@ def results(module, inputs, call, masks):
     return [out, weights, *map(full, found)]
 
 
-def every_call(name):
+def every_call(name, mesh=world):
     module = build(**CONSTRUCTORS[name])
-    parallel = parallelize_module(copy.deepcopy(module), world(), HeadParallel())
+    parallel = parallelize_module(copy.deepcopy(module), mesh(), HeadParallel())
     for number, form in enumerate(CALLS):
         for batch in (3, None):
             torch.manual_seed(number)
@@ -299,6 +305,7 @@ def training_with_data_parallel():
 
 CASES = {
     **{f"tensor parallel calls of MultiheadAttention: {name}": partial(every_call, name) for name in CONSTRUCTORS},
+    "tensor parallel in a part of the mesh": partial(every_call, "plain", part_of_the_world),
     "tensor parallel causal masks": causal_masks,
     "tensor parallel without a token": empty,
     "tensor parallel of nested tensors": nested,

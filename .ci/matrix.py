@@ -63,7 +63,7 @@ ROWS = {
     "torch-2.12": Row("3.12", "2.12.1", "3.7.0"),
     "plain": PLAIN,
     "torch-2.14": Row("3.12", "2.14.1", "3.8.0"),
-    "torch-2.14-python-3.10": Row("3.10", "2.14.1", "3.8.0"),
+    "torch-2.14-python-3.10": Row("3.10", "2.14.1", "3.8.0", transformers="5.20.2"),  # the last one for Python 3.10
     "newest": Row("3.13", "2.15.0", "3.9.0"),
     # other Tritons under the torch of CI
     **{f"triton-{version}": replace(PLAIN, triton=version) for version in ("3.6.0", "3.8.0", "3.9.0")},
@@ -103,14 +103,16 @@ def requirements():
 
 
 def pip(python, *words):
-    """Install; a failure raises LookupError with pip's first error."""
+    """Install; a failure raises LookupError with pip's last error, which names what it did not find."""
     # torch's version is the row's, whatever this machine's constraints say
     environment = os.environ | {"PIP_CONSTRAINT": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(
         [python, "-m", "pip", "install", "-q", *words], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise LookupError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr))
+        raise LookupError(
+            ([line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr])[-1]
+        )
 
 
 def is_reached(address):

@@ -210,7 +210,7 @@ def test_what_pip_says_and_is_told(matrix, monkeypatch):
 
     def start(command, env, **options):
         seen.append((command, env))
-        return SimpleNamespace(returncode=len(seen) - 1, stderr="WARNING: old\nERROR: no such version\nERROR: more")
+        return SimpleNamespace(returncode=len(seen) - 1, stderr="ERROR: others\nERROR: no such version\nWARNING: old")
 
     monkeypatch.setattr(matrix.subprocess, "run", start)
     monkeypatch.setenv("PIP_CONSTRAINT", "of this machine")

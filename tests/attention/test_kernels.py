@@ -383,8 +383,9 @@ def test_dtables_chunks_hold_every_step_of_the_batch_once(wanted, batch, steps):
     assert seen == [(index, step) for index in range(batch) for step in range(steps)]
 
 
-@pytest.mark.parametrize("programs", [1, 40, 10**6])
+@pytest.mark.parametrize("programs", [1, 15, 40, 10**6])
 def test_dtable_is_right_whatever_its_chunks(programs, monkeypatch, set_tiles, device):
+    """15: two chunks of a batch of three."""
     if reason := why_not("triton", device):
         pytest.skip(reason)
     dtable = pytest.importorskip("dpb_triton.attention.kernels.dtable")

@@ -32,13 +32,21 @@ constexpr int64_t TASKS = 16, SPLIT = 512, ALIGN = 128;
 // A part of the keys of a decoding step has at least that many.
 constexpr int64_t STREAM_SPLIT = 1024;
 
+template <class T>
+std::unique_ptr<T[]> allocate(int64_t count) {
+  std::unique_ptr<T[]> memory(new (std::nothrow) T[count]);
+  STD_TORCH_CHECK(memory != nullptr, "not enough memory: the attention tried to allocate ",
+                  count * static_cast<int64_t>(sizeof(T)), " bytes on the CPU");
+  return memory;
+}
+
 bool run_tasks(const Tasks& tasks, int64_t threads) {
   if (tasks.count == 0) {
     return true;
   }
   threads = std::min(threads, tasks.count);
   const int64_t bytes = ceil_to(tasks.bytes, LINE);
-  const auto memory = std::unique_ptr<char[]>(new char[threads * bytes + LINE]);
+  const auto memory = allocate<char>(threads * bytes + LINE);
   char* base = memory.get() + (LINE - reinterpret_cast<uintptr_t>(memory.get()) % LINE);
   std::atomic<int64_t> next{0}, worker{0};
   std::atomic<bool> has_nan{false};
@@ -150,7 +158,7 @@ bool stream(const Attention& a, const Kernels& kernels, int64_t units) {
   const int64_t most = std::clamp<int64_t>(a.longest_key / STREAM_SPLIT, 1, std::max<int64_t>(1, wanted));
   const int64_t split_keys = std::max<int64_t>(1, ceil_div(a.longest_key, most));
   StreamPlan plan{&a, std::max<int64_t>(1, ceil_div(a.longest_key, split_keys)), split_keys, nullptr};
-  const std::unique_ptr<float[]> partial(new float[units * plan.splits * stream_partial(a)]);
+  const auto partial = allocate<float>(units * plan.splits * stream_partial(a));
   plan.partial = partial.get();
   bool is_finite = run_tasks(kernels.stream(plan, units * plan.splits), a.threads);
   if (plan.splits > 1) {
@@ -199,11 +207,11 @@ bool attention_backward(const BackwardCall& call) {
   std::unique_ptr<float[]> dquery, dtable;
   int64_t last = 0;
   if (splits > 1 && g.dquery.data != nullptr) {
-    dquery.reset(new float[a.batch * a.heads * splits * a.i * plan.dquery_row]);
+    dquery = allocate<float>(a.batch * a.heads * splits * a.i * plan.dquery_row);
     last += a.batch * a.heads;
   }
   if (g.dtable != nullptr) {
-    dtable.reset(new float[count * (a.heads / a.kv_heads) * a.table_width]);
+    dtable = allocate<float>(count * (a.heads / a.kv_heads) * a.table_width);
     last += a.heads;
   }
   plan.dquery = dquery.get();

@@ -280,9 +280,9 @@ def test_where_control_goes_in_sass():
 
 def test_where_control_goes_in_amdgcn():
     lines = ("a:", "v_mov_b32 v1, v2 ; a remark", "s_cbranch_vccz a", "s_branch b", "s_setpc_b64 s[0:1]", "b:",
-             "s_cbranch_scc0 nowhere", ".p2align 8", "s_endpgm")  # fmt: skip
+             "s_cbranch_scc0 nowhere", ".p2align 8", "s_endpgm", "s_nop 0")  # fmt: skip
     found = parse_amdgcn(amdgcn(*lines))
-    assert [instruction.successors for instruction in found] == [[1], [0, 2], [4], [], [5], []]
+    assert [instruction.successors for instruction in found] == [[1], [0, 2], [4], [], [5], [], []]
     assert found[0].operands == "v1, v2"
 
 

@@ -67,14 +67,17 @@ def test_function_applies_with_defaults(device):
     assert torch.equal(table.grad, ReduceBias.apply(torch.ones_like(bias), table.shape[1], 2))
 
 
-def test_gradient_keeps_the_tables_dtype(backend, device):
+@pytest.mark.parametrize("is_differentiated_again", [False, True])
+def test_gradient_keeps_the_tables_dtype(is_differentiated_again, backend, device):
     """A float32 table expanded to bf16 gets a float32 gradient that was never rounded to bf16."""
     table = torch.randn(2, 300, device=device, requires_grad=True)
-    dbias = torch.randn(2, 200, 300, device=device).bfloat16()
-    expand_bias(table, 200, 300, dtype=torch.bfloat16, backend=backend).backward(dbias)
-    exact = oracle.reduce(dbias, 300)
-    assert table.grad.dtype == torch.float32
-    assert (table.grad.cpu() - exact).abs().max() < 1e-4
+    dbias = torch.randn(2, 200, 300, device=device).bfloat16().requires_grad_(is_differentiated_again)
+    bias = expand_bias(table, 200, 300, dtype=torch.bfloat16, backend=backend)
+    (dtable,) = torch.autograd.grad(bias, table, dbias, create_graph=is_differentiated_again)
+    assert dtable.requires_grad == is_differentiated_again
+    exact = oracle.reduce(dbias.detach(), 300)
+    assert dtable.dtype == torch.float32
+    assert (dtable.detach().cpu() - exact).abs().max() < 1e-4
 
 
 TRANSFORMS = {

@@ -241,7 +241,7 @@ def test_a_mask_is_a_tensor_to_who_looks_into_it(look):
 def test_a_mask_that_is_asked_for_its_sizes_stays_one():
     mask = make_mask(5, 5, 0, padding(2, 5, "left").bool())
     assert mask.shape == mask.size() == (2, 1, 5, 5)
-    assert mask.size(-1) == 5 and mask.dim() == mask.ndim == 4
+    assert mask.size(0) == 2 and mask.size(1) == 1 and mask.size(-1) == 5 and mask.dim() == mask.ndim == 4
     assert mask.dtype == torch.float32 and mask.device == torch.device("cpu")
     assert mask.to("cpu") is mask and mask.contiguous() is mask and mask.to(device="cpu") is mask
     assert not hasattr(mask, "nonsense") and len({mask, mask}) == 1

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,11 +239,15 @@ def test_the_smoke_says_what_it_does(capsys):
     assert "check every kernel once against float64" in capsys.readouterr().out
 
 
-def test_the_guard_finds_the_children_of_children():
-    sleeper = "sleep 300 & echo $!; wait"
+def test_the_guard_finds_the_children_of_children(tmp_path):
+    """Whatever they are called: /proc/N/stat has the name in parentheses, before the parent's number."""
+    named = shutil.copy(shutil.which("sleep"), tmp_path / "a) b (c")
+    sleeper = '"$NAMED" 300 & echo $!; wait'
     with subprocess.Popen(["sh", "-c", f"sh -c '{sleeper}'; :"], stdout=subprocess.PIPE, text=True,
-                          start_new_session=True) as process:  # fmt: skip
+                          start_new_session=True, env=os.environ | {"NAMED": named}) as process:  # fmt: skip
         lowest = int(process.stdout.readline())
+        while ")" not in Path(f"/proc/{lowest}/comm").read_text():  # the shell's, before it becomes the program
+            time.sleep(0.01)
         found = guard.descendants(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
     assert lowest in found and len(found) == 2

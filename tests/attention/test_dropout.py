@@ -49,6 +49,14 @@ def test_mask_is_the_hash(seed, dropout_p, attention_backend, device):
     assert torch.equal(lse, plain_lse), "dropout comes after the softmax"
 
 
+@pytest.mark.parametrize("dropout_p", [1 - 2**-31, 1 - 2**-33, 1 - 2**-40])
+def test_all_but_one_in_billions_is_dropped(dropout_p, attention_backend, device):
+    """The threshold is rounded to 2^-32, and stays a number of 32 bits."""
+    query, key, value, table, *_ = Case(batch=2, heads=3, i=19, j=83).draw(device)
+    out, lse = forward(attention_backend, query, key, value, table, 1, dropout_p)
+    assert not out.any() and lse.isfinite().all()
+
+
 @pytest.mark.parametrize("attention_backend", ["torch", "cpp"])  # test_tiles.py has Triton's
 def test_rows_beyond_32_bits(attention_backend, device):
     """A packed call numbers its rows by the longest sequence, and the hash takes all bits of a number."""

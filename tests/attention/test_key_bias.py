@@ -194,6 +194,18 @@ def test_rows_that_see_hidden_keys_only(attention_backend, device):
     assert [row.isneginf().nonzero().squeeze(1).tolist() for row in lse[:, 0]] == dead
 
 
+def test_rows_that_see_the_smallest_number_only(attention_backend, device):
+    """As transformers pads on the left. It is a number and hides nothing; beside it all scores are alike."""
+    keys = torch.zeros(2, 23).masked_fill(LEFT, torch.finfo(torch.float32).min).to(device)
+    query, key, value, table, *_ = Case(batch=2, i=23, j=23).draw(device)
+    attend = attention_of(attention_backend, query, key, value, table)
+    out, lse = attend(key_padding_mask=keys, is_causal=True)
+    assert lse.isfinite().all()
+    padded = value[0, :, : int(LEFT[0].sum())]
+    means = padded.cumsum(1) / torch.arange(1, padded.shape[1] + 1, device=device)[:, None]
+    torch.testing.assert_close(out[0, :, : padded.shape[1]], means, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("place", range(3))
 def test_rows_of_one_sequence_see_hidden_keys_only(place, attention_backend, device):
     """The last row of each sequence lies beyond all keys."""

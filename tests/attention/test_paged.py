@@ -167,6 +167,8 @@ BAD = {
     "query": (change(0, lambda x: x[0]), ValueError, "query must have 4 dimensions"),
     "dtype": (change(1, lambda x: x.half()), TypeError, "key_pages must have query's dtype torch.float32"),
     "pages": (change(2, lambda x: x[:-1]), ValueError, "value_pages must have the pages"),
+    "heads": (change(2, lambda x: x[:, :, :1]), ValueError, "value_pages must have the pages"),
+    "page of values": (change(2, lambda x: x[:, :-1]), ValueError, "value_pages must have the pages"),
     "head_dim": (change(1, lambda x: x[..., :8]), ValueError, "key_pages must have query's head_dim 16"),
     "value_dim": (
         change(2, lambda x: x.repeat(1, 1, 1, 20)),

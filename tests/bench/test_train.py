@@ -21,7 +21,7 @@ from bench.__main__ import cli
 from bench.timing import Time, measure
 from bench.train import checkpoint, text
 from bench.train import command as bench_train
-from bench.train.report import plot_training, training_table
+from bench.train.report import _comparison_rows, plot_training, training_table
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["--dim", "32", "--layers", "1", "--heads", "2", "--seq", "32", "--batch", "2", "--evaluate", "32",
@@ -66,6 +66,17 @@ def test_longer_texts(whole):
     assert set(found) == {("eager", 32)} | {(n, s) for n in ("fused", "fused log", "no position") for s in (32, 128)}
     assert found["eager", 32] == pytest.approx(found["fused", 32], abs=1e-4)
     assert all(0 < loss < 6 for loss in found.values())
+
+
+def test_a_variant_that_takes_half_as_long_is_twice_as_fast():
+    records = [
+        {"batch": 2, "seq": 32, "name": name, "seconds": [seconds] * 3, "peak_mib": mib}
+        for name, seconds, mib in (("eager", 0.5, 7.4), ("fused", 0.25, None))
+    ]
+    eager, fused = _comparison_rows({"steps_compared": records})
+    assert eager == ["2 x 32", "eager", "500", "128", "1.00", "7"]
+    assert fused == ["2 x 32", "fused", "250", "256", "2.00", ""]
+    assert next(_comparison_rows({"steps_compared": records[1:]}))[4] == ""
 
 
 def test_report(whole):

@@ -219,6 +219,9 @@ def test_the_shards_go_around(name):
                 assert steps[(rank - step.distance) % ranks][number].source == step.following
         assert all(len(steps[rank]) == len(shifts) for rank in range(ranks))
         assert placement.pairs(left, right) == [int(seen[rows].sum()) for rows in held]
+    for far in (2**31, 2**40, 2**62):  # sums of squares that int64 does not hold
+        assert placement.pairs(far, far) == placement.pairs(None, None)
+        assert placement.pairs(far, 0) == placement.pairs(None, 0)
 
 
 def test_a_hop_goes_to_the_rank_that_awaits_it(ring_of, monkeypatch):

@@ -124,6 +124,9 @@ def test_memory_that_torch_did_not_allocate(j, backend, device):
         assert dbias.data_ptr() % 16 == 4 * shift and dbias.storage_offset() == 0
         dtable = ReduceBias.apply(dbias, j, j - 8, False, torch.float32, SUFFIXES[backend])
         assert torch.equal(dtable.double(), oracle.reduce(dbias, j, j - 8)), shift
+        gaps = dbias[:, :, : j - 3]  # between the rows
+        dtable = ReduceBias.apply(gaps, j, j - 11, False, torch.float32, SUFFIXES[backend])
+        assert torch.equal(dtable.double(), oracle.reduce(gaps, j, j - 11)), shift
         table = torch.from_numpy(memory[start : start + 2 * j]).view(2, j)
         assert torch.equal(expand_bias(table, 8, j, backend=backend).double(), oracle.expand(table, 8, j))
 

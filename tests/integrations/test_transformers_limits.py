@@ -375,6 +375,10 @@ CASES = {
     "more heads": (
         lambda: add_position_bias(decoder("Llama"), DynamicPositionBias(8, 8)), ValueError, ["4 heads", "got 8"],
     ),
+    "twice, a copy for each layer": (
+        lambda: add_position_bias(add_position_bias(decoder("Llama"), BIAS, shared=False), BIAS, shared=False),
+        ValueError, ["no position bias yet"],
+    ),
     "a bias to no interface": (
         lambda: add_position_bias(tiny("Bloom", "ForCausalLM", hidden_size=8, n_head=4), BIAS),
         ValueError, ["found none in Bloom"],

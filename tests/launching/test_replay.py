@@ -197,6 +197,20 @@ def test_a_call_with_a_tensor_of_another_origin_is_never_repeated(makes, gpu):
     assert len(call.ran) == 4
 
 
+def test_a_call_that_launches_nothing_is_never_repeated(gpu):
+    """Something else wrote its result, as zeros for a call without keys."""
+    ran = []
+
+    @replay.repeated()
+    def call(x):
+        ran.append(x)
+        return replay.empty((5,), torch.float32, x.device).zero_()
+
+    for _ in range(4):
+        assert not call(X).any()
+    assert len(ran) == 4
+
+
 def test_a_call_whose_launches_are_not_all_known_is_never_repeated(gpu):
     ran = []
 

@@ -245,7 +245,8 @@ def test_an_unwritten_tail_takes_the_fast_way(i, monkeypatch, attention_backend,
 @pytest.mark.parametrize("number", [NAN, INF], ids=str)
 @pytest.mark.parametrize("options", [
     {"is_causal": True, "offset": 4}, {"window": (4, 2), "offset": 6}, {"key_padding_mask": KEYS[:, :23] % 3 == 1},
-], ids=("causal", "window", "mask"))  # fmt: skip
+    {"window": (4, None), "offset": 6},
+], ids=("causal", "window", "mask", "left"))  # fmt: skip
 def test_nan(options, number, i, attention_backend, device):
     """Nothing from an unseen pair; a seen NaN reaches exactly the rows that see it."""
     case = Case(batch=2, heads=4, kv_heads=2, i=i, j=23, options=options)

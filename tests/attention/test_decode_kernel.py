@@ -106,6 +106,7 @@ HIDDEN = {
     "ahead of some queries": (Case(i=5, j=70, options={"is_causal": True}), slice(66, None)),
     "before the window": (Case(i=1, j=70, options={"window": (20, 0)}), slice(0, 49)),
     "before some windows": (Case(i=5, j=70, options={"window": (20, 0)}), slice(0, 49)),
+    "before some windows that have no end": (Case(i=5, j=70, options={"window": (20, None)}), slice(0, 49)),
     "by the mask": (
         Case(i=5, j=70, options={"key_padding_mask": (torch.arange(70) % 3 == 0)[None]}), slice(None, None, 3)
     ),

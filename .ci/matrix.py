@@ -110,9 +110,8 @@ def pip(python, *words):
         [python, "-m", "pip", "install", "-q", *words], env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise LookupError(
-            ([line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr])[-1]
-        )
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise LookupError(errors[-1] if errors else done.stderr)
 
 
 def is_reached(address):
@@ -154,13 +153,17 @@ def prepare(row):
     (site / "row.pth").write_text(f"import sys; sys.path[:0] = {places}\n")
 
 
+def own_environment():
+    """The environment variables without those of this Python: a row's Python sees its own packages only."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
 def verify(row):
     """LookupError unless the environment has the row's versions: without Triton most tests would pass, some skipped."""
     wanted = [("torch", row.torch), *(word.split("==") for word in row.libraries)]
     ask = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     command = [environment_of(row) / "bin/python", "-c", ask, *(name for name, _ in wanted)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True)
     if done.returncode:
         raise LookupError(done.stderr.strip().splitlines()[-1])
     for (name, version), found in zip(wanted, done.stdout.split(), strict=True):
@@ -170,7 +173,7 @@ def verify(row):
 
 def run(row, log):
     """The counts of the row's tests; every line of pytest goes into the file `log`."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = own_environment()
     scripts = environment_of(row) / "bin"
     environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
     command = [scripts / "python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", "-m", "not slow", *row.parts]

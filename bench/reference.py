@@ -11,7 +11,7 @@ from .__main__ import MODULES, cli
 from .attention.command import attention
 from .attention.shapes import CELLS
 from .codegen import attention as launches
-from .codegen.matrix import ARCHS, OPS, attention_cases
+from .codegen.matrix import OPS, attention_cases
 from .gpu.command import SECONDS
 from .gpu.phases import phases, shares
 
@@ -104,12 +104,12 @@ def compiled():
         for name, layout in entry.layouts.items():
             demand = ", ".join(entry.streams.values()) if layout.is_wide else ""
             rows.append((op, name, _words(layout.options), demand, "every" if layout.is_common else "the first"))
-    sets = []
+    sets, every_case = [], attention_cases("attention", ("sm_90", "sm_80"))
     for name, found in launches.OPTIONS.items():
-        cases = [case for case in attention_cases("attention", ARCHS) if case.layout.split(" ", 1)[1] == name]
+        cases = [case for case in every_case if case.layout.split(" ", 1)[1] == name]
         for dtype in dict.fromkeys(case.dtype for case in cases):
             some = [case for case in cases if case.dtype == dtype]
-            widths = [_widths(case for case in some if case.arch == arch) for arch in ARCHS[1::-1]]
+            widths = [_widths(case for case in some if case.arch == arch) for arch in ("sm_90", "sm_80")]
             sets.append((name, dtype, _words(found), *widths))
         if not cases:
             sets.append((name, "", _words(found), "if --options names it", ""))

@@ -18,7 +18,7 @@ from ..environment import ROOT, describe, one_line
 from . import cache as compiled
 from .build import Build
 from .output import Output
-from .phases import phases
+from .phases import phases, shares
 from .runner import Runner, Stopped, environment_of
 from .show import shortened, tables
 
@@ -28,10 +28,9 @@ RESERVE = 6  # seconds for the tables at the end
 
 def _list(found, seconds):
     """Print the page of this package, and each phase with its share of the time and its commands."""
-    total = sum(phase.weight for phase in found)
     click.echo(page.__doc__.strip() + "\n")
-    for phase in found:
-        click.echo(f"{phase.name:10} {seconds * phase.weight / total:4.0f} s  {phase.about}")
+    for phase, share in zip(found, shares([phase.weight for phase in found], seconds), strict=True):
+        click.echo(f"{phase.name:10} {share:4.0f} s  {phase.about}")
         for command in phase.commands:
             click.echo(f"{'':19}python3 {' '.join(command.arguments)}")
 

@@ -291,13 +291,20 @@ def test_parts_of_the_keys_give_the_terms_of_the_gradient(attention_backend, dev
     torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-4)
 
 
-def test_an_operator_called_directly_has_its_gradient(attention_backend, device):
-    inputs = arguments(device, requires_grad=True)
+@pytest.mark.parametrize("trained", [(0, 1, 2, 3), (0,), (1,), (2,), (3,)], ids=str)
+def test_an_operator_called_directly_has_its_gradient(trained, attention_backend, device):
+    """Also if the only tensor that needs one is not the first."""
+    inputs = arguments(device)
+    for n in trained:
+        inputs[n].requires_grad_()
     out, lse, state = dispatch.OPERATORS[f"attention_forward{dispatch.SUFFIXES[attention_backend]}"](*inputs)
     assert out.requires_grad and lse.requires_grad and not state.requires_grad
     (out.square().sum() + lse.sum()).backward()
-    for tensor, expected in zip(inputs[:4], gradients_of_reference(inputs), strict=True):
-        torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5)
+    for n, expected in enumerate(gradients_of_reference(inputs)):
+        if n in trained:
+            torch.testing.assert_close(inputs[n].grad, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert inputs[n].grad is None
 
 
 def gradients_of_reference(inputs):

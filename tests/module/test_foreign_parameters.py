@@ -251,6 +251,15 @@ class TestLayersOfOthers:
         module.mlp[0], module.mlp[2] = nn.Sequential(module.mlp[0], nn.Identity()), module.mlp[2]
         assert torch.equal(module.table(3000), rounded.table(3000))
 
+    @pytest.mark.parametrize("number", [2, -1])
+    def test_a_later_layer_of_another_dtype(self, number):
+        """torch's own layers too: that the first one is in the table's dtype says nothing about the others."""
+        module, rounded = make(), make()
+        module.mlp[number].bfloat16()
+        for parameter in rounded.mlp[number].parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        assert torch.equal(module.table(3000), rounded.table(3000))
+
 
 @pytest.mark.parametrize("options", [{}, {"norm": True, "signed": True, "log_distance": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

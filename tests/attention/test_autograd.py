@@ -11,6 +11,7 @@ from attention_oracle import Case
 from quick import slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dpb_triton import bias_attention, bias_attention_varlen, dispatch, reference
@@ -193,6 +194,38 @@ def test_torch_func_draws_no_dropout(device):
             torch.func.grad(
                 lambda t, p=dropout_p: bias_attention(query, key, value, t, dropout_p=p, backend="torch").sum()
             )(table)
+
+
+EVERY_OPTION = [
+    {"scale": 0.3, "offset": 2, "signed": True, "window": (3, 1), "softcap": 1.5, "return_lse": True},
+    {"is_causal": True, "offset": 0, "key_padding_mask": torch.tensor([[True, False, False, True, False]])},
+]
+
+
+@pytest.mark.parametrize("way", ["torch.func", "ONNX"])
+@pytest.mark.parametrize("options", EVERY_OPTION, ids=("numbers", "masks"))
+def test_plain_operations_take_every_option(options, way, monkeypatch, device):
+    """Where torch must see plain operations, an option that is lost on the way changes the numbers."""
+    query, key, value, table, *_ = Case(heads=2, kv_heads=1, i=4, j=5, spare=3, options=options).draw(device)
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    expected = reference.attention(query, key, value, table, enable_gqa=True, **options)
+    for name in options:
+        rest = {k: x for k, x in options.items() if k != name}
+        if name in ("signed", "return_lse"):  # another table, or other results
+            continue
+        other = reference.attention(query, key, value, table, enable_gqa=True, **rest)
+        assert not torch.equal(pytree.tree_leaves(other)[0], pytree.tree_leaves(expected)[0]), f"{name} does nothing"
+
+    def attend(table):
+        return bias_attention(query, key, value, table, enable_gqa=True, backend="torch", **options)
+
+    if way == "ONNX":
+        monkeypatch.setattr(api, "is_in_onnx_export", lambda: True)
+        found = attend(table)
+    else:
+        found = torch.func.vmap(attend)(table[None])
+        found = pytree.tree_map(lambda x: x[0], found)
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_onnx_export_holds_plain_operations(monkeypatch, device):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """First and second derivatives, also of operators that are called directly, and the transforms that are refused."""
 
+import importlib
+
 import oracle
 import pytest
 import torch
@@ -105,3 +107,21 @@ def test_torch_func(transform, device):
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(Exception, match="backend='torch'"):
         transform(lambda t: expand_bias(t, 3, 4, offset=2, signed=True), table)
+
+
+@pytest.mark.parametrize("way", ["torch.func", "ONNX"])
+def test_plain_operations_take_every_option(way, monkeypatch, device):
+    """Where torch must see plain operations, an option that is lost on the way changes the numbers."""
+    table = small(device, True).detach()
+    expected = expand_bias(table, 3, 4, offset=2, signed=True, dtype=torch.bfloat16, backend="torch")
+    assert expected.dtype == torch.bfloat16 != table.dtype
+
+    def expand(table):
+        return expand_bias(table, 3, 4, offset=2, signed=True, dtype=torch.bfloat16, backend="torch")
+
+    if way == "ONNX":
+        monkeypatch.setattr(importlib.import_module("dpb_triton.expand.api"), "is_in_onnx_export", lambda: True)
+        found = expand(table)
+    else:
+        found = torch.func.vmap(expand)(table[None])[0]
+    assert torch.equal(found, expected) and found.dtype == expected.dtype

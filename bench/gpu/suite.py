@@ -70,6 +70,7 @@ LEFT_OUT = {  # by pattern
     "test_makefile.py": OWN_PROCESSES,
     "test_matrix.py": OFFLINE,
     "test_operators_seen.py": OWN_PROCESSES,
+    "test_defaults_of_torch.py": CPU_ONLY,
     "test_dispatch.py": NO_KERNEL,
     "test_robustness.py": OWN_PROCESSES,
     "module/test_plot.py": NO_KERNEL,

@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="compiling needs the extra `triton
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from bench.codegen import command as codegen_command  # noqa: E402
 from bench.codegen import compile as codegen_compile  # noqa: E402
 from bench.codegen import cuda as codegen_cuda  # noqa: E402
 from bench.codegen.compile import caught_launches, compile_launches, report, target_of  # noqa: E402
@@ -172,3 +173,22 @@ def test_the_record_of_a_cuda_kernel(name, dtype, threads, streams, monkeypatch)
     assert (two["registers"], two["shared"], two["stack"], two["spills"]) == (50, 0, 8, 1)
     assert (one["streams"], one["is_wide"]) == (streams, streams is not None)
     assert (one["interior"] is not None) == (streams == "load")
+
+
+@pytest.mark.parametrize(
+    ("constants", "words", "taken"),
+    [
+        ({}, "64,32,4,2", (64, 32, 4, 2)),
+        ({"IS_DESCRIBED": False, "BANDS": 1}, "64,32,4,2", (64, 32, 4, 2)),
+        ({"IS_DESCRIBED": True}, "64,32,4,2,1", (64, 32, 4, 2, True)),
+        ({"IS_DESCRIBED": False, "BANDS": 2}, "64,32,4,2,0,2", (64, 32, 4, 2, False, 2)),
+        ({"IS_DESCRIBED": True, "BANDS": 2}, "64,32,4,2,1,2", (64, 32, 4, 2, True, 2)),
+    ],
+)
+def test_a_printed_tile_may_be_asked_for(constants, words, taken):
+    """`--tile` takes what the table prints, and compiles the same kernel."""
+    record = {"kernel": "_dtable_kernel", "arch": "sm_90", "threads": 128, "stages": 2}
+    record["constants"] = {"BLOCK_M": 64, "BLOCK_N": 32} | constants
+    assert codegen_command._tile(record | {"arch": "gfx942", "threads": 256}) == words
+    assert codegen_command._tile(record) == words
+    assert codegen_command._tiles(None, None, [f"dtable={words}"]) == {"dtable": taken}

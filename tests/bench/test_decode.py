@@ -181,7 +181,7 @@ def test_defaults(where, monkeypatch):
     [
         (["--group", "3"], "--group 3 does not divide the 8 of --heads"),
         (["--heads", "6", "--group", "4"], "--group 4 does not divide the 6"),
-        (["--queries", "9", "--seq", "8"], "--queries 9"),
+        (["--queries", "9", "--seq", "8", "--seq", "64"], "--queries 9 are more than the keys of --seq 8"),
         (["--queries", "0"], "0"),
         (["--batch", "0"], "0"),
         (["--head-dim", "257"], "257"),

@@ -126,6 +126,11 @@ def test_candidates_are_compiled_in_turn_and_hopeless_ones_not(monkeypatch):
     for one, two in itertools.combinations(crowded, 2):
         is_larger = two.block_m >= one.block_m and two.block_n >= one.block_n
         assert not (is_larger and (two.warps, two.more) == (one.warps, one.more))
+    for candidate in candidates("dq", *GROUP[1:]):  # one larger in a single direction may still be good
+        smaller = [c for c in crowded if c.block_m <= candidate.block_m and c.block_n <= candidate.block_n]
+        is_hopeless = (candidate.warps, candidate.more) in [(c.warps, c.more) for c in smaller]
+        is_twice = (candidate.block_m, candidate.block_n, candidate.warps) == first[:3]
+        assert candidate in asked or is_hopeless or is_twice
     count = len(asked)
     assert sweep_offline.compile_candidates(wanted, results, 1, 600) == 0
     assert len(asked) == count

@@ -287,6 +287,18 @@ def test_text():
     assert text.fingerprint(training) != text.fingerprint(validation)
 
 
+def test_every_20th_file_is_for_validation(tmp_path, monkeypatch):
+    """Files by path, without what pip installed, without tests; the licence comes last."""
+    names = [f"{number:02}.py" for number in range(39)]
+    for name in (*names, "test/a.py", "site-packages/a.py", "a.txt", "LICENSE.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"<{name}>")
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    training, validation = (bytes(part.tolist()).decode() for part in text.load_text())
+    assert validation == "<19.py><LICENSE.txt>"
+    assert training == "".join(f"<{name}>" for name in names if name != "19.py")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -18,6 +18,7 @@ from dpb_triton import (
     expand_bias,
 )
 from dpb_triton.dispatch import why_not
+from dpb_triton.expand import torch_path
 from dpb_triton.reference import EagerDynamicPositionBias
 from dpb_triton.reference import attention as reference_attention
 
@@ -39,12 +40,14 @@ def assert_unmoved(function, tensors):
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
 
     def run():
+        for leaf in leaves:
+            leaf.grad = None
         torch.manual_seed(3)
         results = [x for x in pytree.tree_leaves(function(*leaves)) if isinstance(x, torch.Tensor)]
         trained = [x for x in results if x.requires_grad]
-        floating = [x for x in leaves if x.requires_grad] if trained else []
-        loss = sum(x.masked_fill(x == -torch.inf, 0).square().sum() for x in trained)
-        return [*results, *(torch.autograd.grad(loss, floating, allow_unused=True) if trained else ())]
+        # neither torch.autograd.grad nor Tensor.backward, below which the default device is torch's own
+        torch.autograd.backward(trained, [x.detach().masked_fill(x == -torch.inf, 0) for x in trained])
+        return [*results, *(leaf.grad for leaf in leaves)]
 
     expected = run()
     with other_defaults():
@@ -61,6 +64,15 @@ def assert_unmoved(function, tensors):
 def test_expansion(options, backend, device):
     table = torch.randn(2, 13, device=device)
     assert_unmoved(lambda table: expand_bias(table, 5, 6, backend=backend, **options), [table])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_expansion_below_the_operators(signed, device):
+    """torch calls an operator's own function without the defaults, so here is plain torch's."""
+    table, dbias = torch.randn(2, 23 if signed else 12, device=device), torch.randn(2, 10, 11, device=device)
+    assert_unmoved(lambda table: torch_path.expand(table, 10, 11, 1, signed, torch.bfloat16), [table])
+    with torch.no_grad():
+        assert_unmoved(lambda dbias: torch_path.reduce(dbias, 12, 1, signed, torch.float32), [dbias])
 
 
 CASES = {
@@ -181,3 +193,25 @@ def test_multihead(mask, need_weights, device):
     }[mask]
     x = torch.randn(3, 5, 8, device=device)
     assert_unmoved(lambda x: layer(x, x, x, need_weights=need_weights, **options), [x])
+
+
+@pytest.mark.parametrize("build", [EagerDynamicPositionBias, DynamicPositionBias, MultiheadAttention])
+def test_a_new_module_has_the_defaults_unless_it_is_told(build, device):
+    options = {} if build is EagerDynamicPositionBias else {"device": device, "dtype": torch.float32}
+    if build is DynamicPositionBias:
+        options["norm"] = True
+    with other_defaults():
+        module, told = build(8, 2), build(8, 2, **options)
+    assert {(x.device.type, x.dtype) for x in module.parameters()} == {("meta", torch.float64)}
+    if options:
+        assert {(x.device.type, x.dtype) for x in told.parameters()} == {(torch.device(device).type, torch.float32)}
+
+
+def test_a_checkpoint_keeps_its_device_and_dtype(device):
+    """With a bias in the first LayerNorm, as older x-transformers have it, whose layer is made anew."""
+    first = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.LayerNorm(6), torch.nn.SiLU())
+    mlp = torch.nn.Sequential(first, torch.nn.Linear(6, 2)).to(device)
+    state = {f"mlp.{key}": value for key, value in mlp.state_dict().items()}
+    with other_defaults():
+        module = DynamicPositionBias.from_x_transformers(state)
+    assert {(x.device.type, x.dtype) for x in module.parameters()} == {(torch.device(device).type, torch.float32)}

@@ -17,6 +17,7 @@ from dpb_triton import (
     bias_attention_varlen,
     expand_bias,
 )
+from dpb_triton.attention import torch_products
 from dpb_triton.dispatch import why_not
 from dpb_triton.expand import torch_path
 from dpb_triton.reference import EagerDynamicPositionBias
@@ -80,7 +81,7 @@ CASES = {
     "numbers": Case(
         i=7, j=12, heads=4, kv_heads=2, options={"scale": 0.3, "softcap": 2.0, "offset": 2, "signed": True}
     ),
-    "masked": Case(i=7, j=12, dtype=torch.bfloat16, options={"window": (4, 1), "dropout_p": 0.4}),
+    "masked": Case(i=7, j=12, dtype=torch.bfloat16, options={"window": (4, 1), "dropout_p": 0.4, "softcap": 2.0}),
     "decoding": Case(i=1, j=130, options={"is_causal": True}),
 }
 MASKS = {
@@ -93,14 +94,24 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name, mask, attention_backend, device):
-    case = CASES[name]
+    check_attention(CASES[name], mask, attention_backend, device)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_plain_torch_where_results_are_far(mask, monkeypatch, device):
+    """On other devices than a CPU it looks at no result, and selects what a mask hides."""
+    monkeypatch.setattr(torch_products, "is_at_hand", lambda tensor: False)
+    check_attention(CASES["masked"], mask, "torch", device)
+
+
+def check_attention(case, mask, backend, device):
     tensors = case.draw(device)[:4]
     masks = () if mask == "none" else (MASKS[mask](case, device),)
 
     def attend(query, key, value, table, mask=None):
         return bias_attention(
             query, key, value, table, key_padding_mask=mask, enable_gqa=True, return_lse=True,
-            backend=attention_backend, **case.options,
+            backend=backend, **case.options,
         )  # fmt: skip
 
     assert_unmoved(attend, (*tensors, *masks))

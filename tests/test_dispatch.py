@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Which implementation a call reaches, and on which device, with recorders in place of a GPU."""
 
+import platform
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -116,16 +118,20 @@ def test_the_command_without_a_gpu(cuda, hip, available, monkeypatch, capsys):
     command.main()
     out = capsys.readouterr().out
     for words in (
-        f"dpb_triton {command.__version__} in ",
+        f"dpb_triton {command.__version__} in {Path(dispatch.__file__).parent}\n",
+        f"Python {platform.python_version()}, ",
         f"torch {torch.__version__}, triton {command.version_of('triton')}\n",
         "cuda: torch sees no GPU" + " (a CPU build of torch)" * (cuda is None and hip is None) + "\n",
-        f"cpu: {torch.get_num_threads()} threads",
+        f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n",
         "cuda tensors: there are none here, torch sees no GPU; with one 'triton' is chosen",
         "  triton  installed, but there is no GPU",
         "  cuda    built without CUDA",
     ):
         assert words in out
     assert command.version_of("no such package of ours") == "not installed"
+    available(triton=False)
+    command.main()
+    assert f"torch {torch.__version__}, triton not installed\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("cuda", "hip", "said"), [("13.0", None, "CUDA 13.0"), (None, "7.0", "HIP 7.0")])

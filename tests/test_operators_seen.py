@@ -46,6 +46,16 @@ def test_a_mode_sees_them(calls):
     assert mode.names >= NAMES
 
 
+def test_every_derivative_is_of_the_backend_that_was_asked_for(backend, device):
+    table = torch.randn(2, 9, device=device, requires_grad=True)
+    with Mode() as mode:
+        bias = expand_bias(table, 5, 9, backend=backend)
+        (first,) = torch.autograd.grad(bias.sin().sum(), table, create_graph=True)
+        first.sin().sum().backward()
+    ours = {name for name in mode.names if name.startswith("dpb_triton::")}
+    assert ours == {f"dpb_triton::{name}{dispatch.SUFFIXES[backend]}" for name in ("expand", "reduce")}
+
+
 def test_a_profiler_sees_them(calls):
     with torch.profiler.profile() as profiler:
         calls()

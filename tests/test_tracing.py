@@ -169,6 +169,8 @@ def test_what_the_checks_say(device):
         torch.jit.trace(Attention().to(device), inputs(1, 17, 17, device))
     with pytest.raises(TypeError, match="i must be an int, got tensor"):
         torch.jit.trace(Bias(lambda bias, x, y: bias(x.sum(), 3)), (x.cpu(), y.cpu()))
+    with pytest.raises(ValueError, match="n must be at least 0, got -4"):
+        torch.jit.trace(Bias(lambda bias, x, y: bias.table(x.shape[1] - 9)), (x.cpu(), y.cpu()))
     with pytest.raises(TypeError, match="i must be an int, got tensor"):
         DynamicPositionBias(8, 2)(torch.tensor(3), 3)
     for options in ({}, {"signed": True}, {"is_causal": True, "signed": True}):

@@ -101,6 +101,7 @@ CASES = {
     "plot i beyond": (lambda: plot_bias(module(), 10**30), ValueError, ["i must be between 1 and 2^60", str(10**30)]),
     "plot on meta": (lambda: plot_bias(module(8, 2, device="meta"), 4), ValueError, ["module", "meta"]),
     "plot nothing": (lambda: plot_bias(module(), 0), ValueError, ["i must be at least 1", "0"]),
+    "plot no keys": (lambda: plot_bias(module(), 4, 0), ValueError, ["j must be at least 1", "0"]),
     "plot log_x": (lambda: plot_bias(module(), 4, log_x="y"), TypeError, ["log_x must be True or False", "'y'"]),
     "state_dict type": (lambda: DynamicPositionBias.from_x_transformers([1]), TypeError, ["state_dict must be a mapping", "list"]),
     "state_dict other": (lambda: DynamicPositionBias.from_x_transformers(module().state_dict()), ValueError, ["state_dict must hold", "mlp.0.weight"]),

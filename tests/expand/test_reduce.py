@@ -7,6 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 from quick import slow
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpb_triton import ReduceBias, expand_bias, reference
 from dpb_triton.dispatch import SUFFIXES
@@ -44,6 +45,8 @@ def test_no_distance_has_a_sum(signed, backend, device):
     dbias = torch.ones(2, 0, 5, device=device)
     assert reference.reduce(dbias, 0, offset=0, signed=signed).shape == (2, 0)
     assert ReduceBias.apply(dbias, 0, 0, signed, None, SUFFIXES[backend]).shape == (2, 0)
+    with FakeTensorMode() as mode:
+        assert ReduceBias.apply(mode.from_tensor(dbias), 0, 0, signed, None, SUFFIXES[backend]).shape == (2, 0)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -142,6 +145,14 @@ def test_a_float64_table_has_a_float64_sum(backend, device):
     dbias = torch.randn(2, 40, 50, device=device)
     dtable = ReduceBias.apply(dbias, 50, 10, False, torch.float64, SUFFIXES[backend])
     torch.testing.assert_close(dtable.cpu(), oracle.reduce(dbias, 50, 10), rtol=1e-12, atol=1e-12)
+
+
+def test_a_float64_bias_has_a_float64_sum(backend, device):
+    """Also for a float32 table: the sum is rounded once."""
+    table = torch.zeros(2, 50, device=device, requires_grad=True)
+    dbias = torch.randn(2, 40, 50, dtype=torch.float64, device=device)
+    expand_bias(table, 40, 50, dtype=torch.float64, backend=backend).backward(dbias)
+    assert torch.equal(table.grad.cpu(), oracle.reduce(dbias, 50, 10).float())
 
 
 def test_low_precision_is_summed_in_float32(device, backend):

@@ -214,6 +214,13 @@ LOOKS = {
     "another dtype": lambda mask: mask.to(torch.float64),
     "a named dtype": lambda mask: mask.to(dtype=torch.float64),
     "device and dtype": lambda mask: mask.to("cpu", torch.float16),
+    "a tensor's dtype": lambda mask: mask.to(torch.ones(1, dtype=torch.float64)),
+    "sum with a number first": lambda mask: 1.0 + mask,
+    "less a number": lambda mask: mask - 1.0,
+    "quotient": lambda mask: mask / 2,
+    "at most": lambda mask: mask <= -1.0,
+    "at least": lambda mask: mask >= 0,
+    "more": lambda mask: mask > -1.0,
     "bool": lambda mask: mask.bool(),
     "expanded": lambda mask: mask.expand(-1, 4, -1, -1),
     "where": lambda mask: torch.where(mask.bool(), 1, 2),
@@ -247,6 +254,9 @@ def test_a_mask_that_is_asked_for_its_sizes_stays_one():
     assert not hasattr(mask, "nonsense") and len({mask, mask}) == 1
     assert mask._dense is None
     assert torch.equal(copy.deepcopy(mask).dense(), mask.dense())
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float16, "meta")):
+        mask = transformers_mask.make_mask(2, 5, 5, dtype=dtype, device=device)
+        assert (mask.dtype, mask.device.type) == (dtype, device) == (mask.dense().dtype, mask.dense().device.type)
 
 
 @pytest.mark.parametrize(
@@ -429,12 +439,43 @@ def test_a_layer_with_other_lengths_than_its_mask_raises(i, j):
         transformers_attention.attend(layer, x, x, x, make_mask(i, j, 0, None))
 
 
-def test_a_layer_that_does_not_train_drops_nothing():
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_a_layer_that_does_not_train_drops_nothing(is_eager):
     layer, x = decoder("Llama").model.layers[0].self_attn, torch.randn(2, 4, 5, 6)
-    expected, _ = transformers_attention.attend(layer, x, x, x, None)
-    out, _ = transformers_attention.attend(layer, x, x, x, None, dropout=0.9)
+    inputs, call = (x, x[:, :2], x[:, 2:], None), {"scaling": 0.3, "output_attentions": is_eager}
+    expected, _ = transformers_attention.attend(layer, *inputs, **call)
+    out, _ = transformers_attention.attend(layer, *inputs, dropout=0.9, **call)
     assert torch.equal(out, expected) and out.is_contiguous()
-    assert not torch.equal(transformers_attention.attend(layer.train(), x, x, x, None, dropout=0.9)[0], expected)
+    assert not torch.equal(transformers_attention.attend(layer.train(), *inputs, dropout=0.9, **call)[0], expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_eager_layer_has_the_bias_of_an_offset_on_the_device(signed):
+    """Of a mask that a compiled decoder of a static cache gets, whose keys are more than its tokens."""
+    layer, bias = decoder("Llama").model.layers[0].self_attn, DynamicPositionBias(8, 4, signed=signed)
+    layer.pos_bias = bias
+    query, key = torch.randn(2, 4, 2, 6), torch.randn(2, 2, 9, 6)
+    results = []
+    for offset in (4, torch.tensor(4)):
+        mask = make_mask(2, 9, offset, None)
+        mask._eager = offset, None  # as on a GPU, where nobody reads the number
+        call = {"scaling": 0.3, "output_attentions": True}
+        results.append(transformers_attention.attend(layer, query, key, key, mask, **call)[0])
+    keys = key.repeat_interleave(2, 1)
+    scores = 0.3 * query @ keys.mT + bias(2, 9, offset=4) + mask.dense()
+    for out in results:
+        torch.testing.assert_close(out, (scores.softmax(3) @ keys).transpose(1, 2))
+
+
+def test_chosen_keys_without_a_mask():
+    layer, x = decoder("Llama").model.layers[0].self_attn, torch.randn(1, 2, 3, 6)
+    chosen = torch.tensor([[[0, 1], [2, 2], [1, 2]]])
+    seen = torch.tensor([[True, True, False], [False, False, True], [False, True, True]])
+    query = torch.randn(1, 4, 3, 6)
+    keys = x.repeat_interleave(2, 1)
+    out, _ = transformers_attention.attend(layer, query, x, x, None, scaling=0.3, indices=chosen)
+    expected = (0.3 * query @ keys.mT).masked_fill(~seen, -torch.inf).softmax(3) @ keys
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 def test_other_calls_of_a_layer_are_eager(reasons, monkeypatch):

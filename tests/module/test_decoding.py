@@ -135,6 +135,14 @@ def test_a_change_is_seen(change, device):
     assert after.dtype != before.dtype or not torch.equal(after, before)
 
 
+def test_a_table_of_both_sides_is_another_one():
+    module = make()
+    with torch.no_grad():
+        module.table(40)
+        module.signed = True
+        assert torch.equal(module.table(40), module._compute(256)[:, 216:295])
+
+
 def test_a_write_through_data_is_seen_on_a_cpu():
     module = make()
     with torch.no_grad():

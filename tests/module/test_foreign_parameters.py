@@ -172,6 +172,111 @@ class Quantised(torch.Tensor):
         raise NotImplementedError(f"{function} of a quantised weight")
 
 
+class Product(nn.Module):
+    """A Linear whose product is another function of x (rows, width) and the weight (width, out features)."""
+
+    def __init__(self, linear, product):
+        super().__init__()
+        self.linear, self.product = linear, product
+
+    def forward(self, x):
+        return self.product(x, self.linear.weight.T) + self.linear.bias
+
+
+def rows_of(product):
+    return lambda x, w: torch.stack([product(w.T, row) for row in x])
+
+
+PRODUCTS = {
+    "linear by name": lambda x, w: F.linear(input=x, weight=w.T),
+    "bilinear": lambda x, w: F.bilinear(torch.ones_like(x[:, :1]), x, w.T[:, None]),
+    "conv1d": lambda x, w: F.conv1d(x[:, :, None], w.T[:, :, None])[:, :, 0],
+    "@": lambda x, w: x @ w,
+    "reflected @": lambda x, w: w.__rmatmul__(x),
+    "matmul": torch.matmul,
+    "Tensor.matmul": lambda x, w: x.matmul(w),
+    "mm": torch.mm,
+    "Tensor.mm": lambda x, w: x.mm(w),
+    "bmm": lambda x, w: torch.bmm(x[None], w[None])[0],
+    "Tensor.bmm": lambda x, w: x[None].bmm(w[None])[0],
+    "mv": rows_of(torch.mv),
+    "Tensor.mv": rows_of(torch.Tensor.mv),
+    "addmm": lambda x, w: torch.addmm(w[0] * 0, x, w),
+    "Tensor.addmm": lambda x, w: (w[0] * 0).addmm(x, w),
+    "baddbmm": lambda x, w: torch.baddbmm(w[None, :1] * 0, x[None], w[None])[0],
+    "Tensor.baddbmm": lambda x, w: (w[None, :1] * 0).baddbmm(x[None], w[None])[0],
+    "einsum": lambda x, w: torch.einsum("nd,de->ne", x, w),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_of_any_name_has_the_distances(product):
+    """They meet a layer's bfloat16 weights unrounded."""
+    module, rounded = make(), make()
+    for each in (module, rounded):
+        each.mlp[0].bfloat16()
+        each.mlp[2].bfloat16()
+    rounded.float()
+    for place in (0, 2):
+        module.mlp[place] = Product(module.mlp[place], product)
+    torch.testing.assert_close(module.table(3000), rounded.table(3000), atol=1e-5, rtol=1e-5)
+
+
+NORMS = {
+    "F.layer_norm": lambda x, weight, bias: F.layer_norm(x, (8,), weight, bias),
+    "torch.layer_norm": lambda x, weight, bias: torch.layer_norm(x, (8,), weight, bias),
+    "F.rms_norm": lambda x, weight, bias: F.rms_norm(x, (8,), weight),
+    "torch.rms_norm": lambda x, weight, bias: torch.rms_norm(x, (8,), weight),
+    "F.group_norm": lambda x, weight, bias: F.group_norm(x, 2, weight, bias),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_norm_of_any_name_keeps_the_dtype(norm):
+    class Norm(nn.LayerNorm):
+        def forward(self, x):
+            return norm(x, self.weight, self.bias)
+
+    module, rounded = make(), make()
+    layer = Norm(8)
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    for each, dtype in ((module, torch.bfloat16), (rounded, torch.float32)):
+        each.mlp.insert(1, copy.deepcopy(layer).bfloat16().to(dtype))
+    torch.testing.assert_close(module.table(3000), rounded.table(3000), atol=1e-5, rtol=1e-5)
+
+
+def test_a_product_of_integers_stays_one():
+    """A layer may count with them: float32 would round the largest."""
+
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("codes", torch.full((8, 1), 2**24 + 1))
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return (torch.ones(len(x), 8, dtype=torch.int64) @ self.codes) % 2 * self.scale
+
+    module = make()
+    module.mlp = nn.Sequential(Codes())
+    assert (module.table(3) == 0).all()
+    module.mlp[0].codes[0] += 1
+    assert (module.table(3) == 1).all()
+
+
+def test_a_product_is_where_its_weight_is():
+    """As for layers on several GPUs: x comes to the weight. A module's device is that of its first parameter."""
+    module = make()
+    module.mlp[-1].to("meta", torch.bfloat16)
+    assert module.device.type == "cpu" and module.table(9).is_meta
+
+
+def test_parameters_say_the_dtype_before_buffers():
+    module = make(torch.bfloat16)
+    module.mlp[0].register_buffer("calls", torch.zeros(1, dtype=torch.float64))
+    assert module(3, 5).dtype == torch.bfloat16 and module.table(5).dtype == torch.float32
+
+
 def linears(module):
     return [place for place, layer in enumerate(module.mlp) if isinstance(layer, nn.Linear)]
 

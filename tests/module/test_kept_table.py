@@ -130,6 +130,27 @@ def method_of_class(owner, name):
     return install
 
 
+def sequence_of_all(module, dial, stack, patch):
+    iterate = nn.Sequential.__iter__
+
+    def patched(self):
+        for layer in iterate(self):
+            yield layer
+            if type(layer) is nn.SiLU:
+                yield Parametrization(dial)
+
+    patch.setattr(nn.Sequential, "__iter__", patched)
+
+
+def attributes_of_all(module, dial, stack, patch):
+    def patched(self, name):
+        if name == "weight":
+            return self._parameters[name] * dial.factor
+        return object.__getattribute__(self, name)
+
+    patch.setattr(nn.Linear, "__getattribute__", patched)
+
+
 def everywhere(register, hook):
     def install(module, dial, stack, patch):
         stack.callback(register(getattr(dial, hook)).remove)
@@ -251,9 +272,17 @@ INTERVENTIONS = {
     "forward of all LayerNorm": method_of_class(nn.LayerNorm, "forward"),
     "forward of all SiLU": method_of_class(nn.SiLU, "forward"),
     "forward of all Sequential": method_of_class(nn.Sequential, "forward"),
-    "call of all Linear": method_of_class(nn.Linear, "__call__"),
     "call of all modules": method_of_class(nn.Module, "__call__"),
     "_call_impl of all modules": method_of_class(nn.Module, "_call_impl"),
+    **{
+        f"{name} of {owner.__name__}": method_of_class(owner, name)
+        for owner in (nn.Linear, nn.LayerNorm, nn.SiLU, nn.Sequential)
+        for name in ("__call__", "_call_impl")
+    },
+    "__getattr__ of Linear": method_of_class(nn.Linear, "__getattr__"),
+    "__getattr__ of LayerNorm": method_of_class(nn.LayerNorm, "__getattr__"),
+    "__getattribute__ of Linear": attributes_of_all,
+    "__iter__ of Sequential": sequence_of_all,
     "F.linear": in_class(F, "linear"),
     "F.silu": in_class(F, "silu"),
     "F.layer_norm": in_class(F, "layer_norm"),

@@ -197,6 +197,9 @@ def test_older_x_transformers_have_a_bias_in_the_first_norm():
     module = DynamicPositionBias.from_x_transformers(state)
     torch.testing.assert_close(module.table(4).mT, old(torch.arange(-3.0, 4.0)[:, None].double()))
     assert module.mlp[1].bias.dtype == torch.float64
+    with torch.device("meta"):  # the weights' device counts
+        module = DynamicPositionBias.from_x_transformers(state)
+    torch.testing.assert_close(module.table(4).mT, old(torch.arange(-3.0, 4.0)[:, None].double()))
 
 
 def test_a_prefix_is_that_of_one_module_among_others():
@@ -230,9 +233,14 @@ def test_copies_pickles_and_meta(tmp_path):
     assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(4, 6), module(4, 6))
     meta = DynamicPositionBias(8, 2, device="meta")
     assert meta(4, 6).device.type == "meta" and meta(4, 6).shape == (2, 4, 6)
-    assert repr(module).splitlines()[1].strip() == (
-        "dim=8, heads=2, depth=2, norm=True, log_distance=False, signed=True"
-    )
+    for shown, options in (
+        ("norm=True, log_distance=False, signed=False", {"norm": True}),
+        ("norm=False, log_distance=True, signed=False", {"log_distance": True}),
+        ("norm=False, log_distance=False, signed=True", {"signed": True}),
+    ):
+        module = DynamicPositionBias(8, 2, depth=3, **options)
+        assert module.extra_repr() == f"dim=8, heads=2, depth=3, {shown}"
+        assert repr(module).splitlines()[1].strip() == module.extra_repr()
 
 
 def test_layers_may_be_replaced(device):

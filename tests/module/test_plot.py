@@ -19,6 +19,8 @@ def test_curves_and_map(signed, log_x, tmp_path):
     assert isinstance(figure, figure_module.Figure)
     curves, image = figure.axes[:2]
     assert curves.get_xscale() == ("symlog" if log_x else "linear")
+    if log_x:  # linear up to the nearest neighbours only
+        assert curves.xaxis.get_transform().linthresh == 1
     assert len(curves.lines) == 3
     for line, expected in zip(curves.lines, module.table(9).detach(), strict=True):
         assert list(line.get_xdata()) == list(range(-8 if signed else 0, 9))
@@ -37,7 +39,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_what_it_says(signed):
-    """Labels, the chosen head, the map's axes; j is i unless given; many heads get no legend."""
+    """Labels, the chosen head, the map's axes and colours; what is drawn by default; many heads get no legend."""
     figure = plot_bias(DynamicPositionBias(8, 3, signed=signed), 4, 7, head=2)
     curves, image = figure.axes[:2]
     assert [line.get_label() for line in curves.lines] == ["head 0", "head 1", "head 2"]
@@ -47,7 +49,9 @@ def test_what_it_says(signed):
     assert (image.get_xlabel(), image.get_ylabel(), image.get_title()) == ("key y", "query x", "bias[2, x, y]")
     assert image.images[0].get_extent() == [0, 7, 4, 0]
     for heads, has_legend in ((16, True), (17, False)):
-        curves, image = plot_bias(DynamicPositionBias(8, heads), 5).axes[:2]
+        curves, image, colours = plot_bias(DynamicPositionBias(8, heads), 5).axes
+        assert colours.get_label() == "<colorbar>"
+        assert curves.get_xscale() == "linear" and image.get_title() == "bias[0, x, y]"
         assert (curves.get_legend() is not None) == has_legend
         assert image.images[0].get_array().shape == (5, 5)
 

@@ -204,7 +204,13 @@ class TestNested:
         ours = MultiheadAttention(12, 4, batch_first=True, device=device, dtype=torch.float64)
         sequences = [draw(device, n, 12) for n in (3, 6)]
         x = torch.nested.as_nested_tensor(sequences).requires_grad_()
-        for call in ({"need_weights": False}, {"is_causal": True}, {"is_causal": True, "need_weights": False}):
+        for call in (
+            {"need_weights": False},
+            {"is_causal": True},
+            {"is_causal": True, "need_weights": False},
+            {"offset": 2},
+            {"offset": -1, "is_causal": True, "need_weights": False},
+        ):
             out = ours(x, x, x, **call)[0]
             expected = [ours(s, s, s, **call)[0] for s in sequences]
             torch.testing.assert_close(out.unbind(), expected)

@@ -272,3 +272,14 @@ class TestTransforms:
 
         expected = biased(ours, theirs, x, x, x, key_padding_mask=padding, batch=3)[0]
         torch.testing.assert_close(vmap(forward)(x, padding), expected)
+
+    def test_the_causal_hint_of_each_sample(self, need_weights):
+        """Its mask has no numbers to look at, so the hint is believed."""
+        ours, _ = pair({"batch_first": True})
+        x, mask = draw(ours, 3, 5, 5)[0], torch.ones(3, 5, 5, dtype=torch.bool).triu(1)
+
+        def forward(x, mask):
+            call = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+            return ours(x[None], x[None], x[None], **call)[0][0]
+
+        torch.testing.assert_close(vmap(forward)(x, mask), ours(x, x, x, attn_mask=mask[0])[0])

@@ -280,6 +280,30 @@ class TestTheCausalHint:
         for call in ({}, {"offset": 1}):
             call = {"attn_mask": mask, "is_causal": True, "need_weights": False, **call}
             torch.testing.assert_close(compiled(x, x, x, **call), ours(x, x, x, **call), atol=1e-5, rtol=1e-5)
+        assert len(fused) == 2
+
+    @pytest.mark.parametrize("i,shape", [(4, (4, 4, 4)), (3, (3, 4))], ids=("3-D", "no square"))
+    def test_not_believed_of_a_mask_that_may_mean_more(self, i, shape, monkeypatch):
+        """Where nobody can look, it stays a mask: one for each head, or with another offset than its size says."""
+        monkeypatch.setattr(multihead_masks, "is_capturing", lambda device: True)
+        ours, theirs = pair({})
+        inputs, mask = draw(ours, 1, i, 4), draw_mask("bool", shape, torch.float64)
+        call = {"attn_mask": mask, "offset": 0, "need_weights": False}
+        assert_same(
+            ours, theirs, inputs, ours(*inputs, is_causal=True, **call), biased(ours, theirs, *inputs, batch=1, **call)
+        )
+
+    def test_believed_in_a_capture_and_without_numbers(self, monkeypatch, fused):
+        ours, x = MultiheadAttention(12, 4), torch.randn(5, 2, 12)
+        call = {"attn_mask": torch.zeros(5, 5), "is_causal": True, "need_weights": False}
+        ours(x, x, x, **call)
+        assert fused == []  # the mask hides nothing
+        meta, shape = copy.deepcopy(ours).to("meta"), torch.empty(5, 2, 12, device="meta")
+        assert meta(shape, shape, shape, **call | {"attn_mask": torch.zeros(5, 5, device="meta")})[0].is_meta
+        assert len(fused) == 1
+        monkeypatch.setattr(multihead_masks, "is_capturing", lambda device: True)
+        ours(x, x, x, **call)
+        assert len(fused) == 2
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

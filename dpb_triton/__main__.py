@@ -18,6 +18,13 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def triton_version() -> str:
+    """The version of the package that holds Triton. For torch's builds for ROCm it has another name."""
+    if not dispatch.has_triton():
+        return "not installed"
+    return version_of(importlib.metadata.packages_distributions().get("triton", ["triton"])[0])
+
+
 def chosen(device_type: str) -> str:
     """The backend that `backend=None` takes for tensors on that device."""
     preferred = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}[device_type]
@@ -38,8 +45,7 @@ def print_backends(device_type: str) -> None:
 def main() -> None:
     """Print all of it."""
     print(f"dpb_triton {__version__} in {dispatch.__file__.rpartition('/')[0]}")
-    triton = version_of("triton") if dispatch.has_triton() else "not installed"
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton_version()}")
     if torch.cuda.is_available():
         toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
         print(f"cuda: {torch.cuda.get_device_name()}, {toolkit}")

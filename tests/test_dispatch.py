@@ -131,7 +131,20 @@ def test_the_command_without_a_gpu(cuda, hip, available, monkeypatch, capsys):
     assert command.version_of("no such package of ours") == "not installed"
     available(triton=False)
     command.main()
-    assert f"torch {torch.__version__}, triton not installed\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for words in (f"torch {torch.__version__}, triton not installed\n", "  cuda    built, but there is no GPU\n"):
+        assert words in out
+    assert "; with one 'cuda' is chosen\n" in out and out.count("  torch   available\n") == 2
+
+
+@pytest.mark.parametrize("name", ["triton", "pytorch-triton-rocm"])
+def test_the_command_knows_tritons_other_names(name, available, monkeypatch, capsys):
+    """torch's builds for ROCm bring Triton in a package of another name."""
+    available()
+    monkeypatch.setattr(command.importlib.metadata, "packages_distributions", lambda: {"triton": [name]})
+    monkeypatch.setattr(command, "version_of", lambda package: f"3.9 of {package}")
+    command.main()
+    assert f", triton 3.9 of {name}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("cuda", "hip", "said"), [("13.0", None, "CUDA 13.0"), (None, "7.0", "HIP 7.0")])

@@ -118,6 +118,15 @@ def test_export_trains_and_takes_other_lengths(device):
         torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, atol=1e-4, rtol=1e-4)
 
 
+def test_export_needs_no_bounds(device):
+    """The checks of a size's limits would make the caller of torch.export confirm them."""
+    program = torch.export.export(
+        Attention().to(device), (torch.randn(4, 16, 8, device=device),),
+        dynamic_shapes={"x": {1: torch.export.Dim("n", min=2)}},
+    )  # fmt: skip
+    assert program.module()(torch.randn(4, 33, 8, device=device)).shape == (4, 33, 8)
+
+
 def test_export_round_trip(device, tmp_path):
     model = Attention().to(device)
     x = torch.randn(4, 16, 8, device=device)

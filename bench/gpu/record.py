@@ -141,7 +141,7 @@ def _host(arguments):
     """Make each call of `python -m bench host` once, without the fake driver that it uses on a CPU."""
     from bench import host
 
-    host.let_cpu_tensors_through = lambda: None
+    host.fake_cuda.let_cpu_tensors_through = lambda: None
     host.measure = lambda calls, *rest: {name: (call(), 0.0)[1] for name, call in calls.items()}
     host.host(["cpu" if word == "cuda" else word for word in arguments[1:]], standalone_mode=False)
 

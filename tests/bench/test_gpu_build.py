@@ -3,6 +3,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,8 @@ print("for", os.environ["TORCH_CUDA_ARCH_LIST"], os.environ["DPB_TRITON_CSRC"])
 sys.exit({status})
 """
     output = Output(tmp_path / "out")
-    with Build(output, dict(os.environ), "cuda", "9.0", [sys.executable, "-c", code]) as build:
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": "8.0", "DPB_TRITON_CSRC": "0"}
+    with Build(output, environment, "cuda", "9.0", [sys.executable, "-c", code]) as build:
         assert (build.news(), build.news(), build.state()) == (BUILDING, None, BUILDING)
         build.wait(0)
         assert build.seconds is None
@@ -48,6 +50,30 @@ def test_a_build_that_does_not_end_is_ended(tmp_path):
     assert build.process.poll() is not None
 
 
+def test_the_log_gets_the_end_of_a_long_build(tmp_path):
+    output = Output(tmp_path)
+    code = "import sys; sys.stdout.write('first' + 'x' * 2**19 + 'last')"
+    with Build(output, dict(os.environ), "cuda", "9.0", [sys.executable, "-c", code]) as build:
+        build.wait(60)
+    log = output.log.read_text()
+    assert log.endswith("xlast") and "first" not in log and len(log) < 2**19 + 100
+
+
+def test_what_is_built(tmp_path, monkeypatch):
+    """csrc, into this tree, for at most four minutes."""
+    seen = []
+
+    def guarded(command, seconds, log, environment):
+        seen.append((command, seconds))
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(gpu_build, "guarded", guarded)
+    monkeypatch.setattr(gpu_build, "why_not", lambda device: None)
+    with Build(Output(tmp_path), {}, "cuda", "9.0"):
+        pass
+    assert seen == [([sys.executable, "setup.py", "build_ext", "--inplace"], 240)]
+
+
 def test_where_nothing_is_built(tmp_path, monkeypatch):
     assert why_not("cpu") == "a rehearsal builds nothing"
     monkeypatch.setattr(gpu_build.shutil, "which", lambda program: None if program == "nvcc" else program)
@@ -58,3 +84,5 @@ def test_where_nothing_is_built(tmp_path, monkeypatch):
     assert Output(tmp_path).log.read_text() == ""
     monkeypatch.setattr(gpu_build.shutil, "which", lambda program: program)
     assert why_not("cuda") is None
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda program: None)
+    assert why_not("cuda") == "no nvcc, ninja, c++"

@@ -71,7 +71,16 @@ def test_a_cache_for_this_triton_is_unpacked(tmp_path):
 @pytest.mark.parametrize(
     "about, words",
     [
-        ({"triton_key": "0" * 64}, ["miss", "Triton 3.6.0", "Python 3.12.3", "0" * 12]),
+        (
+            {"triton_key": "0" * 64},
+            [
+                "miss",
+                "Triton 3.6.0",
+                "Python 3.12.3",
+                f"triton_key {'0' * 12};",
+                f"here it is {archive.own_key()[:12]}",
+            ],
+        ),
         ({"folder": "/elsewhere"}, ["miss", "/elsewhere"]),
         ({"sources": "other"}, ["hit", "sources have changed"]),
     ],
@@ -83,8 +92,35 @@ def test_a_cache_that_does_not_fit_says_so_in_one_line(about, words, tmp_path):
     assert kernels_in(folder) == ("hit" in words)
 
 
-def test_without_a_tar(tmp_path):
-    assert "none given" in Cache(None, tmp_path).open()
+@pytest.mark.parametrize("about", [None, {"folder": "/elsewhere"}, {}], ids=["none", "miss", "hit"])
+def test_only_kernels_that_this_run_compiled_are_news(about, tmp_path):
+    folder = tmp_path / "cache"
+    (folder / "OF_AN_EARLIER_RUN").mkdir(parents=True)
+    (folder / "OF_AN_EARLIER_RUN" / "k.cubin").write_text("binary")
+    cache = Cache(None if about is None else a_tar(tmp_path, folder, about), folder)
+    line = cache.open()
+    assert about is not None or line.endswith(f"none given; {folder} holds 1 kernels")
+    assert cache.given == 1 + (about == {}) and cache.news() == "kernels compiled anew: 0"
+
+
+def test_without_triton_every_cache_is_a_miss(tmp_path, monkeypatch):
+    tar = a_tar(tmp_path, tmp_path / "cache", {})
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
+    assert Cache(tar, tmp_path / "cache").open().endswith("here it is None")
+
+
+def test_another_source_is_seen(tmp_path, monkeypatch):
+    """Whatever file of the kernels has changed."""
+    monkeypatch.setattr(archive, "ROOT", tmp_path)
+    paths = [tmp_path / source.replace("*", "a") for source in archive.SOURCES]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    seen = {archive.sources()}
+    for path in paths:
+        path.write_text("after")
+        seen.add(archive.sources())
+    assert len(seen) == 1 + len(paths)
 
 
 @pytest.mark.slow

@@ -25,8 +25,9 @@ LAUNCH = ("module", "_kernel", {"query_ptr": "*bf16"}, {(1,): 64}, {}, {"num_war
 OTHER = (*LAUNCH[:2], {"query_ptr": "*fp16"}, *LAUNCH[3:])
 
 
-def test_a_python_that_has_torch():
+def test_a_python_that_has_torch(monkeypatch):
     assert cache._has_torch(sys.executable)
+    monkeypatch.setenv("A", "5")
     assert cache._call([sys.executable, "-c", "import os, sys; sys.exit(int(os.environ['A']))"], {"A": "3"}) == 3
 
 
@@ -50,17 +51,22 @@ def test_the_commands_of_a_fill(has_torch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cache, "_has_torch", lambda python: has_torch)
     monkeypatch.setattr(cache.os, "cpu_count", lambda: 1)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    phases = [Phase("one", 1, "", (Command(("-m", "{limit}", "good")),)), Phase("two", 1, "", (Command(("bad",)),))]
+    monkeypatch.chdir(tmp_path)
+    phases = [
+        Phase("one", 1, "", (Command(("-m", "{limit}", "good")), Command(("good",)))),
+        Phase("two", 1, "", (Command(("bad",)),)),
+    ]
     with pytest.raises(SystemExit) as stop:
-        cache.fill(phases, tmp_path / "c.tar", "python9", tmp_path / "cache")
+        cache.fill(phases, Path("c.tar"), "python9", tmp_path / "cache")
     assert stop.value.code == 5 and capsys.readouterr().err == "two: not all of its launches were recorded\n"
     *recorded, (compiled, alone) = calls
     recorder = "python9" if has_torch else sys.executable
-    assert [command[:3] for command, _ in recorded] == [[recorder, "-m", "bench.gpu.record"]] * 2
+    assert [command[:3] for command, _ in recorded] == [[recorder, "-m", "bench.gpu.record"]] * 3
     (file, *words) = recorded[0][0][3:]
     assert words == ["-m", "600", "good"]
     assert recorded[0][1] == {"PYTHONPATH": os.pathsep.join(["elsewhere", str(archive.ROOT)])}
-    assert compiled == ["python9", "-m", "bench.gpu.fill", str(tmp_path / "c.tar"), file]
+    other = recorded[1][0][3]
+    assert compiled == ["python9", "-m", "bench.gpu.fill", str(tmp_path / "c.tar"), file, other]
     assert alone == {
         "PYTHONPATH": str(archive.ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_STORE_BINARY_ONLY": "1",
     }  # fmt: skip

@@ -42,16 +42,14 @@ def test_a_case_runs_what_its_name_says(case, monkeypatch):
     if name == "expand_bias":
         assert (arguments[1:] == (512, 515)) == ("odd" in words) and arguments[1] == 512
         return
-    heads = (2, 1) if name == "bias_attention_paged" else (1, 1)
-    groups = tensor.shape[heads[1]] // arguments[1].shape[heads[0]]
+    groups = tensor.shape[1] // arguments[1].shape[2 if name == "bias_attention_paged" else 1]
     width = 128 if {"step", "chunk"} & {*words} else 64
     assert tensor.shape[-1] == next((int(word[1:]) for word in words if word[1:].isdigit() and word[0] == "d"), width)
     assert (name == "bias_attention_varlen") == ("varlen" in words)
     assert (name == "bias_attention_paged") == ("pages" in words)
-    assert ("key_padding_mask" in options and options["key_padding_mask"] is not None) == ("key mask" in case)
-    for option in ("window", "softcap", "dropout"):
-        assert ({"dropout": "dropout_p"}.get(option, option) in options) == (option in words or option == "window" and
-                                                                             "chunk" in words)  # fmt: skip
+    assert (options.get("key_padding_mask") is not None) == ("key mask" in case)
+    for word, option in {"window": "window", "softcap": "softcap", "dropout": "dropout_p"}.items():
+        assert bool(options.get(option)) == (word in words or (word, words[0]) == ("window", "chunk"))
     if "causal" in words:
         assert options["is_causal"]
     if words[0] in ("step", "chunk"):

@@ -180,6 +180,8 @@ def test_the_failed_case_of_a_smoke():
     assert runner.failed_case([good, begun], is_cut_off=True) is None, "it may have been compiling"
     assert runner.failed_case([good, long_ago], is_cut_off=True) == "c", "it hangs"
     assert runner.failed_case([{"case": "csrc fp32", "ok": False}], is_cut_off=False) is None
+    assert runner.failed_case([good, wrong, begun], is_cut_off=False) == "b", "the first one"
+    assert runner.failed_case([{"case": "a", "ok": None}, {"event": "no case"}], is_cut_off=False) is None
 
 
 def test_a_wrong_case_says_so_and_a_lost_device_ends_the_smoke(monkeypatch, capsys, tmp_path):
@@ -411,7 +413,15 @@ def test_a_long_log_keeps_its_ends(tmp_path):
     output.shorten_log(start)
     text = output.log.read_text()
     assert MOST_LOG < len(text) < MOST_LOG + 200
-    assert "kept" in text and "first" in text and "left out here" in text and text.endswith("last\n")
+    assert "kept" in text and "first" in text and text.endswith("last\n")
+    kept, cut, end = text[start:].partition(
+        f"\n… {2 * MOST_LOG + len('===== long =====') + 14} bytes are left out here …\n"
+    )
+    assert cut and len(kept) == len(end) == MOST_LOG // 2
+    assert output.log_since(output.log.stat().st_size - 5) == "last\n"
+    output.shorten_log(start + len(text[start:].encode()) - MOST_LOG)
+    assert output.log.read_text() == text
+    assert Output(tmp_path).log.read_text() == ""
 
 
 def test_a_file_that_was_cut_off_can_be_shown(tmp_path):

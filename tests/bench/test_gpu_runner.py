@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How a run of `bench gpu` divides a phase's time among its commands, and what it makes of their outcomes."""
 
-import json
 import os
 import time
 from pathlib import Path

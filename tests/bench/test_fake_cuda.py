@@ -4,6 +4,7 @@
 import ctypes
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -102,6 +103,37 @@ def test_launches_beyond_the_limits(library, more):
     fake.functions[6] = "_k", ()
     assert launch(library, 6, (), **MOST) == 0 and launch(library, 6, (), **(MOST | more)) == 1
     assert len(fake.take()) == 1
+
+
+def test_more_launches_than_there_is_room_for_are_an_error(library):
+    """None is lost without a word."""
+    library.fake_declare(ctypes.c_size_t(6), 0, b"")
+    fake = FakeCuda(library)
+    fake.functions[6] = "_k", ()
+    assert {launch(library, 6, ()) for _ in range(4096)} == {0}
+    assert launch(library, 6, ()) != 0
+    assert len(fake.take()) == 4096 and launch(library, 6, ()) == 0 and len(fake.take()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed", "value"),
+    [("f64", "<d", -0.25), ("f32", "<f", 1.5), ("u64", "<q", -(2**40)), ("u32", "<i", -5), ("u16", "<h", -7),
+     ("u8", "<b", -1), ("p64", "<q", 2**47 - 16)],
+)  # fmt: skip
+def test_values_of_every_type(kind, packed, value):
+    data = struct.pack(packed, value)
+    assert _value(kind, [int.from_bytes(data, "little")]) == value
+
+
+def test_parameters_that_fill_no_word_and_more_than_one_are_recorded(library, tmp_path):
+    parameters = ", ".join([".param .u8 a", ".param .align 4 .b8 b[128]", ".param .f64 c", ".param .u16 d"])
+    (tmp_path / "k.ptx").write_text(f".entry _k({parameters})")
+    fake = FakeCuda(library)
+    fake.declare(None, 7, "_k", {"k.ptx": tmp_path / "k.ptx"}, None)
+    error, described = encode(library)
+    assert launch(library, 7, (ctypes.c_int8(-2), described, ctypes.c_double(0.1), ctypes.c_int16(300))) == error == 0
+    (found,) = fake.take()
+    assert (found.values[0], *found.values[2:]) == (-2, 0.1, 300) and found.values[1].sizes == (5, 7)
 
 
 FIVE = {"sizes": (2**32, 1, 1, 1, 1), "strides": (2**40 - 16, 16, 16, 16), "box": (256,) * 5, "steps": (1,) * 5}

@@ -18,8 +18,11 @@ for module in ("click", "tabulate", "tqdm"):
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench import __main__ as bench  # noqa: E402
+from bench import host  # noqa: E402
 from bench.gpu import archive, cache, fill, record  # noqa: E402
 from bench.gpu.phases import Command, Phase  # noqa: E402
+from bench.sweep import command as sweep  # noqa: E402
+from bench.sweep import gpu as sweep_gpu  # noqa: E402
 
 LAUNCH = ("module", "_kernel", {"query_ptr": "*bf16"}, {(1,): 64}, {}, {"num_warps": 4})
 OTHER = (*LAUNCH[:2], {"query_ptr": "*fp16"}, *LAUNCH[3:])
@@ -218,6 +221,47 @@ def test_a_bench_is_recorded_on_the_cpu_without_peers(monkeypatch):
     assert calls == ["a", "b"] and times.keys() == {"a", "b"}
     assert replaced["default_backends"]("cpu") == ("triton",)
     assert [replaced["why_not_measured"](name, "cpu") for name in ("triton", "cpp")] == [None, "is not recorded"]
+
+
+def test_the_calls_of_host_are_recorded_without_its_driver(monkeypatch):
+    """The driver that `python -m bench host` fakes would take the place of the one that records."""
+    seen = []
+
+    def calls(device, dtype, **sizes):
+        return {"a": lambda: seen.append((device, dtype)), "b": lambda: seen.append(sizes)}
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(host.fake_cuda, "let_cpu_tensors_through", lambda: pytest.fail("a fake driver"))
+    monkeypatch.setattr(host, "measure", None)
+    monkeypatch.setattr(host, "the_calls", calls)
+    record._bench(["host", "--device", "cuda", "--rounds", "1"])
+    assert seen == [("cpu", torch.bfloat16), {"heads": 8, "seq": 64, "head_dim": 64}]
+
+
+def test_every_candidate_of_the_sweep_is_recorded(monkeypatch, capsys):
+    """Those that would be timed on an H100 at the real length, without memory for it."""
+    launched, problems = {}, []
+
+    def calls_of(*problem):
+        problems.append(problem)
+        width = problem[0]
+        return {
+            kernel: lambda candidate, kernel=kernel: launched.setdefault((kernel, width), []).append(candidate)
+            for kernel in ("forward", "dkdv", "dq", "dtable")
+        }
+
+    monkeypatch.setattr(sweep_gpu, "calls_of", calls_of)
+    for name in ("prefill", "time_group"):
+        monkeypatch.setattr(sweep_gpu, name, None)
+    for name in ("_arch_here", "_offline"):
+        monkeypatch.setattr(sweep, name, None)
+    record._bench(["sweep", "--device", "cuda", "--limit", "600", "--lines", os.devnull])
+    assert problems == [(width, "bf16", 8192, 2, 16, "meta") for width in (64, 128)]
+    assert len(launched) == 8
+    for candidates in launched.values():
+        assert len({*candidates}) == len(candidates) == 9  # today's, and eight others
+    assert "not timed" in capsys.readouterr().out
 
 
 def test_the_tests_are_recorded_in_one_process_on_the_cpu(monkeypatch):

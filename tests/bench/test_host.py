@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench host`: its numbers, and that it runs, in its own process, because its driver is for a whole one."""
 
+import copy
 import json
 import os
 import subprocess
@@ -60,9 +61,19 @@ def test_the_table_has_launches_and_microseconds(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(host, "the_calls", lambda device, dtype, **sizes: {"a": (device, dtype, sizes), "b": None})
-    monkeypatch.setattr(host, "measure", lambda calls, device, rounds: {"a": 12.34, "b": rounds})
-    monkeypatch.setattr(host, "count_launches", lambda calls, fake: {"a": 2, "b": fake.launches})
-    fake = SimpleNamespace(launches=7, record=lambda is_on: None)
+    steps = []
+
+    def measure(calls, device, rounds):
+        steps.append(device)
+        return {"a": 12.34, "b": rounds}
+
+    def count(calls, fake):
+        steps.append("counted")
+        return {"a": 2, "b": fake.launches}
+
+    monkeypatch.setattr(host, "measure", measure)
+    monkeypatch.setattr(host, "count_launches", count)
+    fake = SimpleNamespace(launches=7, record=steps.append)
     monkeypatch.setattr(host.fake_cuda, "let_cpu_tensors_through", lambda: fake)
     path = tmp_path / "r.json"
     done = CliRunner().invoke(cli, ["host", "--device", "cpu", "--json", str(path)], catch_exceptions=False)
@@ -71,6 +82,85 @@ def test_the_table_has_launches_and_microseconds(monkeypatch, tmp_path):
     assert json.loads(path.read_text())["records"] == [
         {"call": "a", "launches": 2, "us": 12.34}, {"call": "b", "launches": 7, "us": 100},
     ]  # fmt: skip
+    assert steps == ["counted", False, "cpu"]  # the driver has room for some thousand launches
+
+
+def test_on_a_gpu_nothing_is_faked_or_counted(gpu, monkeypatch, tmp_path):
+    seen = []
+
+    def calls(device, dtype, **sizes):
+        seen.append((device, dtype, sizes))
+        return {"a": None}
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(host, "the_calls", calls)
+    monkeypatch.setattr(host, "set_tiles", seen.append)
+    monkeypatch.setattr(host, "measure", lambda calls, device, rounds: {"a": rounds})
+    monkeypatch.setattr(host.fake_cuda, "let_cpu_tensors_through", lambda: pytest.fail("a fake driver"))
+    path = tmp_path / "r.json"
+    options = ["--dtype", "fp16", "--heads", "3", "--seq", "5", "--head-dim", "7", "--rounds", "9", "--json", str(path)]
+    for tiles in ([], ["--tiles", "described"], ["--tiles", "pointers"]):
+        seen.clear()
+        CliRunner().invoke(cli, ["host", *options, *tiles], catch_exceptions=False)
+        sizes = {"heads": 3, "seq": 5, "head_dim": 7}
+        assert seen == [1, *[word == "described" for word in tiles[1:]], ("cuda", torch.float16, sizes)]
+        assert json.loads(path.read_text())["records"] == [{"call": "a", "launches": None, "us": 9}]
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+def test_tiles_of_every_loop(is_described, monkeypatch):
+    """dkdv cannot read by descriptors, so its tiles stay."""
+    from dpb_triton.attention.kernels import blocks
+
+    def tile(kernel, head_dim):
+        rows = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16)
+        return blocks.blocks_of(kernel, rows, rows, is_describable=True, is_causal=True)
+
+    monkeypatch.setattr(blocks, "generation", lambda: generation)
+    monkeypatch.setattr(blocks, "BLOCKS", copy.deepcopy(blocks.BLOCKS))
+    for generation in ("hopper", "blackwell"):
+        before = [tile("dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)]
+        host.set_tiles(is_described)
+        assert [tile("dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)] == before
+        for kernel in ("forward", "dq", "dtable"):
+            for head_dim in (16, 40, 64, 128, 256):
+                assert tile(kernel, head_dim).is_described == is_described, (kernel, head_dim)
+
+
+def test_what_the_calls_compute(monkeypatch):
+    """Plain torch stands for the kernels. A forward is one of inference; a training step has every gradient."""
+    import dpb_triton
+
+    seen = []
+
+    def noted(function):
+        def call(*tensors, backend, **options):
+            seen.append((backend, options, tensors[0].data_ptr()))
+            return function(*tensors, backend="torch", **options)
+
+        return call
+
+    for name in ("bias_attention", "expand_bias"):
+        real = getattr(dpb_triton, name)
+        monkeypatch.setattr(dpb_triton, name, noted(real) if name == "bias_attention" else real)
+    calls = host.the_calls("cpu", torch.float32, heads=2, seq=6, head_dim=4)
+    for name in ("attention forward", "attention training step"):
+        seen.clear()
+        found = [calls[name]() for _ in range(3)][-1]
+        assert [call[:2] for call in seen] == [("triton", {"is_causal": True})] * 3
+        first, second, third = (address for *_, address in seen)
+        assert first == third != second, "two sets of tensors in turn"
+        if "forward" in name:
+            assert found.shape == (1, 2, 6, 4) and not found.requires_grad
+        else:
+            assert [tuple(x.shape) for x in found] == [(1, 2, 6, 4)] * 3 + [(2, 6)]
+    sdpa = calls["SDPA forward"]()
+    assert sdpa.shape == (1, 2, 1, 1) and not sdpa.requires_grad, "only the call itself costs time on a CPU"
+    assert [tuple(x.shape) for x in calls["SDPA training step"]()] == [(1, 2, 1, 1)] * 3
+    bias = calls["expand forward"]()
+    assert bias.shape == (2, 6, 6) and not bias.requires_grad
+    assert [tuple(x.shape) for x in calls["expand training step"]()] == [(2, 6)]
 
 
 def run(*arguments):

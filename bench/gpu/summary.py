@@ -60,11 +60,12 @@ def summary(folder):
     attention = [record for record in records if record["phase"] != "expand"]
     full = {cell: times for cell, times in _cells(attention, CELL, ATTENTION).items() if "dpb_triton" in times}
     ratio = "FA2 / dpb_triton", _of("FA2, no bias", "dpb_triton")
-    parts = [
-        f"{here['device']}, {first}",
-        "Milliseconds of the attention. Training is forward and backward with a trained table.",
-        _table(full, CELL, ATTENTION.values(), ratio),
-    ]
+    parts = [f"{here['device']}, {first}"]
+    if full:
+        parts += [
+            "Milliseconds of the attention. Training is forward and backward with a trained table.",
+            _table(full, CELL, ATTENTION.values(), ratio),
+        ]
     bias = [record for record in records if record["phase"] == "expand"]
     cells = _cells(bias, ("dtype", "n", "direction"), EXPAND)
     cells = {cell: times for cell, times in cells.items() if "Triton" in times}

@@ -113,19 +113,19 @@ def test_tiles_of_every_loop(is_described, monkeypatch):
     """dkdv cannot read by descriptors, so its tiles stay."""
     from dpb_triton.attention.kernels import blocks
 
-    def tile(kernel, head_dim):
+    def tile(generation, kernel, head_dim):
+        monkeypatch.setattr(blocks, "generation", lambda: generation)
         rows = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16)
         return blocks.blocks_of(kernel, rows, rows, is_describable=True, is_causal=True)
 
-    monkeypatch.setattr(blocks, "generation", lambda: generation)
     monkeypatch.setattr(blocks, "BLOCKS", copy.deepcopy(blocks.BLOCKS))
     for generation in ("hopper", "blackwell"):
-        before = [tile("dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)]
+        before = [tile(generation, "dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)]
         host.set_tiles(is_described)
-        assert [tile("dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)] == before
+        assert [tile(generation, "dkdv", head_dim) for head_dim in (16, 40, 64, 128, 256)] == before
         for kernel in ("forward", "dq", "dtable"):
             for head_dim in (16, 40, 64, 128, 256):
-                assert tile(kernel, head_dim).is_described == is_described, (kernel, head_dim)
+                assert tile(generation, kernel, head_dim).is_described == is_described, (kernel, head_dim)
 
 
 def test_what_the_calls_compute(monkeypatch):

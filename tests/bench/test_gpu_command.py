@@ -138,6 +138,11 @@ def test_the_list_divides_the_time_among_the_chosen_phases():
     assert "python3 -m bench.gpu.smoke" in one and "--only csrc" in other and "--memory 76000" in command_line
 
 
+def test_a_list_of_a_rehearsal_has_its_small_sizes():
+    done = CliRunner().invoke(cli, ["gpu", "--list", "--device", "cpu", "--phase", "expand"])
+    assert "--seq 33" in done.output.splitlines()[-1] and "16384" not in done.output
+
+
 @pytest.mark.parametrize("python", [None, Path(__file__)])
 def test_a_fill_gets_the_chosen_phases_and_the_other_machines_python(python, monkeypatch, tmp_path):
     seen = []

@@ -4,6 +4,7 @@
 import contextlib
 import os
 import pickle
+import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,7 +137,7 @@ def test_a_fill_writes_its_own_entries_and_counts_failures(monkeypatch, tmp_path
     written = []
 
     def archived(tar, folder, names, facts):
-        written.append((folder, set(names), facts["kernels"], facts["folder"]))
+        written.append((folder, set(names), facts))
         Path(tar).write_bytes(b"")
 
     monkeypatch.setattr(fill.multiprocessing, "get_context", lambda kind: context)
@@ -153,7 +154,21 @@ def test_a_fill_writes_its_own_entries_and_counts_failures(monkeypatch, tmp_path
         said = capsys.readouterr().out
         assert f"{len(names)} kernels, {code} failed; {2 + code} of {3 + code} entries are new" in said
         assert (f"bad: {'E' * 300}\n" in said) == code
-    assert written[0] == (tmp_path, {"driver", "old", "new"}, 1, str(tmp_path))
+    facts = {
+        "triton": triton.__version__, "python": platform.python_version(), "kernels": 1, "folder": str(tmp_path),
+        "triton_key": "a hash of all of Triton", "sources": archive.sources(),
+    }  # fmt: skip
+    assert written[0] == (tmp_path, {"driver", "old", "new"}, facts)
+
+
+def test_the_entries_that_triton_looks_at_are_noted(monkeypatch):
+    from triton.runtime.cache import FileCacheManager
+
+    opened, used = [], set()
+    monkeypatch.setattr(FileCacheManager, "__init__", lambda self, *words, **options: opened.append((words, options)))
+    fill._keep_names(used)
+    FileCacheManager("a"), FileCacheManager("b", True, dump=False)
+    assert used == {"a", "b"} and opened == [(("a",), {}), (("b", True), {"dump": False})]
 
 
 @pytest.fixture
@@ -219,8 +234,27 @@ def test_a_bench_is_recorded_on_the_cpu_without_peers(monkeypatch):
     calls = []
     times = replaced["measure"]({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "more")
     assert calls == ["a", "b"] and times.keys() == {"a", "b"}
+    assert replaced["peak_mib"](lambda: calls.append("c"), "cpu") is None and calls == ["a", "b", "c"]
     assert replaced["default_backends"]("cpu") == ("triton",)
     assert [replaced["why_not_measured"](name, "cpu") for name in ("triton", "cpp")] == [None, "is not recorded"]
+
+
+def test_a_command_line_that_is_wrong_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(record, "replace", lambda name, value: None)
+    monkeypatch.setattr(record, "_make_nothing_expensive", lambda: None)
+    monkeypatch.setattr(record, "_modules", lambda prefix: [])
+    with pytest.raises(SystemExit, match="2"):
+        record._bench(["attention", "--no-such-option"])
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_a_module_with_its_own_recording_runs_on_the_cpu(recorder, monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(record, "let_cpu_tensors_through", lambda: seen.append("let through"))
+    monkeypatch.setitem(sys.modules, "a_module", SimpleNamespace(record=seen.append))
+    record.main(tmp_path / "l.pickle", "-m", "a_module", "--device", "cuda", "--tiny")
+    assert seen == ["let through", ["--device", "cpu", "--tiny"]]
+    assert capsys.readouterr().out == "a_module --device cuda --tiny: 0 kernels\n"
 
 
 def test_the_calls_of_host_are_recorded_without_its_driver(monkeypatch):

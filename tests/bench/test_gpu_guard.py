@@ -35,6 +35,13 @@ def test_a_command_whose_time_is_up_gets_both_signals():
     assert (done.stdout.split(), done.returncode) == (["up", "INT", "TERM"], guard.TIME_IS_UP)
 
 
+def test_a_commands_children_get_the_signals_too():
+    child = "trap 'echo child; exit 4' INT; echo up; while :; do sleep 0.05; done"
+    code = f'trap : INT; sh -c "{child}"; exit $?'
+    done = subprocess.run(words(1.5, 30, code), stdout=subprocess.PIPE, text=True, timeout=25)
+    assert (done.stdout.split(), done.returncode) == (["up", "child"], guard.TIME_IS_UP)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_guard_that_is_told_to_end_does_so_soon(number):
     """Within a second, though the grace is longer; its status names the signal."""

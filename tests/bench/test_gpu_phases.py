@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the commands of `bench gpu`'s phases are given, which tests they choose, and what ncu's phase leaves."""
 
+import itertools
 import json
 import os
 import re
@@ -37,13 +38,52 @@ def test_the_commands_that_use_csrc_wait_for_it():
     assert [command.weight for name, command in COMMANDS if name == "attention"] == [3, 4, 2]
 
 
+MEASURED = {  # dtypes, lengths, head_dims: of a phase's commands together
+    "attention": ({"bf16"}, {2048, 4096, 8192, 16384}, {128}),
+    "expand": ({"bf16"}, {1024, 8191, 8192, 16384}, set()),
+    "flex": ({"bf16"}, {8192}, set()),
+    "window": ({"bf16"}, {8192}, set()),
+    "decode": ({"bf16"}, {4096, 16384, 65536}, {128}),
+    "float32": ({"fp32"}, {512, 2048, 4096}, set()),
+    "memory": ({"bf16"}, set(), set()),
+}
+
+
+def test_what_each_phase_measures():
+    """Peers that need much time or memory are measured at one length."""
+    found, peers = {}, {}
+    for name, command in COMMANDS:
+        words = command.arguments
+        if name in MEASURED:
+            chosen = {option: {*values_of(words, option)} for option in ("--dtype", "--seq", "--head-dim", "--peer")}
+            dtypes, lengths, widths = found.setdefault(name, (set(), set(), set()))
+            dtypes |= chosen["--dtype"]
+            lengths |= {int(length) for length in chosen["--seq"]}
+            widths |= {int(width) for width in chosen["--head-dim"]}
+            peers.setdefault(name, []).append(chosen["--peer"])
+    assert found == MEASURED
+    none, materialised = {"none"}, {"eager", "sdpa with bias"}
+    assert peers == {
+        "attention": [materialised, none, none], "expand": [{"eager"}, none], "window": [none, none],
+        "flex": [{"flex fixed table", "flex trained table"}], "float32": [materialised, materialised],
+        "decode": [{"sdpa with row", "sdpa with row folded"}, none], "memory": [none],
+    }  # fmt: skip
+    batches = [values_of(command.arguments, "--batch") for name, command in COMMANDS if name == "decode"]
+    groups = [values_of(command.arguments, "--group") for name, command in COMMANDS if name == "decode"]
+    assert batches == [["1", "16"], ["16"]] and groups == [["1", "8"]] * 2
+
+
+def values_of(words, option):
+    return [value for word, value in itertools.pairwise(words) if word == option]
+
+
 def test_a_rehearsal_is_small():
     """Every command of a bench has one short length or none, two heads, and a backend that any CPU has."""
     for phase in phases.phases("cpu", tiny=True):
         for command in phase.commands:
             words = command.arguments
             if words[1:2] == ("bench",) and phase.name not in ("sweep", "host"):
-                assert [words[place + 1] for place, word in enumerate(words) if word == "--seq"] in ([], ["33"])
+                assert values_of(words, "--seq") in ([], ["33"])
                 assert "--smoke" in words and words[words.index("--backend") + 1] == "torch"
                 assert "--seq" in words or phase.name in ("window", "memory")
             assert "cuda" not in words

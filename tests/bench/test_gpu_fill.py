@@ -231,6 +231,9 @@ def test_a_bench_is_recorded_on_the_cpu_without_peers(monkeypatch):
     assert said == [["attention", "--device", "cpu", "--seq", "4", "--peer", "none"]]
     record._bench(["attention", "--memory", "256"])
     assert len(said) == 1  # it starts other processes
+    for name in ("decode", "expand", "train"):
+        record._bench([name])
+    assert said[1:] == [["decode", "--peer", "none"], ["expand", "--peer", "none"], ["train"]]
     calls = []
     times = replaced["measure"]({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "more")
     assert calls == ["a", "b"] and times.keys() == {"a", "b"}

@@ -35,8 +35,8 @@ def test_a_command_whose_time_is_up_gets_both_signals():
     assert (done.stdout.split(), done.returncode) == (["up", "INT", "TERM"], guard.TIME_IS_UP)
 
 
-def test_a_commands_children_get_the_signals_too():
-    child = "trap 'echo child; exit 4' INT; echo up; while :; do sleep 0.05; done"
+def test_a_commands_children_get_the_signals_too_and_have_time_to_end():
+    child = "trap 'sleep 1; echo child; exit 4' INT; echo up; while :; do sleep 0.05; done"
     code = f'trap : INT; sh -c "{child}"; exit $?'
     done = subprocess.run(words(1.5, 30, code), stdout=subprocess.PIPE, text=True, timeout=25)
     assert (done.stdout.split(), done.returncode) == (["up", "child"], guard.TIME_IS_UP)

@@ -109,11 +109,18 @@ def smoke(*lines, status=0):
     return python(LINES.format(lines, status), "{lines}")
 
 
+def hangs(begun):
+    line = f'import sys, time; open(sys.argv[1], "w").write(\'{{"case": "a", "begun": %s}}\\n\' % {begun})'
+    return python(f"{line}; time.sleep(60)", "{lines}", weight=0.02)
+
+
 WRONG = {"case": "a b", "ok": False, "error": "wrong: out"}
 SMOKES = {
     "well": (True, (smoke({"case": "a", "ok": True}),)),
     "fails before its first case": (False, (python("raise SystemExit(1)"),)),
     "is cut off before its first case": (True, (python("import time; time.sleep(60)", weight=0.02), GOOD)),
+    "is cut off in a case that may compile": (True, (hangs("time.time()"), GOOD)),
+    "is cut off in a case that hangs": (False, (hangs("1.0"), GOOD)),
     "its csrc part is wrong": (True, (GOOD, smoke({"case": "csrc", "ok": False}, status=1))),
     "its csrc part fails": (True, (GOOD, BAD)),
     "wrong": (False, (smoke(WRONG, status=1), GOOD)),
@@ -140,8 +147,8 @@ def test_a_wrong_case_runs_again_under_compute_sanitizer(seconds, most, tmp_path
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     begun, guarded = [], runner.guarded
     monkeypatch.setattr(runner, "guarded", lambda *words: begun.append((words[0], words[1])) or guarded(*words))
-    run = Run(tmp_path / "out", seconds, {"smoke": (smoke(WRONG, status=1),)})
-    command, limit = begun[1]
+    run = Run(tmp_path / "out", seconds, {"smoke": (smoke(WRONG, status=1), GOOD)})
+    command, limit = begun[-1]
     assert command[-2:] == ("--case", "a b") and most - 10 < limit <= most
     assert "\n".join(f"    {number}" for number in range(1, 26)) in run.said
     assert "[memcheck]\n" in run.log and "[a b]\n" in run.log

@@ -158,6 +158,8 @@ def test_the_environment_of_the_phases(monkeypatch):
     """Their kernels are compiled, not interpreted; what they print comes at once."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    for name in ("PYTHONUNBUFFERED", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     found = runner.environment_of(Path("a folder"))
     assert "TRITON_INTERPRET" not in found and found["PATH"] == os.environ["PATH"]
     expected = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -411,6 +411,14 @@ def test_autocast_takes_what_it_would_make_equal(attend, device):
         assert torch.equal(mixed, attend(query, key, value, table))
 
 
+def test_autocast_leaves_float64_alone(device):
+    query, key, value, table, *_ = Case(dtype=torch.float64).draw(device)
+    expected = bias_attention(query, key, value, table)
+    with torch.autocast(device, torch.bfloat16):
+        out = bias_attention(query, key, value, table)
+    assert out.dtype == torch.float64 and torch.equal(out, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_cuda_graph(dropout_p, device):
@@ -454,3 +462,14 @@ def test_packed_double_backward_and_torch_func_are_refused(attention_backend, de
         dtable.sum().backward()
     with pytest.raises(RuntimeError, match="torch.func"):
         torch.func.grad(lambda table: attend(table=table).sum())(table.detach())
+
+
+@pytest.mark.parametrize("place", range(5), ids=("query", "key", "value", "table", "mask"))
+def test_a_tangent_of_a_packed_call_is_refused(place, device):
+    """It would be lost."""
+    query, key, value, table, *_ = Case(i=9, j=9).draw(device)
+    given = [*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), table, torch.zeros(9, device=device)]
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="torch.func"):
+        given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+        bias_attention_varlen(*given[:4], cu, cu, key_padding_mask=given[4])

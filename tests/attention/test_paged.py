@@ -6,9 +6,10 @@ import re
 import attention_oracle
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from dpb_triton import bias_attention, bias_attention_paged, dispatch
-from dpb_triton.attention import cpp_path
+from dpb_triton.attention import cpp_path, paged
 
 
 def draw(lengths, *, i=1, page=16, heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32, signed=False,
@@ -224,6 +225,21 @@ def test_no_argument_may_need_a_gradient(place):
     arguments, _ = draw([33])
     arguments[place].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradients"):
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_no_argument_may_have_a_tangent(place):
+    arguments, _ = draw([33])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"neither torch\.func transforms"):
+        arguments[place] = forward_ad.make_dual(arguments[place], torch.ones_like(arguments[place]))
+        bias_attention_paged(*arguments, enable_gqa=True)
+
+
+def test_no_onnx_export(monkeypatch):
+    monkeypatch.setattr(paged, "is_in_onnx_export", lambda: True)
+    arguments, _ = draw([33])
+    with pytest.raises(RuntimeError, match=r"nor torch\.jit\.trace"):
         bias_attention_paged(*arguments, enable_gqa=True)
 
 

@@ -4,6 +4,7 @@
 The tensors that a repeated call makes but does not return lie side by side in one block.
 """
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,58 @@ def test_a_call_of_unknown_form_is_left_to_triton(name, gpu):
     for _ in range(2):
         assert launching.launch(gpu.kernel, (3,), *args, **constants)[1] is None
     assert gpu.by_triton == [((3,), args, constants)] * 2 and not gpu.started
+
+
+def test_a_tuple_is_not_taken_for_its_neighbour(gpu):
+    """Both calls hold the same tensors and None in the same order."""
+    start(gpu)
+    start(gpu, x=(X, None), pair=X)
+    assert len(gpu.by_triton) == 2 and gpu.by_triton[1][1][:2] == ((X, None), X)
+
+
+def test_options_are_told_apart_by_their_names(gpu):
+    for count, option in enumerate(("num_warps", "num_stages", "num_ctas"), 1):
+        launching.launch(gpu.kernel, (3,), *ARGUMENTS, **CONSTANTS, **{option: 2})
+        assert len(gpu.by_triton) == count and option in gpu.by_triton[-1][2]
+
+
+def test_each_kernel_has_its_own_binaries(gpu):
+    start(gpu)
+    first, gpu.kernel = gpu.kernel, gpu.another_kernel()
+    compiled, _ = start(gpu)
+    assert len(gpu.by_triton) == 2 and not gpu.started
+    assert start(gpu)[0] is compiled
+    gpu.kernel = first
+    assert start(gpu)[0] is not compiled and len(gpu.by_triton) == 2
+
+
+def test_a_kernel_of_another_class_is_left_to_triton():
+    """As `triton.autotune` makes."""
+    called = []
+
+    class Tuned:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: called.append((grid, args, constants))
+
+    assert launching.launch(Tuned(), (3,), X, WIDTH=16) == (None, None)
+    assert called == [((3,), (X,), {"WIDTH": 16})]
+
+
+def test_another_driver_has_its_own_binaries_targets_and_tapes(gpu, monkeypatch):
+    call = call_of(gpu)
+    for _ in range(3):
+        call(X, 3)
+    start(gpu)
+    launching.current_target()
+    gpu.by_triton.clear()
+    other = copy.copy(gpu)
+    other.get_current_target = lambda: "another target"
+    for module in (launching, replay):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=other))
+    assert launching.current_target() == "another target"
+    call(X, 3)
+    start(gpu)
+    assert len(call.ran) == 3 and len(gpu.by_triton) == 3
 
 
 def test_rounding_up():
@@ -229,7 +282,7 @@ def test_a_call_whose_launches_are_not_all_known_is_never_repeated(gpu):
 
 def test_a_call_with_a_misaligned_allocation_is_never_repeated(gpu, monkeypatch):
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, **options: empty(size[0] + 1, **options)[1:])
+    monkeypatch.setattr(torch, "empty", lambda size, **options: empty(size[0] + 2, **options)[2:])  # 8 bytes
     call = call_of(gpu)
     for _ in range(4):
         call(X, 3)
@@ -249,7 +302,7 @@ def test_arguments_and_results_keep_their_places(gpu):
         call(X, X)
     other = X.clone()
     results = call(X, other)
-    assert [result.shape for result in results] == [(7,), (5,)]
+    assert type(results) is tuple and [result.shape for result in results] == [(7,), (5,)]
     assert gpu.started[-1][9:11] == (results[1].data_ptr(), (X.data_ptr(), other.data_ptr()))
 
 
@@ -367,6 +420,52 @@ def test_the_tensors_in_a_block_share_nothing():
 def test_a_block_is_no_larger_than_its_tensors(elements, blocks):
     (_, (size, *_)), places = replay._block([torch.empty(elements, dtype=torch.float32)] * 2)
     assert (size, places) == ((2 * blocks * replay.BLOCK_BYTES,), [0, blocks * replay.BLOCK_BYTES])
+
+
+def test_a_block_lies_on_the_device_of_its_tensors():
+    (function, arguments), _ = replay._block([torch.empty(3, device="meta")])
+    assert function(*arguments).device.type == "meta"
+
+
+class CudaLauncher:
+    """As Triton's: it calls a function of C with more arguments between the grid and the kernel's."""
+
+    global_scratch_size = profile_scratch_size = 0
+    calls, gsan_enabled, turns, packs = 1, False, False, False
+
+    def launch(self, *args):
+        raise AssertionError("nothing is started")
+
+    def __call__(self, x, y, z, stream, *args):
+        *more, last = args
+        for _ in range(self.calls):
+            grid = (z, y, x) if self.turns else (x, y, z)
+            self.launch(*grid, stream, "cooperative", *more, (last,) if self.packs else last)
+
+
+class AnotherLauncher(CudaLauncher):
+    """A class that nobody has looked at."""
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_function_of_c_is_called_without_tritons_launcher(packs):
+    launcher = CudaLauncher()
+    launcher.packs = packs
+    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+    function, grid, more, is_flat = replay._starter(compiled, (3, 2))
+    assert (function, grid, is_flat) == (launcher.launch, (3, 2, 1), not packs)
+    assert [*more] == ["cooperative", "function", "metadata", None, None, None]
+
+
+@pytest.mark.parametrize("made", [
+    {"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"gsan_enabled": True}, {"turns": True}, {"calls": 2}, {},
+], ids=str)  # fmt: skip
+def test_a_launcher_that_does_more_is_kept(made):
+    launcher = CudaLauncher() if made else AnotherLauncher()
+    vars(launcher).update(made)
+    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+    more = "function", "metadata", None, None, None
+    assert replay._starter(compiled, (3, 2)) == (launcher, (3, 2, 1), more, True)
 
 
 def test_no_block_for_nothing():

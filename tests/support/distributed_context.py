@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpb_triton import ContextShards, bias_attention, context_parallel_attention
+from dpb_triton import ContextShards, bias_attention, context_parallel_attention, dispatch
 from dpb_triton.dispatch import why_not
 
 TOTAL = 37
@@ -42,6 +43,7 @@ def compare(
     is_given=False,
     mesh=None,
     backend="torch",
+    method="ring",
     nans=(),
     **options,
 ):
@@ -69,9 +71,10 @@ def compare(
     torch.autograd.backward([expected, expected_lse], [dout, dlse])
 
     local = [x.detach()[:, :, part].requires_grad_() for x in whole[:3]] + [whole[3].detach().clone().requires_grad_()]
-    lengths = lengths if is_given else None
-    out, lse = context_parallel_attention(*local, mesh, lengths=lengths, return_lse=True, **options)
-    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous() and not out._is_view()
+    lengths = tuple(lengths) if is_given else None
+    out, lse = context_parallel_attention(*local, mesh, method=method, lengths=lengths, return_lse=True, **options)
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    assert method != "ring" or not out._is_view()
     torch.autograd.backward([out, lse], [dout[:, :, part], dlse[:, :, part]])
     dist.all_reduce(local[3].grad, group=mesh.get_group())
 
@@ -186,6 +189,41 @@ def checkpointed():
     assert all(map(torch.equal, *grads))
 
 
+def asked_once():
+    """The ranks ask each other for their lengths once in a call, and only if nobody gives them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    lengths = LENGTHS[mesh.size()]
+    part = own_slice(lengths, mesh.get_local_rank())
+    *whole, table = inputs(torch.float64, 4, 4, False)
+    for method, (given, count) in itertools.product(("ring", "all_to_all"), ((None, 1), (lengths, 0))):
+        local = [x.detach()[:, :, part].requires_grad_() for x in whole]
+        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gathered:
+            context_parallel_attention(*local, table, mesh, method=method, lengths=given).sum().backward()
+        assert gathered.call_count == count, (method, given)
+
+
+def backends():
+    """Forward and backward take the operators of the wanted backend."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, table = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(4, 2 * mesh.size())
+    call = dispatch.call
+    for backend, is_twice in itertools.product(("torch", "cpp", "triton", None), (False, True)):
+        if backend is not None and why_not(backend, "cpu") is not None:
+            continue
+        suffix = dispatch.SUFFIXES[backend] if backend else ""
+        for method, own in (("ring", ("attention", "ring")), ("all_to_all", ("attention",))):
+            called = set()
+
+            def record(name, suffix, *arguments, called=called):
+                called.add(name + suffix)
+                return call(name, "" if name.startswith("attention") else suffix, *arguments)
+
+            with mock.patch.object(dispatch, "call", record):
+                out = context_parallel_attention(x, x, x, table, mesh, method=method, backend=backend)
+                torch.autograd.grad(out.sum(), x, create_graph=is_twice)
+            assert called == {f"{name}_{way}{suffix}" for name in own for way in ("forward", "backward")}, backend
+
+
 def sub_mesh():
     """Each row of a mesh (data, context) holds a batch of its own."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "context"))
@@ -207,6 +245,8 @@ def bad_input():
     check(TypeError, "mesh must be a torch.distributed DeviceMesh", x, x, x, table, dist.group.WORLD)
     check(ValueError, "mesh must have one dimension", x, x, x, table, square)
     check(TypeError, "query must be this rank's own", distribute_tensor(x, mesh, [Replicate()]), x, x, table, mesh)
+    check(TypeError, "key must be this rank's own", x, distribute_tensor(x, mesh, [Replicate()]), x, table, mesh)
+    check(TypeError, "value must be this rank's own", x, x, distribute_tensor(x, mesh, [Replicate()]), table, mesh)
     check(TypeError, "table must be this rank's own", x, x, x, distribute_tensor(table, mesh, [Replicate()]), mesh)
     mask = distribute_tensor(torch.zeros(1, 5), mesh, [Replicate()])
     check(TypeError, "key_padding_mask must be this rank's own", x, x, x, table, mesh, key_padding_mask=mask)
@@ -237,6 +277,11 @@ def bad_input():
     for function in (lambda f: torch.func.vmap(f)(x[None]), lambda f: torch.func.grad(f)(x)):
         with pytest.raises(RuntimeError, match="neither torch.func transforms nor forward-mode AD"):
             function(lambda query: context_parallel_attention(query, x, x, table, mesh).sum())
+    for place in range(5):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="nor forward-mode AD"):
+            given = [x, x, x, table, torch.zeros(1, 5)]
+            given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+            context_parallel_attention(*given[:4], mesh, key_padding_mask=given[4])
     check(ValueError, "device type", x.to("meta"), x.to("meta"), x.to("meta"), table.to("meta"), mesh)
     out = context_parallel_attention(x.requires_grad_(), x, x, table, mesh)
     (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -259,6 +304,10 @@ CASES = {
     "context causal window": partial(compare, window=(6, None), is_causal=True),
     "context everything": partial(compare, **EVERYTHING),
     "context lengths given": partial(compare, is_given=True, is_causal=True),
+    "context by heads": partial(compare, method="all_to_all", is_causal=True),
+    "context by heads, lengths given": partial(compare, method="all_to_all", is_given=True, window=(6, 9)),
+    "context asks for lengths once": asked_once,
+    "context takes the operators of a backend": backends,
     "context float32": partial(compare, dtype=torch.float32, **EVERYTHING),
     "context bfloat16": partial(compare, dtype=torch.bfloat16, is_causal=True),
     "context triton": partial(

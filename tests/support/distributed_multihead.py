@@ -238,6 +238,26 @@ def buffered():
     assert_close(*(results(each, inputs, call, {}) for each in (parallel, module)))
 
 
+def of_another_source():
+    """Parameters and buffers are those of `src_data_rank`; None asks nobody, each rank keeps its own numbers."""
+    rank = dist.get_rank()
+
+    def of_rank(number):
+        module = build(number)
+        module.pos_bias.mlp.insert(1, Scaled(module.pos_bias.dim))
+        module.pos_bias.mlp[1].by.add_(number)
+        return module
+
+    for source, owner in ((0, 0), (1, 1), (None, rank)):
+        parallel = parallelize_module(of_rank(rank), world(), HeadParallel(), src_data_rank=source)
+        expected = parallelize_module(of_rank(owner), world(), HeadParallel(), src_data_rank=None)
+        found, wanted = (
+            {name: x.to_local() for name, x in (*each.named_parameters(), *each.named_buffers())}
+            for each in (parallel, expected)
+        )
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
 class Encoder(nn.Module):
     """Two of torch's layers with our attention. Their position bias may be one module."""
 
@@ -317,6 +337,7 @@ CASES = {
     "tensor parallel inputs that are one": one_sum_each,
     "tensor parallel shards": held,
     "tensor parallel of a buffer": buffered,
+    "tensor parallel from another rank": of_another_source,
     "tensor parallel training of an encoder": training,
     "data and tensor parallel training of an encoder": training_with_data_parallel,
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Cases for several processes: ContextShards' placements, both methods, masks, packed sequences, dropout, compile."""
 
+import itertools
 import random
 import time
 from functools import partial
@@ -242,7 +243,8 @@ def random_calls(count=40):
 def there_and_back():
     """`shard` and `unshard` are each other's inverse, of every dtype and dimension, and their gradients are right."""
     mesh = mesh_of_all()
-    for options in ({"total": TOTAL}, {"cu_seqlens": torch.tensor(PACKED)}, {"total": 1}, {"total": 0}):
+    for options in ({"total": TOTAL}, {"cu_seqlens": torch.tensor(PACKED)}, {"cu_seqlens": tuple(PACKED)},
+                    {"cu_seqlens": torch.tensor(PACKED, dtype=torch.int32)}, {"total": 1}, {"total": 0}):  # fmt: skip
         for placement in ("zigzag", "contiguous"):
             shards = ContextShards(mesh, placement=placement, **options)
             total = shards.total
@@ -281,6 +283,8 @@ def equal_work():
         assert max(pairs) <= 1.05 * sum(pairs) / ranks and min(pairs) >= 0.95 * sum(pairs) / ranks
         own = shards.positions() + 1
         assert pairs[shards.rank] == own.sum()  # query x sees x + 1 keys
+    assert sum(shards.pairs()) == total**2 and sum(shards.pairs(window=(0, 1))) == 2 * total - 1
+    assert sum(shards.pairs(window=(3, 1), is_causal=True)) == 4 * total - 6
     if ranks > 1:
         pairs = ContextShards(mesh, total, placement="contiguous").pairs(is_causal=True)
         assert max(pairs) > 1.3 * sum(pairs) / ranks
@@ -288,6 +292,31 @@ def equal_work():
     assert max(packed.pairs(is_causal=True)) == min(packed.pairs(is_causal=True))
     one_each = ContextShards(mesh, cu_seqlens=list(range(8 * ranks + 1)))  # sequences of one position
     assert max(one_each.lengths) == min(one_each.lengths)
+
+
+def short_tables():
+    """A table as long as the longest sequence, or as the window, suffices; a shorter one is refused."""
+    mesh = mesh_of_all()
+    dense, packed = ContextShards(mesh, TOTAL), ContextShards(mesh, cu_seqlens=PACKED)
+    for shards, window, n in ((dense, None, TOTAL), (dense, (3, 2), 4), (packed, None, 16), (packed, (2, 3), 4)):
+        for signed, method in itertools.product((False, True), METHODS):
+            *whole, table = inputs(torch.float64, 4, 4, signed)
+            options = {"signed": signed, "window": window}
+            middle = table.shape[1] // 2 if signed else 0
+            local = [shards.shard(x.detach(), 2) for x in whole]
+            if shards.is_packed:
+                whole, local = ([x.detach()[0].transpose(0, 1) for x in tensors] for tensors in (whole, local))
+                cu = torch.tensor(PACKED, dtype=torch.int32)
+                expected = bias_attention_varlen(*whole, table, cu, cu, **options)
+            else:
+                expected = bias_attention(*whole, table, **options)
+            short, shorter = (
+                table[:, middle - (length - 1 if signed else 0) : middle + length] for length in (n, n - 1)
+            )
+            out = attend(*local, short, shards, method=method, **options)
+            torch.testing.assert_close(out, shards.shard(expected, 0 if shards.is_packed else 2))
+            with pytest.raises(ValueError, match="table is too short"):
+                attend(*local, shorter, shards, method=method, **options)
 
 
 def flops():
@@ -365,6 +394,7 @@ def bad_input():
     check(ValueError, "either total or cu_seqlens", ContextShards, mesh)
     check(ValueError, "either total or cu_seqlens", ContextShards, mesh, 5, cu_seqlens=[0, 5])
     check(TypeError, "total must be an int", ContextShards, mesh, 5.0)
+    check(ValueError, "total must be at least 0, got -1", ContextShards, mesh, -1)
     check(ValueError, "cu_seqlens must start at 0", ContextShards, mesh, cu_seqlens=[1, 5])
     check(ValueError, "cu_seqlens must not decrease, got 5 and then 4", ContextShards, mesh, cu_seqlens=[0, 5, 4])
     check(TypeError, "cu_seqlens[1] must be an int", ContextShards, mesh, cu_seqlens=[0, 5.5])
@@ -395,6 +425,12 @@ def bad_input():
     check(ValueError, "dropout_p must be at least 0 and less than 1", attend, x, x, x, table, shards, dropout_p=1.0)
     packed = ContextShards(mesh, cu_seqlens=[0, total])
     check(ValueError, "query must have 3 dimensions (total, heads, head_dim)", attend, x, x, x, table, packed)
+    rows = x[0].transpose(0, 1)
+    for other in (rows[:5], rows.repeat(2, 1, 1)):
+        check(ValueError, "key must have query's 6 positions", attend, rows, other, other, table, packed)
+    for mask in (torch.zeros(1, 6), torch.zeros(5), torch.zeros(total + 1)):
+        check(ValueError, "key_padding_mask must have the shape (i,) = (6,)", attend, rows, rows, rows, table, packed,
+              key_padding_mask=mask)  # fmt: skip
     for method in METHODS:
         tall = x[:, :1].repeat(1, ranks, 1, 1)
         short = torch.ones(ranks, total - 1)
@@ -438,6 +474,7 @@ CASES = {
     ),
     "shards fake kernels": fake_kernels,
     "shards of random calls": random_calls,
+    "shards of short tables": short_tables,
     "shards there and back": there_and_back,
     "shards of equal work": equal_work,
     "shards exchange during products": partial(exchange_during_products, "forward"),

@@ -100,6 +100,9 @@ def bad_input():
     odd.mlp.append(torch.nn.Identity())
     with pytest.raises(TypeError, match="last layer of the module's mlp must be a Linear, got Identity"):
         parallelize_module(odd, mesh, HeadParallel())
+    odd.mlp = torch.nn.Sequential()
+    with pytest.raises(TypeError, match="last layer of the module's mlp must be a Linear, got NoneType"):
+        parallelize_module(odd, mesh, HeadParallel())
 
 
 assert LENGTH > 9

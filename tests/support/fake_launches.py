@@ -31,13 +31,17 @@ class Launches:
     def __init__(self, monkeypatch):
         self.device, self.stream = 0, 7
         self.by_triton, self.started = [], []  # (grid, arguments, constants), (arguments of the start)
-        self.kernel = JITFunction(_kernel, do_not_specialize=["plain"])
-        self.kernel.run = self.run
+        self.kernel = self.another_kernel()
         self.is_ready = True  # else Triton returns before it has compiled
         for module in (launch, replay):
             monkeypatch.setattr(module, "driver", SimpleNamespace(active=self))
         monkeypatch.setattr(launch, "IS_TRIED", True)
         monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+
+    def another_kernel(self):
+        kernel = JITFunction(_kernel, do_not_specialize=["plain"])
+        kernel.run = self.run
+        return kernel
 
     def get_current_device(self):
         return self.device

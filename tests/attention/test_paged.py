@@ -167,6 +167,7 @@ def change(place, function):
 BAD = {
     "query": (change(0, lambda x: x[0]), ValueError, "query must have 4 dimensions"),
     "dtype": (change(1, lambda x: x.half()), TypeError, "key_pages must have query's dtype torch.float32"),
+    "dtype of values": (change(2, lambda x: x.half()), TypeError, "value_pages must have query's dtype torch.float32"),
     "pages": (change(2, lambda x: x[:-1]), ValueError, "value_pages must have the pages"),
     "heads": (change(2, lambda x: x[:, :, :1]), ValueError, "value_pages must have the pages"),
     "page of values": (change(2, lambda x: x[:, :-1]), ValueError, "value_pages must have the pages"),
@@ -184,6 +185,11 @@ BAD = {
     "number": (change(4, lambda x: x + 50), ValueError, "block_table must hold pages below"),
     "seqlens_k": (change(5, lambda x: x[:, None]), ValueError, "seqlens_k must have 1 dimension"),
     "length": (change(5, lambda x: x + 1000), ValueError, "seqlens_k must be between the number of queries, 1, and"),
+    "a key too many": (
+        lambda a: a.__setitem__(slice(4, 6), (a[4][:, :4], a[5] + 5)),
+        ValueError,
+        "block_table holds, 64, got 65 for sequence 1",
+    ),
     "no keys": (change(5, lambda x: x * 0), ValueError, "got 0 for sequence 0"),
 }
 
@@ -218,6 +224,11 @@ def test_the_shortest_table():
         arguments[3] = table[:, : n - 1]
         with pytest.raises(ValueError, match="table is too short"):
             bias_attention_paged(*arguments, enable_gqa=True, **options)
+    arguments[3] = torch.randn(4, 2 * 60 - 1)
+    bias_attention_paged(*arguments, enable_gqa=True, signed=True)
+    arguments[3] = arguments[3][:, 1:-1]
+    with pytest.raises(ValueError, match="table is too short"):
+        bias_attention_paged(*arguments, enable_gqa=True, signed=True)
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -231,9 +242,10 @@ def test_no_argument_may_need_a_gradient(place):
 @pytest.mark.parametrize("place", range(4))
 def test_no_argument_may_have_a_tangent(place):
     arguments, _ = draw([33])
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"neither torch\.func transforms"):
+    with forward_ad.dual_level():
         arguments[place] = forward_ad.make_dual(arguments[place], torch.ones_like(arguments[place]))
-        bias_attention_paged(*arguments, enable_gqa=True)
+        with pytest.raises(RuntimeError, match=r"neither torch\.func transforms"):
+            bias_attention_paged(*arguments, enable_gqa=True)
 
 
 def test_no_onnx_export(monkeypatch):

@@ -118,14 +118,23 @@ def test_gradients_accumulate(attend, device):
     torch.testing.assert_close(table.grad, 2 * once)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_table_of_low_precision(dtype, attend, device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_table_of_another_dtype(dtype, attend, device):
     """Attention uses the table in float32; the gradient has the table's own dtype."""
     query, key, value, table, dout, _ = Case().draw(device)
     leaf = table.to(dtype).requires_grad_()
     attend(query, key, value, leaf).backward(dout)
     full = attention_oracle.run(attend, query, key, value, leaf.detach().float(), dout)
     assert torch.equal(leaf.grad, full["dtable"].to(dtype))
+
+
+def test_a_table_of_float32_beside_float64(device):
+    query, key, value, table, dout, _ = Case(dtype=torch.float64).draw(device)
+    leaf = table.float().requires_grad_()
+    out = bias_attention(query, key, value, leaf)
+    out.backward(dout)
+    full = attention_oracle.run(bias_attention, query, key, value, leaf.detach().double(), dout)
+    assert torch.equal(out, full["out"]) and torch.equal(leaf.grad, full["dtable"].float())
 
 
 def test_double_backward_raises(attend, device):

@@ -374,7 +374,8 @@ def test_training_takes_no_memory_of_the_size_of_the_scores():
 
 @pytest.mark.parametrize("change", [
     {"key": torch.zeros(1, 2, 8, 4)}, {"value": torch.zeros(1, 2, 7, 8)}, {"value": torch.zeros(2, 2, 8, 8)},
-    {"key": torch.zeros(1, 2, 8, 8).bfloat16()}, {"table": torch.zeros(3, 20)}, {"table": torch.zeros(2, 20).double()},
+    {"key": torch.zeros(1, 2, 8, 8).bfloat16()}, {"value": torch.zeros(1, 2, 8, 8).bfloat16()},
+    {"key": torch.zeros(1, 1, 8, 8)}, {"value": torch.zeros(1, 1, 8, 8)}, {"table": torch.zeros(3, 20)}, {"table": torch.zeros(2, 20).double()},
     {"table": torch.zeros(2, 7)}, {"key_bias": torch.zeros(1, 7)}, {"key_bias": torch.zeros(1, 8).double()},
     {"offset": 40}, {"query": torch.zeros(1, 3, 4, 8), "table": torch.zeros(3, 20)},
 ], ids=lambda change: ", ".join(f"{name} {getattr(x, 'shape', x)}" for name, x in change.items()))  # fmt: skip
@@ -458,6 +459,7 @@ def test_the_kernels_may_use_torchs_threads(monkeypatch):
 @pytest.mark.parametrize("change", [
     {"dout": torch.zeros(1, 2, 3, 8)}, {"dout": torch.zeros(1, 2, 4, 8).bfloat16()}, {"out": torch.zeros(1, 2, 4, 7)},
     {"state": torch.zeros(2, 1, 2, 3)}, {"state": torch.zeros(2, 1, 2, 4).double()}, {"dlse": torch.zeros(1, 2, 3)},
+    {"dlse": torch.zeros(1, 2, 4).double()},
 ], ids=lambda change: ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in change.items()))  # fmt: skip
 def test_gradients_that_do_not_fit_are_refused(change):
     query, key, table = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 8, 8), torch.zeros(2, 20)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """torch's FlopCounterMode counts the attention operators as it counts torch's own flash attention."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -80,17 +81,20 @@ def test_packed_sequences_count_their_own_pairs(attention_backend):
     assert tuple(counts.values()) == tuple(map(sum, zip(*(torchs(1, 4, *size, 8, 6) for size in sizes), strict=True)))
 
 
-def test_packed_sequences_without_numbers_count_as_the_longest():
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("device", ["fake", "meta"])
+def test_packed_sequences_without_numbers_count_as_the_longest(device, by_name):
     operator, (query, key, value, table, *_) = torch.ops.dpb_triton.attention_forward, packed()
     inputs = [*(x.detach().transpose(0, 1)[None] for x in (query, key, value)), table.detach()]
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(x) for x in inputs]
-        seqlens = mode.from_tensor(torch.zeros(3, 5, dtype=torch.int32))
+    inputs.append(torch.zeros(3, 5, dtype=torch.int32))
+    with FakeTensorMode() if device == "fake" else contextlib.nullcontext() as mode:
+        tensors = [x.to("meta") if mode is None else mode.from_tensor(x) for x in inputs]
         names = [argument.name for argument in operator.default._schema.arguments]
         numbers = {"longest_query": 4, "longest_key": 7, "offset": 0, "signed": False, "scale": 1.0}
-        numbers |= {"softcap": 0.0, "dropout_p": 0.0, "seqlens": seqlens}
-        given = dict(zip(("query", "key", "value", "table"), fakes, strict=True)) | numbers
-        counts = counted(lambda: operator(*(given.get(name) for name in names)))
+        numbers |= {"softcap": 0.0, "dropout_p": 0.0}
+        given = dict(zip(("query", "key", "value", "table", "seqlens"), tensors, strict=True)) | numbers
+        given = {name: given.get(name) for name in names}
+        counts = counted(lambda: operator(**given) if by_name else operator(*given.values()))
     assert list(counts.values()) == [3 * torchs(1, 4, 4, 7, 8, 6)[0]]
 
 

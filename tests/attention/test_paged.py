@@ -177,6 +177,11 @@ BAD = {
         ValueError,
         "value_pages must have a head_dim of 1 to 256",
     ),
+    "head_dim of both": (
+        lambda a: a.__setitem__(slice(0, 2), [x.repeat(1, 1, 1, 17) for x in a[:2]]),
+        ValueError,
+        "query must have a head_dim of 1 to 256",
+    ),
     "page": (lambda a: a.__setitem__(slice(1, 3), [x[:, :0] for x in a[1:3]]), ValueError, "at least one key"),
     "table": (change(3, lambda x: x[:, :50]), ValueError, "table is too short"),
     "block_table": (change(4, lambda x: x.long()), TypeError, "block_table must be int32"),

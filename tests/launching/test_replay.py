@@ -5,6 +5,7 @@ The tensors that a repeated call makes but does not return lie side by side in o
 """
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,7 @@ def test_each_kernel_has_its_own_binaries(gpu):
     assert start(gpu)[0] is not compiled and len(gpu.by_triton) == 2
 
 
-def test_a_kernel_of_another_class_is_left_to_triton():
+def test_a_kernel_of_another_class_is_left_to_triton(gpu):
     """As `triton.autotune` makes."""
     called = []
 
@@ -304,6 +305,19 @@ def test_arguments_and_results_keep_their_places(gpu):
     results = call(X, other)
     assert type(results) is tuple and [result.shape for result in results] == [(7,), (5,)]
     assert gpu.started[-1][9:11] == (results[1].data_ptr(), (X.data_ptr(), other.data_ptr()))
+
+
+def test_a_tape_keeps_no_tensor_alive(gpu):
+    def count():
+        gpu.by_triton.clear()
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    call, before = call_of(gpu), count()
+    for _ in range(4):
+        call(torch.zeros(64), 3)
+        assert count() == before
+    assert len(call.ran) == 2
 
 
 def test_a_tensor_without_elements_has_no_memory(gpu):

@@ -375,7 +375,8 @@ def test_training_takes_no_memory_of_the_size_of_the_scores():
 @pytest.mark.parametrize("change", [
     {"key": torch.zeros(1, 2, 8, 4)}, {"value": torch.zeros(1, 2, 7, 8)}, {"value": torch.zeros(2, 2, 8, 8)},
     {"key": torch.zeros(1, 2, 8, 8).bfloat16()}, {"value": torch.zeros(1, 2, 8, 8).bfloat16()},
-    {"key": torch.zeros(1, 1, 8, 8)}, {"value": torch.zeros(1, 1, 8, 8)}, {"table": torch.zeros(3, 20)}, {"table": torch.zeros(2, 20).double()},
+    {"key": torch.zeros(1, 1, 8, 8)}, {"value": torch.zeros(1, 1, 8, 8)},
+    {"table": torch.zeros(3, 20)}, {"table": torch.zeros(2, 20).double()},
     {"table": torch.zeros(2, 7)}, {"key_bias": torch.zeros(1, 7)}, {"key_bias": torch.zeros(1, 8).double()},
     {"offset": 40}, {"query": torch.zeros(1, 3, 4, 8), "table": torch.zeros(3, 20)},
 ], ids=lambda change: ", ".join(f"{name} {getattr(x, 'shape', x)}" for name, x in change.items()))  # fmt: skip

@@ -82,12 +82,12 @@ def test_packed_sequences_count_their_own_pairs(attention_backend):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("device", ["fake", "meta"])
-def test_packed_sequences_without_numbers_count_as_the_longest(device, by_name):
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_packed_sequences_without_numbers_count_as_the_longest(kind, by_name):
     operator, (query, key, value, table, *_) = torch.ops.dpb_triton.attention_forward, packed()
     inputs = [*(x.detach().transpose(0, 1)[None] for x in (query, key, value)), table.detach()]
     inputs.append(torch.zeros(3, 5, dtype=torch.int32))
-    with FakeTensorMode() if device == "fake" else contextlib.nullcontext() as mode:
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext() as mode:
         tensors = [x.to("meta") if mode is None else mode.from_tensor(x) for x in inputs]
         names = [argument.name for argument in operator.default._schema.arguments]
         numbers = {"longest_query": 4, "longest_key": 7, "offset": 0, "signed": False, "scale": 1.0}

@@ -109,6 +109,18 @@ def test_one_tensor_as_query_key_and_value(attend, device):
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_takes_the_backend_of_forward(create_graph, attend, attention_backend, monkeypatch, device):
+    called, call = [], dispatch.call
+    monkeypatch.setattr(dispatch, "call", lambda *arguments: called.append(arguments[:2]) or call(*arguments))
+    query, key, value, table, *_ = Case(heads=1, i=3, j=4).draw(device)
+    out = attend(query.requires_grad_(), key, value, table)
+    torch.autograd.grad(out.sum(), query, create_graph=create_graph)
+    suffix = dispatch.SUFFIXES[attention_backend]
+    wanted = [("attention_forward", suffix), ("attention_backward", suffix)]
+    assert [each for each in called if each[0].startswith("attention")] == wanted
+
+
 def test_gradients_accumulate(attend, device):
     *tensors, dout, _ = Case().draw(device)
     table = tensors[3].requires_grad_()

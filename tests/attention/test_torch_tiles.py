@@ -134,6 +134,31 @@ def test_chunks_of_keys(bounds, offset):
             assert keys.start >= keys.stop
 
 
+# key masks of a batch, # hidden, 1 a number: (spans, whether one of them has a number to add, or a hidden key)
+SPANS = {
+    ("....", "...."): ([(0, 4), (0, 4)], False, False),
+    ("##..", "...#"): ([(2, 4), (0, 3)], False, False),
+    ("#..#", "#..#"): ([(1, 3), (1, 3)], False, False),
+    ("#.#.", "...."): ([(1, 4), (0, 4)], True, True),
+    ("####", ".1.."): ([(0, 0), (0, 4)], True, False),
+    ("####", "####"): ([(0, 0), (0, 0)], False, False),
+}
+
+
+@pytest.mark.parametrize(("masks", "expected"), SPANS.items(), ids=str)
+def test_hidden_ends_cost_nothing(masks, expected):
+    """A span leaves them out. If it is the same everywhere, one call serves the whole batch."""
+    numbers = {".": 0.0, "1": 1.0, "#": -torch.inf}
+    key_bias = torch.tensor([[numbers[letter] for letter in row] for row in masks])
+    tensors = torch.empty(2, 2, 3, 1), torch.empty(2, 2, 4, 1), torch.zeros(2, 4)
+    grid = Grid(*tensors, key_bias, 1, False, None, None)
+    spans, is_added, is_hidden = expected
+    assert grid.spans == [slice(*span) for span in spans]
+    assert (grid.key_bias is not None, grid.hidden is not None) == (is_added, is_hidden)
+    assert len(grid.elements()) == len(set(spans)) and (grid.block_batch > 1) == (len(set(spans)) == 1)
+    assert is_hidden is False or torch.equal(grid.hidden, key_bias.isneginf())
+
+
 @pytest.mark.parametrize("flash_rows", [4, 11])
 def test_flash_attention_serves_what_it_can(flash_rows, monkeypatch):
     """Without dropout, softcap or a NaN nothing is computed again in tiles, also with rows that see no key."""

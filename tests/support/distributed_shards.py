@@ -462,6 +462,8 @@ CASES = {
     "shards of odd heads": partial(compare, heads=3, kv_heads=1, is_causal=True),
     "shards of a short sequence": partial(compare, total=3, is_causal=True),
     "shards of a short sequence by heads": partial(compare, method="all_to_all", total=3, is_causal=True),
+    "shards of one weighted position": partial(compare, total=1, mask="floating"),
+    "shards of one weighted position by heads": partial(compare, method="all_to_all", total=1, mask="floating"),
     "shards of packed sequences in bfloat16": partial(compare, cu_seqlens=PACKED, dtype=torch.bfloat16, mask="bool"),
     "shards by heads in bfloat16": partial(compare, method="all_to_all", dtype=torch.bfloat16, mask="floating"),
     "shards in float32 by C++": partial(compare, dtype=torch.float32, backend="cpp", mask="floating", is_causal=True),

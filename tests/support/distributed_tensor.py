@@ -89,6 +89,10 @@ def bad_input():
     module = parallelize_module(MultiheadAttention(8, 4), mesh, HeadParallel())
     parallelize_module(module, mesh, {"": HeadParallel(), "pos_bias": HeadParallel()})  # once more is no error
     assert len(module.pos_bias.mlp._forward_pre_hooks) == 1
+    part = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    for each in (module, module.pos_bias):
+        with pytest.raises(ValueError, match="must be no DTensor yet, got one on DeviceMesh"):
+            parallelize_module(each, part, HeadParallel())
     other = MultiheadAttention(8, 4, pos_bias=module.pos_bias)  # its bias is distributed already, and may be
     other.in_proj_bias = torch.nn.Parameter(distribute_tensor(other.in_proj_bias, mesh, [Replicate()]))
     with pytest.raises(ValueError, match="in_proj_bias must be no DTensor yet, got one on DeviceMesh"):

@@ -84,6 +84,12 @@ def test_numbers_that_are_no_kind_of_their_own(change, gpu):
     assert len(gpu.by_triton) == 1
 
 
+def test_which_of_the_numbers_need_64_bits(gpu):
+    for plain, count in ((-(2**31), 1), (-(2**31) - 1, 2), (2**31 - 1, 2), (2**31, 2)):
+        start(gpu, number=2**31, plain=plain)
+        assert len(gpu.by_triton) == count, plain
+
+
 def test_a_kernel_that_still_compiles_is_left_to_triton(gpu):
     gpu.is_ready = False
     assert [start(gpu) for _ in range(2)] == [(None, None)] * 2
@@ -426,7 +432,7 @@ def test_the_tensors_in_a_block_share_nothing():
     block = function(*arguments)
     assert (block.dtype, block.dim()) == (torch.uint8, 1)
     assert all(place % replay.BLOCK_BYTES == 0 for place in places)
-    for place, tensor, end in zip(places, tensors, [*places[1:], block.numel()], strict=True):
+    for place, tensor, end in zip(places, tensors, [*places[1:], block.untyped_storage().nbytes()], strict=True):
         assert place + tensor.untyped_storage().nbytes() <= end
 
 

@@ -408,15 +408,15 @@ def test_activation_checkpointing(use_reentrant, dropout_p, attend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("is_backward_inside", [False, True])
-def test_autocast(is_backward_inside, dtype, attend, device):
+@pytest.mark.parametrize(("is_backward_inside", "softcap"), [(False, None), (True, None), (True, 1.5)])
+def test_autocast(is_backward_inside, softcap, dtype, attend, device):
     """Autocast casts query, key and value; gradients keep their own dtype. The table enters the scores in float32."""
     *tensors, dout, _ = Case(table="large").draw(device)
     low = [tensor.to(dtype) for tensor in tensors[:3]]
-    expected = attention_oracle.run(attend, *low, tensors[3], dout.to(dtype))
+    expected = attention_oracle.run(attend, *low, tensors[3], dout.to(dtype), softcap=softcap)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     with torch.autocast(device, dtype):
-        out = attend(*leaves)
+        out = attend(*leaves, softcap=softcap)
     assert out.dtype == dtype and torch.equal(out, expected["out"])
     with torch.autocast(device, dtype, enabled=is_backward_inside):
         out.backward(dout.to(dtype))

@@ -84,6 +84,12 @@ def test_numbers_that_are_no_kind_of_their_own(change, gpu):
     assert len(gpu.by_triton) == 1
 
 
+def test_a_call_without_an_int_is_started_directly(gpu):
+    for scale in (1.5, 2.5):
+        start(gpu, number=0.5, plain=0.5, scale=scale)
+    assert len(gpu.by_triton) == len(gpu.started) == 1
+
+
 def test_which_of_the_numbers_need_64_bits(gpu):
     for plain, count in ((-(2**31), 1), (-(2**31) - 1, 2), (2**31 - 1, 2), (2**31, 2)):
         start(gpu, number=2**31, plain=plain)
@@ -450,8 +456,11 @@ def test_a_block_lies_on_the_device_of_its_tensors():
 class CudaLauncher:
     """As Triton's: it calls a function of C with more arguments between the grid and the kernel's."""
 
-    global_scratch_size = profile_scratch_size = 0
-    calls, gsan_enabled, turns, packs = 1, False, False, False
+    calls, turns, packs = 1, False, False
+
+    def __init__(self):
+        self.global_scratch_size = self.profile_scratch_size = 0
+        self.gsan_enabled = False
 
     def launch(self, *args):
         raise AssertionError("nothing is started")
@@ -471,10 +480,20 @@ class AnotherLauncher(CudaLauncher):
 def test_the_function_of_c_is_called_without_tritons_launcher(packs):
     launcher = CudaLauncher()
     launcher.packs = packs
+    if packs:
+        del launcher.gsan_enabled  # older versions have none
     compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
     function, grid, more, is_flat = replay._starter(compiled, (3, 2))
     assert (function, grid, is_flat) == (launcher.launch, (3, 2, 1), not packs)
     assert [*more] == ["cooperative", "function", "metadata", None, None, None]
+
+
+@pytest.mark.parametrize("name", ["global_scratch_size", "profile_scratch_size"])
+def test_a_launcher_that_does_not_tell_its_scratch_memory_is_kept(name):
+    launcher = CudaLauncher()
+    delattr(launcher, name)
+    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+    assert replay._starter(compiled, (3,))[:2] == (launcher, (3, 1, 1))
 
 
 @pytest.mark.parametrize("made", [

@@ -333,6 +333,22 @@ def test_cut_into_tiles(options, small_cuts, device):
         check(attention_of("torch", device), case, [(name, at, number) for at in places(case, name)[:1]], device)
 
 
+@pytest.mark.parametrize("is_at_hand", [False, True])
+def test_a_product_is_the_sum_over_the_seen_pairs(is_at_hand, monkeypatch):
+    """For weights of both signs and 0, and every mix of NaN, Inf and -Inf among the seen keys."""
+    monkeypatch.setattr(attention_cpu_products, "is_at_hand", lambda tensor: is_at_hand)
+    generator = torch.Generator().manual_seed(0)
+    for numbers in ((1.0, INF), (1.0, -INF), (1.0, 2.0, 3.0, INF, -INF), (1.0, 2.0, 3.0, 4.0, INF, NAN)):
+        mask = torch.rand(3, 40, 4, generator=generator) < 0.5
+        a = torch.randint(-1, 3, mask.shape, generator=generator).double().masked_fill(mask, 0)
+        b = torch.tensor(numbers, dtype=torch.float64)[torch.randint(len(numbers), (3, 4, 5), generator=generator)]
+        terms = a[..., None] * b[:, None]
+        expected = torch.where(mask[..., None], 0, terms).sum(2)
+        assert expected.isnan().any() and (expected.isfinite().any() or len(numbers) == 2)
+        assert torch.equal(attention_cpu_products.product(a, b, mask).nan_to_num(7e99, 8e99, 9e99),
+                           expected.nan_to_num(7e99, 8e99, 9e99))  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_where_the_numbers_would_have_to_be_waited_for(case, monkeypatch, device):
     """On other devices plain torch does not ask whether there is a NaN: it would wait for the answer."""

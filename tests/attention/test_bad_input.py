@@ -107,7 +107,7 @@ CASES = {
     "device of value": (dense(value=randn(2, 4, 9, 6, device="meta")), ValueError, ["value", "cpu", "meta"]),
     "device of table": (dense(table=randn(4, 9, device="meta")), ValueError, ["table", "cpu", "meta"]),
     # distances
-    "table short": (dense(table=randn(4, 8)), ValueError, ["table is too short", "j = 9", "(4, 8)"]),
+    "table short": (dense(table=randn(4, 8)), ValueError, ["table is too short", "j = 9", "distances -4 to 8", "(4, 8) holds those below 8"]),
     "table short for the offset": (dense(offset=5), ValueError, ["table is too short", "offset = 5", "(4, 9)"]),
     "table short behind": (dense(offset=-1), ValueError, ["table is too short", "offset = -1", "(4, 9)"]),
     "table short, causal": (dense(table=randn(4, 8), is_causal=True), ValueError, ["table is too short", "(4, 8)"]),
@@ -162,6 +162,7 @@ CASES = {
     "dropout_p bool": (dense(dropout_p=False), TypeError, ["dropout_p", "False"]),
     "scale nan": (dense(scale=float("nan")), ValueError, ["scale", "nan"]),
     "scale inf": (dense(scale=float("inf")), ValueError, ["scale", "inf"]),
+    "scale -inf": (dense(scale=-float("inf")), ValueError, ["scale", "-inf"]),
     "scale str": (dense(scale="auto"), TypeError, ["scale", "'auto'"]),
     "scale complex": (dense(scale=1j), TypeError, ["scale", "1j"]),
     # backends
@@ -420,6 +421,13 @@ def test_nothing_is_wrong_with_numpys_numbers():
         offset=np.int64(4), window=(np.int32(3), None), scale=np.float32(0.5), softcap=np.float64(3), dropout_p=0
     )
     assert call().shape == (2, 4, 5, 6)
+
+
+def test_a_window_may_be_a_list():
+    inputs = randn(2, 4, 5, 8), randn(2, 4, 9, 8), randn(2, 4, 9, 6), randn(4, 9)
+    for sides in ((3, 1), (None, 2)):
+        for _ in range(2):
+            assert torch.equal(bias_attention(*inputs, window=[*sides]), bias_attention(*inputs, window=sides))
 
 
 def test_integers_are_numbers():

@@ -105,7 +105,10 @@ _kernel:                                ; @_kernel
         ("s_and_b64 vcc, exec, vcc", 0),  # reads the lane mask
         ("s_and_saveexec_b64 s[0:1], vcc", 3),
         ("s_and_b64 exec, exec, vcc", 3),
+        ("s_and_b32 exec_lo, exec_lo, s1", 3),
+        ("v_cmpx_gt_u32_e32 v8, v7", 3),
         ("v_cndmask_b32_e32 v9, v8, v7, vcc", 1),  # sends the lanes of one access outside the buffer
+        ("v_cndmask_b32_e32 v2, v8, v7, vcc", 0),  # global instructions have no bounds: another address hides no lane
     ],
 )
 def test_amdgcn_counts_by_width_and_predicate(select, predicated):
@@ -167,7 +170,11 @@ SERIALISED = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_asyn
 WAIT = "ptxas info    : (C7517) warpgroup.wait is injected in around line 15 by compiler to allow use of registers …\n"
 
 
-@pytest.mark.parametrize(("line", "number"), [("", None), (SERIALISED, "(C7515)"), (WAIT, "(C7517)")])
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [("", None), (SERIALISED, "(C7515)"), (WAIT, "(C7517)"), (SERIALISED + WAIT, "(C7515)"),
+     (WAIT + SERIALISED, "(C7515)")],
+)  # fmt: skip
 def test_ptxas_remarks_that_serialise(line, number):
     note = serialising_note(ptxas_notes(LOG.format(line)))
     assert (note and note[:7]) == number
@@ -270,11 +277,13 @@ def test_where_control_goes_in_sass():
     lines = {
         "MOV R1, R2": [1], "@P0 EXIT": [2], "@PT BRA 0x60": [6], "@!UP1 BRA 0x0": [0, 4], "CALL.REL 0x70": [7, 5],
         "BRA !P3, 0x10": [1, 6], "@P1 RET.REL": [7], "KILL": [], "@P2 KILL": [9], "BRX R4": [], "JMX R4": [],
-        "RET.ABS": [], "BSSY B1, 0x0": [13], "@P0 BSYNC B1": [0, 14], "BSYNC B1": [0], "EXIT": [],
+        "RET.ABS": [], "BSSY B1, 0x0": [13], "@P0 BSYNC B1": [0, 14], "BSYNC B1": [0], "BRA.DIV ~URZ, 0x20": [2, 16],
+        "EXIT": [],
     }  # fmt: skip
     found = parse_sass(sass(*lines))
     assert [instruction.successors for instruction in found] == list(lines.values())
     assert [number for number, instruction in enumerate(found) if instruction.is_predicated] == [1, 3, 6, 8, 13]
+    assert len(parse_sass(sass("EXIT", "NOP", "NOP"))) == 1  # without the padding
     assert [i.is_predicated for i in parse_sass(sass("@UPT STG.E R1", "@PT STG.E R1", "@UP0 STG.E R1"))] == [0, 0, 1]
 
 
@@ -303,6 +312,29 @@ def test_a_short_loop_that_only_waits_is_none(filler, number, is_loop):
     """Blackwell waits for its tensor cores in a loop."""
     lines = ["MOV R1, R2", "SYNCS.PHASECHK.TRANS64 P0", *[filler] * number, "@!P0 BRA 0x10", "EXIT"]
     assert len(innermost_loops(parse_sass(sass(*lines)))) == is_loop
+
+
+def test_loops_come_in_the_order_of_the_code():
+    """A branch over the first loop leads to the second one."""
+    lines = ["@P0 BRA 0x50", "STS [R1], R2", "LDS R1, [R2]", "@P1 BRA 0x10", "EXIT", "LDG.E R1, [R2]", "@P2 BRA 0x50"]
+    loops = innermost_loops(parse_sass(sass(*lines, "EXIT")))
+    assert [(loop.begin, loop.instructions) for loop in loops] == [(1, 3), (5, 2)]
+
+
+def test_a_loop_with_two_ways_back():
+    """The compiler turned a `continue` around: both branches belong to one loop."""
+    lines = ["MOV R1, R2", "LDG.E R1, [R2]", "@P0 BRA 0x50", "STG.E [R2], R1", "BRA 0x10", "STS [R1], R2"]
+    (loop,) = innermost_loops(parse_sass(sass(*lines, "@P1 BRA 0x10", "EXIT")))
+    assert loop.counts == {"load.32": 1, "store.32": 1, "shared_store": 1}
+    assert (loop.begin, loop.instructions) == (1, 6)
+
+
+def test_lanes_that_skip_two_accesses_in_amdgcn():
+    """Each access has an address of its own."""
+    select = ["v_cndmask_b32_e32 v8, v1, v2, vcc", "v_cndmask_b32_e32 v9, v1, v2, vcc"]
+    access = [f"buffer_store_dword v1, v{register}, s[0:3], 0 offen" for register in (8, 9, 7)]
+    (loop,) = innermost_loops(parse_amdgcn(amdgcn("a:", *select, *access, "s_cbranch_scc1 a", "s_endpgm")))
+    assert (loop.predicated, loop.counts) == (2, {"store.32": 3})
 
 
 def test_lanes_that_skip_a_copy_in_amdgcn():

@@ -2,20 +2,31 @@
 """What `bench codegen` catches of a launch, and what it reports of a compiled kernel, without compiling one."""
 
 import contextlib
+import inspect
+import os
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="compiling needs the extra `triton`")
 
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from bench.codegen import assembly  # noqa: E402
+from bench.codegen import attention as codegen_attention  # noqa: E402
 from bench.codegen import command as codegen_command  # noqa: E402
 from bench.codegen import compile as codegen_compile  # noqa: E402
 from bench.codegen import cuda as codegen_cuda  # noqa: E402
-from bench.codegen.compile import caught_launches, compile_launches, report, target_of  # noqa: E402
+from bench.codegen import matrix as codegen_matrix  # noqa: E402
+from bench.codegen import run as codegen_run  # noqa: E402
+from bench.codegen.compile import Report, caught_launches, compile_launches, report, target_of  # noqa: E402
+from bench.codegen.matrix import Case  # noqa: E402
+from dpb_triton.attention.kernels import backward, forward, paged  # noqa: E402
+from dpb_triton.expand import triton_kernels as expand  # noqa: E402
 
 Config = namedtuple("Config", "IS_REPAIR SCALE", defaults=(False, 0.5))
 
@@ -81,6 +92,207 @@ def test_no_launch_at_all_is_an_error(launch, monkeypatch):
         compile_launches(lambda: None, "sm_90")
 
 
+def test_the_output_of_ptxas_is_kept_for_the_next_launch_of_a_kernel(launch, monkeypatch):
+    """Triton compiles no kernel again that it has in memory. Then ptxas prints nothing."""
+    with caught_launches("sm_90"):
+        launch("_again")
+        monkeypatch.setattr("builtins.print", lambda *words: None)
+        launch("_again")
+    assert codegen_compile._logs["_again"] == "ptxas says something of _again\n"
+
+
+def arguments_of(monkeypatch, module, name, launch, *arguments, **options):
+    """What `launch` gives to the launcher `name` of `module`, by the names of its parameters."""
+    signature, seen = inspect.signature(getattr(module, name)), []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *given, **named: seen.append(signature.bind(*given, **named).arguments))
+        launch(*arguments, **options)
+    (found,) = seen
+    return found
+
+
+def described(arguments):
+    """Tensors as their shapes, sizes as they are. All tensors are without memory."""
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    assert all(tensor.is_meta for tensor in tensors)
+    return {name: tuple(value.shape) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+FORWARD = {
+    "query": (2, 8, 32, 64), "key": (2, 8, 48, 64), "value": (2, 8, 48, 64), "table": (8, 48), "key_bias": None,
+    "seqlens": None, "seed": None, "longest_query": 32, "longest_key": 48, "offset": 16, "signed": False, "left": None,
+    "right": 0, "scale": 0.125, "softcap": 0.0, "dropout_p": 0.0, "blocks": None,
+}  # fmt: skip
+TILES = {"forward": (64, 64, 4, 2), "dq": (32, 32, 4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, {}),
+        ({"is_causal": False}, {"right": None}),
+        ({"window": 7}, {"left": 7}),
+        ({"softcap": 30.0}, {"softcap": 30.0}),
+        ({"dropout_p": 0.1}, {"dropout_p": 0.1, "seed": (1,)}),
+        ({"group": 4}, {"key": (2, 2, 48, 64), "value": (2, 2, 48, 64)}),
+        ({"has_mask": True}, {"key_bias": (2, 48)}),
+        ({"heads": 3}, {"query": (2, 3, 32, 64), "key": (2, 3, 48, 64), "value": (2, 3, 48, 64), "table": (3, 48)}),
+        ({"value_dim": 16}, {"value": (2, 8, 48, 16)}),
+        (
+            {"is_packed": True},
+            {"query": (1, 8, 32, 64), "key": (1, 8, 48, 64), "value": (1, 8, 48, 64), "seqlens": (4, 5)},
+        ),
+        ({"blocks": TILES}, {"blocks": TILES}),
+        ({"i": 64}, {"query": (2, 8, 64, 64), "table": (8, 64), "longest_query": 64, "offset": -16}),
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_what_an_option_set_launches(options, changed, monkeypatch):
+    """Each option arrives, and changes nothing else."""
+    options = {"head_dim": 64, "i": 32, "j": 48} | options
+    asked = FORWARD | changed
+    tile = asked["blocks"] and TILES["forward"]
+    found = arguments_of(monkeypatch, forward, "forward", codegen_attention.launch_forward, torch.bfloat16, **options)
+    assert described(found) == asked | {"blocks": tile}
+    assert {found[name].dtype for name in ("query", "key", "value")} == {torch.bfloat16}
+    assert found["query"].transpose(1, 2).is_contiguous() and found["key"].transpose(1, 2).is_contiguous()
+    out = *asked["query"][:3], asked["value"][3]
+    asked |= {
+        "dout": out, "out": out, "dlse": asked["query"][:3] if asked["seed"] else None,
+        "state": (2, *asked["query"][:3]), "is_part": False, "needs_dq": True, "needs_dkv": True,
+        "needs_dtable": True, "needs_dkey_bias": False,
+    }  # fmt: skip
+    found = arguments_of(
+        monkeypatch, backward, "backward", codegen_attention.launch_backward, torch.bfloat16, **options
+    )
+    assert described(found) == asked
+    assert found["dout"].dtype == torch.bfloat16 and found["state"].dtype == torch.float32
+
+
+def test_a_projection_is_one_tensor_with_rows_of_all_three(monkeypatch):
+    found = arguments_of(
+        monkeypatch, forward, "forward", codegen_attention.launch_forward, torch.bfloat16, head_dim=64, i=32, j=32,
+        is_projection=True, value_dim=16,
+    )  # fmt: skip
+    row = 8 * (64 + 64 + 16)
+    assert [found[name].stride() for name in ("query", "key", "value")] == [
+        (32 * row, 64, row, 1), (32 * row, 64, row, 1), (32 * row, 16, row, 1),
+    ]  # fmt: skip
+    assert [found[name].storage_offset() for name in ("query", "key", "value")] == [0, 512, 1024]
+
+
+def test_a_paged_launch(monkeypatch):
+    options = {"head_dim": 64, "page": 16, "i": 2, "keys": 128, "group": 4}
+    found = arguments_of(monkeypatch, paged, "paged", codegen_attention.launch_paged, torch.float16, **options)
+    assert described(found) == {
+        "query": (4, 8, 2, 64), "key": (512, 2, 16, 64), "value": (512, 2, 16, 64), "table": (8, 128),
+        "block_table": (4, 8), "lengths": (4,), "signed": False, "left": None, "right": None, "scale": 0.125,
+        "softcap": 0.0,
+    }  # fmt: skip
+    assert found["block_table"].dtype == found["lengths"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("block", [None, (32, 64)])
+def test_launches_of_expand_and_reduce(block, monkeypatch):
+    more = {"block_m": 32, "block_n": 64} if block else {}
+
+    def found(name, **options):
+        launch = getattr(codegen_matrix, f"launch_{name}")
+        arguments = arguments_of(monkeypatch, expand, name, launch, torch.float16, **options, block=block)
+        tensor = next(iter(arguments.values()))
+        assert tensor.dtype == arguments.pop("dtype") == torch.float16
+        return described(arguments), tensor
+
+    assert found("expand", i=4, j=16)[0] == {"table": (8, 16), "i": 4, "j": 16, "offset": 12, "signed": False} | more
+    asked = {"table": (8, 31), "i": 16, "j": 4, "offset": -12, "signed": True} | more
+    assert found("expand", i=16, j=4, signed=True)[0] == asked
+    asked = {"dbias": (8, 4, 16), "n": 16, "offset": 12, "signed": False} | more
+    arguments, dbias = found("reduce", i=4, j=16)
+    assert arguments == asked and dbias.stride() == (64, 16, 1)
+    arguments, dbias = found("reduce", i=4, j=16, first_column=3)
+    assert arguments == asked and dbias.stride() == (76, 19, 1) and dbias.storage_offset() == 3
+    arguments, dbias = found("reduce", i=4, j=16, is_broadcast=True)
+    assert arguments == asked and dbias.stride() == (0, 0, 0)
+    arguments, _ = found("reduce", i=16, j=4, signed=True)
+    assert arguments == {"dbias": (8, 16, 4), "n": 16, "offset": -12, "signed": True} | more
+
+
+CASE = Case("reduce", "aligned", "bf16", "sm_90", {"i": 64, "j": 64}, True, ("_reduce_kernel",))
+
+
+def test_the_records_of_a_case(monkeypatch):
+    """A stream's loop is the widest. Attention's is the shortest with products."""
+    loops = [assembly.Loop(0, number, {"load.128": number, "tensor": 1}, 0) for number in (5, 9)]
+    notes, asked = ["(C7519) of no harm", "(C7515) serialized"], []
+
+    def compile_launches(launch, arch, only):
+        asked.append((arch, only))
+        kernels = "_reduce_kernel", "_fold_kernel", "_dq_kernel"
+        return [Report(kernel, 128, 99, 0, 0, 0, 0, 9, {}, loops=loops, notes=notes) for kernel in kernels]
+
+    monkeypatch.setattr(codegen_compile, "compile_launches", compile_launches)
+    records = codegen_run.compile_case(CASE)
+    assert asked == [("sm_90", ("_reduce_kernel",))]
+    found = [record["interior"] and record["interior"]["instructions"] for record in records]
+    assert found == [9, None, 5]
+    assert {record["serialised"] for record in records} == {"(C7515) serialized"}
+    assert {(record["op"], record["layout"], record["triton"], record["is_trial"]) for record in records} == {
+        ("reduce", "aligned", triton.__version__, False)
+    }
+    narrow = Case("reduce", "broadcast", "bf16", "sm_90", {}, False)
+    assert codegen_run.compile_case(narrow)[0]["interior"] is None
+    trial = Case("attention", "d64 causal", "bf16", "sm_90", {"blocks": TILES})
+    assert codegen_run.compile_case(trial)[0]["is_trial"]
+
+
+def test_an_error_of_a_compiler_is_a_record(monkeypatch):
+    def compile_launches(launch, arch, only):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(codegen_compile, "compile_launches", compile_launches)
+    (record,) = codegen_run.compile_case(CASE)
+    found = record["op"], record["kernel"], record["layout"], record["error"]
+    assert found == ("reduce", "reduce", "aligned", "KeyError: 'no such thing'")
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_children_compile_into_a_cache_of_their_own(before, monkeypatch):
+    names = "TRITON_INTERPRET", "TRITON_CACHE_DIR"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if before:
+            monkeypatch.setenv(name, before)
+    with contextlib.suppress(KeyError), codegen_run.environment():
+        assert "TRITON_INTERPRET" not in os.environ
+        folder = os.environ["TRITON_CACHE_DIR"]
+        assert os.path.isdir(folder) and not os.listdir(folder)
+        raise KeyError("of the caller")
+    assert not os.path.exists(folder)
+    assert [os.environ.get(name) for name in names] == [before, before]
+
+
+def test_records_come_in_the_order_of_the_matrix(monkeypatch):
+    """A process compiles the cases that share kernels, the largest family first."""
+    groups = []
+
+    def compile_group(group):
+        groups.append(group)
+        return {case: [case.layout, f"{case.layout} again"] for case in group}
+
+    monkeypatch.setattr(codegen_run, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(codegen_run, "_compile", compile_group)
+    matrix = [
+        Case("attention", name, "bf16", "sm_90", options)
+        for name, options in (
+            ("a", {"head_dim": 64}), ("b", {"head_dim": 32}), ("c", {"head_dim": 64, "value_dim": 32}),
+            ("d", {"head_dim": 32, "i": 7}), ("e", {"head_dim": 64}), ("f", {"head_dim": 32}),
+        )
+    ]  # fmt: skip
+    found = codegen_run.compile_all(matrix, 1)
+    assert found == [word for name in "abcdef" for word in (name, f"{name} again")]
+    assert ["".join(case.layout for case in group) for group in groups] == ["bdf", "ae", "c"]
+
+
 def kernel(asm, **source):
     metadata = SimpleNamespace(name="_k", num_warps=4, shared=512, num_stages=3,
                                target=SimpleNamespace(warp_size=64 if "amdgcn" in asm else 32))  # fmt: skip
@@ -105,9 +317,12 @@ def test_the_report_of_a_kernel(monkeypatch):
     nvidia = kernel({"cubin": b"code"}, **source)
     with pytest.raises(RuntimeError, match="_k: the output of ptxas is missing"):
         report(nvidia)
-    monkeypatch.setitem(codegen_compile._logs, "of no other", "ptxas info    : Compiling entry function '_k'\n")
+    monkeypatch.setitem(
+        codegen_compile._logs, "of no other", "(C7519) of no harm\nptxas info: Compiling entry function '_k'\n"
+    )
     monkeypatch.setattr(codegen_compile, "_sass", lambda cubin: SASS)
     found = report(nvidia)
+    assert found.notes == ["(C7519) of no harm"]
     assert (found.kernel, found.threads, found.registers, found.spills, found.scalar_spills) == ("_k", 128, 168, 1, 0)
     assert (found.stack, found.shared, found.instructions, found.stages) == (16, 512, 3, 3)
     assert list(found.counts.items()) == [("load.128", 1), ("local", 1)] and found.loops == []

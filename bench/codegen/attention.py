@@ -34,7 +34,7 @@ def launch_forward(dtype, *, head_dim, i=4096, j=4096, blocks=None, **options):
     attention_forward.forward(query, key, value, table, key_bias, *arguments, blocks=(blocks or {}).get("forward"))
 
 
-def launch_paged(dtype, *, head_dim, page, group=8, heads=8, i=1, keys=8192):
+def launch_paged(dtype, *, head_dim, page, group=8, heads=8, i=1, j=8192):
     """Launch attention over a paged cache."""
     import torch
 
@@ -42,8 +42,9 @@ def launch_paged(dtype, *, head_dim, page, group=8, heads=8, i=1, keys=8192):
 
     query = _rows(dtype, 4, heads, i, head_dim)
     key = value = _rows(dtype, 512, heads // group, page, head_dim)
-    table = torch.empty((heads, keys), device="meta")
-    blocks, lengths = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((4, keys // page), (4,)))
+    pages = -(-j // page)
+    table = torch.empty((heads, pages * page), device="meta")
+    blocks, lengths = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((4, pages), (4,)))
     paged.paged(query, key, value, table, blocks, lengths, False, None, None, head_dim**-0.5, 0.0)
 
 

@@ -135,14 +135,22 @@ def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=N
         if op in ATTENTION:
             found += attention_cases(op, archs, dtypes, layouts, shapes, **attention_options)
             continue
-        known = {f"{i} x {j}": Layout({"i": i, "j": j}, is_common=True) for i, j in shapes} or OPS[op].layouts
+        known, resized, options = OPS[op].layouts, shapes, {}
+        if is_stream := bool(OPS[op].streams):  # their layouts are sizes; those of decoding are options, as attention's
+            known = {f"{i} x {j}": Layout({"i": i, "j": j}, is_common=True) for i, j in shapes} or known
+            resized, options = (), {"block": tuple(block)} if block else {}
         for name, layout in known.items():
-            if layouts and not shapes and name not in layouts:
+            if layouts and name not in layouts and not (shapes and is_stream):
                 continue
-            options = layout.options | ({"block": tuple(block)} if block else {})
             some = dtypes or DEFAULT_DTYPES
             some = some if layout.is_common or layouts else some[:1]
-            found += [Case(op, name, dtype, arch, options, layout.is_wide) for dtype in some for arch in archs]
+            sizes = {f"{name} {i} x {j}": {"i": i, "j": j} for i, j in resized} or {name: {}}
+            found += [
+                Case(op, full, dtype, arch, layout.options | size | options, layout.is_wide)
+                for full, size in sizes.items()
+                for dtype in some
+                for arch in archs
+            ]
     return found
 
 

@@ -182,7 +182,7 @@ def test_a_projection_is_one_tensor_with_rows_of_all_three(monkeypatch):
 
 
 def test_a_paged_launch(monkeypatch):
-    options = {"head_dim": 64, "page": 16, "i": 2, "keys": 128, "group": 4}
+    options = {"head_dim": 64, "page": 16, "i": 2, "j": 120, "group": 4}
     found = arguments_of(monkeypatch, paged, "paged", codegen_attention.launch_paged, torch.float16, **options)
     assert described(found) == {
         "query": (4, 8, 2, 64), "key": (512, 2, 16, 64), "value": (512, 2, 16, 64), "table": (8, 128),

@@ -25,6 +25,7 @@ from bench.codegen import matrix as codegen_matrix  # noqa: E402
 from bench.codegen import run as codegen_run  # noqa: E402
 from bench.codegen.compile import Report, caught_launches, compile_launches, report, target_of  # noqa: E402
 from bench.codegen.matrix import Case  # noqa: E402
+from bench.codegen.promises import broken  # noqa: E402
 from dpb_triton.attention.kernels import backward, forward, paged  # noqa: E402
 from dpb_triton.expand import triton_kernels as expand  # noqa: E402
 
@@ -388,6 +389,45 @@ def test_the_record_of_a_cuda_kernel(name, dtype, threads, streams, monkeypatch)
     assert (two["registers"], two["shared"], two["stack"], two["spills"]) == (50, 0, 8, 1)
     assert (one["streams"], one["is_wide"]) == (streams, streams is not None)
     assert (one["interior"] is not None) == (streams == "load")
+
+
+def test_a_cuda_source_that_does_not_compile_is_one_record(monkeypatch):
+    """The compiler's last words are the reason, wherever it writes them."""
+    commands, failed = [], SimpleNamespace(returncode=2, stderr="band.cu(7): no such thing\n", stdout="1 error\n")
+
+    def run(command, **options):
+        commands.append(command)
+        return failed
+
+    monkeypatch.setattr(codegen_cuda, "nvcc", lambda: "/bin/nvcc")
+    monkeypatch.setattr(codegen_cuda, "subprocess", SimpleNamespace(run=run))
+    (record,) = codegen_cuda.compile_cuda(["sm_80"], 1)
+    ((nvcc, *words),) = commands
+    assert nvcc == "/bin/nvcc" and words.index("-cubin") + 1 == words.index("-arch=sm_80")
+    assert words[words.index("-Werror") + 1] == "all-warnings" and "-Werror" in words[words.index("-Xcompiler") + 1]
+    assert words[-3:-1] == [str(codegen_cuda.SOURCE), "-o"]
+    assert record == {
+        "op": "cuda", "arch": "sm_80", "triton": triton.__version__, "kernel": "band_cuda.cu", "dtype": "",
+        "layout": "", "error": "band.cu(7): no such thing\n1 error\n",
+    }  # fmt: skip
+    assert broken(record) == ["does not compile: 1 error"]
+
+
+def test_the_records_of_a_cuda_source(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stdout=CUDA_SASS)
+
+    monkeypatch.setattr(codegen_cuda, "nvcc", lambda: "/bin/nvcc")
+    monkeypatch.setattr(codegen_cuda, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(codegen_cuda, "_report", lambda name, usage, sass: {"kernel": name})
+    found = codegen_cuda.compile_cuda(["sm_80", "sm_90"], 1)
+    assert [(record["arch"], record["kernel"]) for record in found] == [
+        ("sm_80", "_two"), ("sm_80", "_one"), ("sm_90", "_two"), ("sm_90", "_one"),
+    ]  # fmt: skip
+    assert commands[1][1:3] == ["-sass", "-res-usage"] and commands[1][3] == commands[0][-1]
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,18 @@ def test_an_isolated_build_finds_the_installed_torch(script, monkeypatch, where)
         assert folders["purelib"].startswith("/activated/")
         expected.append(folders["scripts"])
     hide_torch(monkeypatch, until=folders["purelib"])
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != folders["purelib"]])
+    before = [path for path in sys.path if path != folders["purelib"]]
+    monkeypatch.setattr(sys, "path", list(before))
     assert script.find_installed_torch() is torch
+    assert sys.path[: len(before)] == before  # the build's own packages come first
     assert os.environ["PATH"].split(os.pathsep) == ["/first", *expected]
+
+
+def test_a_build_that_sees_torch_sees_nothing_else(script, monkeypatch):
+    monkeypatch.setenv("VIRTUAL_ENV", "/activated")
+    before = list(sys.path)
+    assert script.find_installed_torch() is torch
+    assert sys.path == before
 
 
 def test_the_first_toolkit_that_is_whole_is_taken(script, monkeypatch, tmp_path):
@@ -206,6 +215,7 @@ def test_the_extension_is_for_every_later_python_and_torch(script, monkeypatch, 
     assert macros == {"TORCH_TARGET_VERSION": "0x020a000000000000"} | ({"USE_CUDA": None} if has_cuda else {})
     flags = found.extra_compile_args
     assert flags == ({"cxx": script.CXX_FLAGS, "nvcc": script.NVCC_FLAGS} if has_cuda else script.CXX_FLAGS)
+    assert "-fvisibility=hidden" in script.CXX_FLAGS  # other libraries of the process see no name of ours
     assert {"-O3", "-std=c++17"} <= set(script.CXX_FLAGS) & set(script.NVCC_FLAGS)
 
 

@@ -26,6 +26,11 @@ HEADERS = ["kernel", "arch", "dtype", "width", "tile", "registers", "blocks\n/SM
 
 def constants_of(group):
     """The Candidate that `blocks.py` has for (kernel, width, dtype, arch)."""
+    return _serving(group)[1]
+
+
+def _serving(group):
+    """(the kind of the row of `blocks.py` that serves a group's dense causal batch, or None; its Candidate)."""
     from dpb_triton.attention.kernels.blocks import BLOCKS, FLOAT32, Tile
 
     kernel, width, dtype, arch = group
@@ -33,8 +38,8 @@ def constants_of(group):
     for kind in ("causal", "described"):  # the rows that serve a dense causal batch
         row = rows.get(f"{kernel} {kind}", ())
         if column < len(row) and row[column]:
-            return Candidate.of(kernel, Tile(*row[column])._replace(is_described=kind == "described"))
-    return Candidate.of(kernel, Tile(*rows[kernel][column]))
+            return kind, Candidate.of(kernel, Tile(*row[column])._replace(is_described=kind == "described"))
+    return None, Candidate.of(kernel, Tile(*rows[kernel][column]))
 
 
 def _rows(results, wanted, count):
@@ -115,14 +120,15 @@ def advice(times):
             for place, width in enumerate(WIDTHS):
                 rounds = times.get((kernel, width, dtype, arch))
                 if rounds:
-                    today = constants_of((kernel, width, dtype, arch))
+                    kind, today = _serving((kernel, width, dtype, arch))
                     chosen, ratio = faster(rounds, today)
                     remark = f"{width}: {ratio:.2f} times as fast" if ratio > 1 else f"{width}: stays"
-                    if chosen.more[:1] == (True,):
+                    is_described = chosen.more[:1] == (True,)
+                    if is_described:
                         others.setdefault("described", {})[width] = chosen.blocks
-                    elif today.more[:1] != (True,) and today.blocks != row[place]:
-                        others.setdefault("causal", {})[width] = chosen.blocks
-                    else:
+                    if kind == "causal" or (kind and not is_described):  # the row that is looked up first
+                        others.setdefault("causal", {})[width] = None if is_described else chosen.blocks
+                    elif not is_described:
                         row[place] = chosen.blocks
                     remarks.append(remark)
             lines.append(f'    "{kernel}": {tuple(row)},  # {", ".join(remarks) or "not timed"}')

@@ -112,6 +112,7 @@ def test_a_shape_or_a_window_replaces_the_layouts_own():
         ("page 16 5 x 64", "bf16", {"head_dim": 128, "page": 16, "i": 5, "j": 64}),
     ]  # fmt: skip
     assert {case.dtype for case in found} == {"bf16", "fp16", "fp32"}
+    assert {case.dtype for case in cases(["sm_80"], (), ["expand"], shapes=((3, 4),))} == {"bf16", "fp16", "fp32"}
 
 
 def invoke(monkeypatch, *words):

@@ -253,6 +253,24 @@ def test_the_rows_that_serve_are_the_ones_to_change():
     }
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("more", [(), (True,)])
+def test_rows_that_follow_the_advice_serve_the_fastest(arch, more, monkeypatch):
+    """Also where the tile of today has a row of its own: that row would hide another one."""
+    generation = sweep_offline.GENERATIONS[arch]
+    for kernel, width in itertools.product(KERNELS, (64, 128, 256)):
+        group, fastest = (kernel, width, "bf16", arch), Candidate(kernel, 16, 16, 8, 1, more)
+        text = command.advice({group: {command.constants_of(group): [3.0], fastest: [2.0]}})
+        rows = dict(kernel_blocks.BLOCKS[generation])
+        for name, row in ast.literal_eval(text[text.index("{") :]).items():
+            if isinstance(row, dict):
+                row = [row.get(w, old) for w, old in itertools.zip_longest((64, 128, 256), rows.get(name, ()))]
+            rows[name] = tuple(row)
+        with monkeypatch.context() as patch:
+            patch.setitem(kernel_blocks.BLOCKS, generation, rows)
+            assert command.constants_of(group) == fastest, group
+
+
 def sweep(*words):
     done = CliRunner().invoke(command.sweep, list(map(str, words)), catch_exceptions=False)
     assert done.exit_code == 0

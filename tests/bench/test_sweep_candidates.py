@@ -61,9 +61,10 @@ def test_what_a_tile_holds():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_only_what_cannot_work_is_left_out(kernel, dtype, arch):
-    width, lanes, registers = 64, 64 if arch == "gfx942" else 32, 512 if arch == "gfx942" else 255
+def test_only_what_cannot_work_is_left_out(kernel, width, dtype, arch):
+    lanes, registers = 64 if arch == "gfx942" else 32, 512 if arch == "gfx942" else 255
     sizes, expected = (16, 32, 64, 128), set()
     for m, n, warps, stages in itertools.product(sizes, sizes, (2, 4, 8), (1, 2, 3)):
         for more in VARIANTS[kernel] if arch == "sm_90" else [()]:

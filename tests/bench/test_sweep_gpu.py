@@ -193,7 +193,8 @@ def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
     body = done.output[done.output.index("{") :]
     rows = ast.literal_eval(body)
     blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks")
-    assert rows["dkdv"][0] == better["dkdv"].blocks
+    assert rows["dkdv causal"] == {64: better["dkdv"].blocks}
+    assert rows["dq causal"] == {64: better["dq"].blocks}
     assert rows["dkdv"][1] == blocks.BLOCKS["hopper"]["dkdv"][1]
     assert rows["forward"] == blocks.BLOCKS["hopper"]["forward"]
     assert "64: 1.50 times as fast" in body

@@ -515,7 +515,7 @@ def test_the_lines_that_are_allowed_and_those_that_are_missing(monkeypatch):
     record["interior"]["counts"]["exp2"] = 99
     text = "0.0.0  sm_90  bf16  d64 causal  forward  spills  20\n"
     monkeypatch.setattr(exceptions, "_listed", lambda: exceptions.parse(text))
-    failed = FORWARD | {"error": "CompilationError: no"}
+    failed = record | {"error": "CompilationError: no"}
     key = "0.0.0", "sm_90", "bf16", "d64 causal", "_forward_kernel"
 
     def listed(*words):

@@ -145,6 +145,12 @@ def test_the_command_compiles_what_it_is_asked_for(monkeypatch, words, options):
     assert [(case, case.options) for case in matrix] == [(case, case.options) for case in expected]
 
 
+@pytest.mark.parametrize(("cores", "jobs"), [(3, 3), (64, 8)])
+def test_a_process_a_core_compiles(monkeypatch, cores, jobs):
+    monkeypatch.setattr(codegen_command.os, "cpu_count", lambda: cores)
+    assert invoke(monkeypatch)[1][0][1] == jobs
+
+
 def test_the_cuda_kernels_are_compiled_for_the_same_architectures(monkeypatch):
     seen = []
     monkeypatch.setattr(codegen_command, "compile_cuda", lambda *asked: seen.append(asked) or [])

@@ -240,7 +240,7 @@ def test_a_third_of_the_time_on_a_gpu_compiles_what_the_list_lacks(on_gpu, tmp_p
     assert len(on_gpu.offline) == 1 and len(on_gpu.timed[-1][1]) == 2
 
 
-def test_groups_share_the_time_that_is_left(on_gpu, tmp_path):
+def test_groups_share_the_time_that_is_left(on_gpu, tmp_path, monkeypatch):
     words = ("--device", "cuda", "--list", tmp_path / "none", "--kernel", "dkdv", "--kernel", "dq", "--dtype", "fp16")
     sweep(*words, "--limit", 600, "--rounds", 7, "--seq", 128, "--batch", 3, "--heads", 5, "--jobs", 2)
     ((jobs, processes),) = on_gpu.prefilled
@@ -252,8 +252,13 @@ def test_groups_share_the_time_that_is_left(on_gpu, tmp_path):
     assert [(rest[2], rest[5], rest[6]) for rest in on_gpu.timed] == [
         (2e-3, 1000 + 600 / groups, 7) for groups in (4, 3, 2, 1)
     ]
+    for cores, processes in ((3, 3), (64, 14)):
+        monkeypatch.setattr(command.os, "cpu_count", lambda cores=cores: cores)
+        sweep(*words, "--limit", 600)
+        assert on_gpu.prefilled[-1][1] == processes
+    on_gpu.timed.clear()
     output = sweep(*words, "--limit", 0)
-    assert "out of time before dkdv at 64" in output and len(on_gpu.timed) == 4
+    assert "out of time before dkdv at 64" in output and not on_gpu.timed
 
 
 @pytest.mark.parametrize(

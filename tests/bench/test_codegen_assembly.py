@@ -153,6 +153,8 @@ def test_sass_products_exp2_and_waits():
         ("v_mfma_f32_16x16x16_bf16", 2 * 16 * 16 * 16),
         ("v_mfma_f32_4x4x4_16b_f16", 2 * 4 * 4 * 4 * 16),
         ("v_mfma_f32_16x16x4_f32", 2 * 16 * 16 * 4),
+        ("QGMMA.64x64x32.F32.E4M3.E4M3", 2 * 64 * 64 * 32 / 4),
+        ("v_smfmac_f32_16x16x32_bf16", 2 * 16 * 16 * 32),
         ("UTCHMMA", None),  # its shape is in a register
     ],
 )

@@ -253,10 +253,11 @@ def test_exceptions_bound_what_they_allow_and_must_be_needed(monkeypatch):
 def test_the_line_that_would_allow_it_is_printed():
     record = copy.deepcopy(FORWARD) | {"spills": 18, "stack": 40}
     record["interior"]["counts"]["local"] = 4
+    record["interior"]["products"] = {"HGMMA.64x64x16.F32.BF16": 24}
     lines = "\n".join(broken_lines(record))
     found = exceptions.parse(lines)
     assert found == {("0.0.0", "sm_90", "bf16", "d64 causal", "_forward_kernel"): {
-        "spills": 18, "spills in the loop": 4}}  # fmt: skip
+        "spills": 18, "spills in the loop": 4, "products": 1.5}}  # fmt: skip
     bytes_alone = {finding.what: finding.amount for finding in findings(FORWARD | {"stack": 8})}
     assert bytes_alone == {"spills": 8}
     with pytest.raises(ValueError, match="line 2: expected triton, arch"):

@@ -292,6 +292,7 @@ def test_a_list_is_shown_without_compiling(tmp_path):
     assert [line.split() for line in sweep(*words, "--best", 1).splitlines() if line.startswith("dkdv")] == [best]
     start, end = list(map(json.loads, lines.read_text().splitlines()))[:2]
     assert start["setting"]["groups"] == [list(GROUP), ["dkdv", 128, *GROUP[2:]]]
+    assert start["setting"]["shape"] == [2, 16, 8192]
     assert (start["setting"]["limit"], end["event"], end["compiled"]) == (0, "end", 2)
     sweep_offline.save(path, {})
     other = json.loads(path.read_text()) | {"of": "other kernels", "results": listed(entry)}

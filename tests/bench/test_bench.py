@@ -2,7 +2,11 @@
 """The bench times right results, prints FAIL for wrong ones, and writes what it prints."""
 
 import copy
+import importlib
 import json
+import platform
+import subprocess
+from datetime import datetime, timezone
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,7 @@ from bench.__main__ import cli  # noqa: E402
 from bench.environment import cpu_name, describe  # noqa: E402
 from bench.lines import Lines, read_lines  # noqa: E402
 from bench.memory import peak_mib  # noqa: E402
+from bench.options import chosen_device  # noqa: E402
 from bench.providers import EAGER, Provider  # noqa: E402
 from bench.report import times_table  # noqa: E402
 from bench.timing import Time, measure  # noqa: E402
@@ -52,11 +57,42 @@ def test_smoke_run_writes_json_table_and_picture(tmp_path):
         ("AuthenticAMD", "AMD EPYC", "25", ["AVX-512", "AMX"], "AMD EPYC (Zen 4: AVX-512, AMX)"),
         ("AuthenticAMD", "AMD EPYC", "25", ["AVX2"], "AMD EPYC (Zen 3: AVX2)"),
         ("AuthenticAMD", "AMD EPYC", "23", ["AVX2"], "AMD EPYC (AVX2)"),
+        ("AuthenticAMD", "AMD EPYC", "26", ["AVX-512"], "AMD EPYC (Zen 5: AVX-512)"),
         ("GenuineIntel", "Intel Xeon", "25", ["AVX-512", "AMX"], "Intel Xeon (AVX-512, AMX)"),
     ],
 )
 def test_a_processor_is_named_with_its_products(vendor, model, family, products, words):
     assert cpu_name({"vendor_id": vendor, "model name": model, "cpu family": family}, products) == words
+
+
+def test_the_first_processor_of_the_systems_file_is_named(monkeypatch):
+    from bench import environment
+
+    text = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: AMD: one\n\nmodel name\t: AMD: two\n\n"
+    monkeypatch.setattr(environment.Path, "read_text", lambda self: text)
+    assert cpu_name(products=["AVX2"]) == "AMD: one (Zen 3: AVX2)"
+
+    def no_such_file(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(environment.Path, "read_text", no_such_file)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert cpu_name(products=["DEFAULT"]) == "riscv64 (DEFAULT)"
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bf16", "has_amx", "words"),
+    [
+        ("AVX512", True, False, "AVX-512, bfloat16 products"), ("AVX512", False, True, "AVX-512, AMX"),
+        ("AVX2", False, False, "AVX2"),
+    ],
+)  # fmt: skip
+def test_the_products_are_those_that_torch_finds(monkeypatch, capability, has_bf16, has_amx, words):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name, has in (("_is_avx512_bf16_supported", has_bf16), ("_is_amx_tile_supported", has_amx)):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+    assert cpu_name({"model name": "a CPU"}) == f"a CPU ({words})"
 
 
 def test_a_torch_that_names_fewer_products(monkeypatch):
@@ -172,22 +208,23 @@ def test_defaults_of_a_device(where, monkeypatch):
         assert done.exit_code == 0 and done.output == f"{where}\n"
         (device, peers, backends), (shapes, common) = seen
         assert device == common.device == where
-        return {(shape.dtype, shape.heads, shape.n) for shape in shapes}, common, peers, backends
+        return [(shape.dtype, shape.heads, shape.n) for shape in shapes], common, peers, backends
 
     shapes, common, peers, backends = run()
     lengths = {"cpu": (1023, 2048), "cuda": (1024, 2047, 2048, 4095, 4096, 8191, 8192, 16383, 16384)}[where]
-    assert shapes == {(dtype, 8, n) for dtype in ("fp32", "bf16") for n in lengths}
+    assert shapes == [(dtype, 8, n) for dtype in ("fp32", "bf16") for n in lengths]
     assert (common.rounds, common.seconds) == {"cpu": (3, 0.1), "cuda": (5, 0.05)}[where]
     assert (common.deadline, common.path, common.lines, common.picture, common.asked) == (None,) * 4 + (frozenset(),)
     assert peers == ("eager", "compiled eager") and {"torch", "cpp", "triton", "cuda"} == set(backends)
     shapes, common, *_ = run("--smoke", "--limit", "7")
-    assert shapes == {("fp32", 8, 33), ("fp32", 8, 64)}
+    assert shapes == [("fp32", 8, 33), ("fp32", 8, 64)]
     assert (common.rounds, common.seconds, common.deadline - common.begin) == (1, 0.002, pytest.approx(7))
     assert common.asked == {"smoke", "limit"}
     shapes, *_ = run("--smoke", "--seq", "5", "--heads", "3", "--dtype", "fp16", "--device", where)
-    assert shapes == {("fp16", 3, 5)}
+    assert shapes == [("fp16", 3, 5)]
     shapes, common, *_ = run("--rounds", "9", "--seconds", "0.25")
     assert (common.rounds, common.seconds) == (9, 0.25)
+    assert chosen_device("cpu") == "cpu"  # also beside a GPU
 
 
 def test_what_is_not_measured(monkeypatch):
@@ -197,6 +234,57 @@ def test_what_is_not_measured(monkeypatch):
         monkeypatch.setattr(bench_providers, "why_not", lambda backend, where, reason=reason: reason)
         interpreted = reason or "on a CPU only its interpreter runs, which is for tests"
         assert [bench_providers.why_not_measured(*pair) for pair in asked] == [interpreted, reason, reason, reason]
+
+
+@pytest.mark.parametrize(
+    "module", [pytest.param(name, id=name) for name in ("providers", "attention.providers", "decode.providers")]
+)
+def test_a_backend_is_measured_under_its_own_name(module, monkeypatch):
+    """Of several backends each gets its own calls, not the default one's, and not those of the last."""
+    from bench.attention.shapes import Seen
+
+    module, asked = importlib.import_module(f"bench.{module}"), []
+
+    def record(*_, backend=None, **options):
+        asked.append(backend)
+
+    for name in ("expand_bias", "bias_attention"):
+        monkeypatch.setattr(module, name, record, raising=False)
+    found, absent = module.providers("cpu", [], ["torch", "triton"])
+    assert absent == {"triton": bench_providers.why_not_measured("triton", "cpu")}
+    monkeypatch.setattr(bench_providers, "why_not", lambda backend, device: None)
+    found, absent = module.providers("cuda", [], ["torch", "triton"])
+    one = SimpleNamespace(attention=record, shape=(1, 1, 1, 1))
+    step = SimpleNamespace(query=one, key=one, value=one, table=one, module=one, options={})
+    for provider in found:
+        if isinstance(provider, Provider):
+            provider.expand(one, 1)
+            provider.forward(record, 1)
+        else:
+            provider.attend(*([step] if "decode" in module.__name__ else [one, one, one, one, Seen()]))
+        assert set(asked) == {provider.backend} and provider.name.startswith(f"dpb {provider.backend}")
+        asked.clear()
+    assert not absent and {provider.backend for provider in found} == {"torch", "triton"}
+
+
+def test_the_fallback_is_measured_only_where_it_serves(monkeypatch):
+    for reason, on_cpu in ((None, ("cpp",)), ("not built", ("cpp", "torch"))):
+        monkeypatch.setattr(bench_providers, "why_not", lambda *_, reason=reason: reason)
+        assert [bench_providers.default_backends(where) for where in ("cpu", "cuda")] == [on_cpu, ("triton",)]
+
+
+def test_a_peer_that_does_not_compile_says_why(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("\nno compiler, " + 100 * "x" + "\nat all\n")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    with torch._functorch.config.patch(donated_buffer=True):
+        found, absent = bench_providers.providers("cpu", ["eager", "compiled eager"], [])
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        both, none = bench_providers.providers("cpu", ["eager", "compiled eager"], [])
+    assert found == [EAGER]
+    assert absent == {"compiled eager": f"torch.compile failed: no compiler, {87 * 'x'}"}
+    assert [provider.name for provider in both] == ["eager", "compiled eager"] and not none
 
 
 def test_how_the_compiled_peers_are_compiled(monkeypatch):
@@ -252,9 +340,37 @@ def test_a_dirty_checkout_is_said_and_what_is_not_known_is_left_out(monkeypatch)
     answers["rev-parse"] = None
     assert describe("cpu")["sha"] is None
     assert environment.one_line({"device": "a CPU", "driver": None, "threads": 2}) == "a CPU, threads 2"
+    minute = datetime.strptime(found["date"], "%Y-%m-%d %H:%M UTC").replace(tzinfo=timezone.utc)
+    assert -60 < (datetime.now(timezone.utc) - minute).total_seconds() < 120
+    monkeypatch.setattr(environment, "_version", {"triton": "9.9"}.get)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found = describe("cpu")
+    assert (found["threads"], found["triton"], found["python"]) == (77, "9.9", platform.python_version())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(environment, "_driver", lambda: "570")
     assert [describe("cuda")[name] for name in ("device", "driver")] == ["a GPU", "570"]
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    """A file that git does not know is no change; outside a checkout nothing is said."""
+    from bench import environment
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert describe("cpu")["sha"] is None
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "a.txt").write_text("a")
+    for words in (["init"], ["add", "a.txt"], ["commit", "-m", "a"]):
+        git(*words)
+    (tmp_path / "b.txt").write_text("b")
+    sha = git("rev-parse", "HEAD")[:10]
+    assert describe("cpu")["sha"] == sha
+    (tmp_path / "a.txt").write_text("changed")
+    assert describe("cpu")["sha"] == f"{sha}+changes"
 
 
 def test_a_cell_is_one_line_of_the_results_whatever_it_varies_over(tmp_path):

@@ -57,6 +57,90 @@ def test_launches_are_those_of_one_call_that_is_not_the_first():
     assert host.count_launches(calls, fake) == {"a": 2, "b": 0}
 
 
+@pytest.mark.parametrize("is_described", [True, False])
+def test_which_kernels_read_by_descriptors(monkeypatch, is_described):
+    """dkdv has no such loop; without descriptors nobody has a row for them."""
+    from dpb_triton.attention.kernels import blocks
+
+    rows = {
+        "dkdv": ((64, 64, 4, 2),), "dkdv causal": ((32, 64, 4, 2),), "dtable narrow described": ((16, 64, 4, 2),),
+        "dq": ((32, 32, 4, 2), None, blocks.Tile(8, 8, 4, 1, is_described=not is_described, registers=9)),
+    }  # fmt: skip
+    monkeypatch.setattr(blocks, "BLOCKS", {"hopper": dict(rows)})
+    host.set_tiles(is_described)
+    (found,) = blocks.BLOCKS.values()
+    assert found.pop("dq") == (
+        (32, 32, 4, 2, is_described, 1, 0, False), None, (8, 8, 4, 1, is_described, 1, 9, False),
+    )  # fmt: skip
+    assert found.pop("dtable narrow described", None) == (((16, 64, 4, 2, True, 1, 0, False),) if is_described else None)
+    assert found == {name: row for name, row in rows.items() if "dkdv" in name}
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_what_a_call_is_given(monkeypatch, where):
+    """Ours take two sets of tensors in turn; without a GPU, SDPA's have one element a head."""
+    import dpb_triton
+
+    log = []
+
+    def attention(query, key, value, table, is_causal, backend):
+        log.append((query.shape, table.shape, query.data_ptr(), is_causal, backend, torch.is_grad_enabled()))
+        return query * key * value + table.sum()
+
+    def expand(table, i, j, backend=None):
+        log.append((table.shape, i, j, backend, torch.is_grad_enabled()))
+        return table[:, :, None].expand(-1, -1, j)
+
+    def sdpa(query, key, value, is_causal):
+        log.append((query.shape, is_causal, torch.is_grad_enabled()))
+        return query * key * value
+
+    monkeypatch.setattr(dpb_triton, "bias_attention", attention)
+    monkeypatch.setattr(dpb_triton, "expand_bias", expand)
+    monkeypatch.setattr(host.functional, "scaled_dot_product_attention", sdpa)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **options: randn(*shape, **options))
+    calls = host.the_calls(where, torch.bfloat16, heads=3, seq=5, head_dim=4)
+    log.clear()
+    small = (1, 3, 1, 1) if where == "cpu" else (1, 3, 5, 4)
+    for kind, trained in (("forward", False), ("training step", True)):
+        results = [calls[f"attention {kind}"]() for _ in range(3)]
+        first, second, third = log
+        for shape, table, _, *options in log:
+            assert (shape, table, options) == ((1, 3, 5, 4), (3, 5), [True, "triton", trained])
+        assert first[2] == third[2] != second[2]
+        assert [len(x) for x in results] == [4 if trained else 1] * 3  # query, key, value and the table; or the batch
+        log.clear()
+        sdpa_result, expanded = calls[f"SDPA {kind}"](), calls[f"expand {kind}"]()
+        assert log == [(small, True, trained), ((3, 5), 5, 5, "triton", trained)]
+        assert len(sdpa_result) == (3 if trained else 1) and len(expanded) == (1 if trained else 3)
+        log.clear()
+
+
+@pytest.mark.parametrize("words", [[], ["--tiles", "pointers"], ["--tiles", "described"]])
+def test_nothing_is_recorded_while_times_are_taken(monkeypatch, words, gpu):
+    """On a GPU there is no driver below Triton to count launches."""
+    log = []
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch, "set_num_threads", log.append)
+    monkeypatch.setattr(host, "set_tiles", lambda is_described: log.append(f"tiles {is_described}"))
+    monkeypatch.setattr(host, "the_calls", lambda *_, **sizes: log.append(sizes) or {"a": None})
+    monkeypatch.setattr(host, "measure", lambda *_: log.append("measured") or {"a": 1.0})
+    monkeypatch.setattr(host, "count_launches", lambda calls, fake: log.append("counted") or {"a": 2})
+    fake = SimpleNamespace(record=lambda is_on: log.append(f"recorded {is_on}"))
+    monkeypatch.setattr(host.fake_cuda, "let_cpu_tensors_through", lambda: log.append("driver") or fake)
+    tiles = [f"tiles {words[1] == 'described'}"] if words else []
+    sizes = {"heads": 2, "seq": 3, "head_dim": 4}
+    options = ["--heads", "2", "--seq", "3", "--head-dim", "4", *words]
+    done = CliRunner().invoke(cli, ["host", "--device", "cpu", *options], catch_exceptions=False)
+    assert done.exit_code == 0 and done.output.splitlines()[-1].split() == ["a", "2", "1.0"]
+    assert log == [1, "driver", *tiles, sizes, "counted", "recorded False", "measured"]
+    log.clear()
+    done = CliRunner().invoke(cli, ["host", *options], catch_exceptions=False)
+    assert done.exit_code == 0 and done.output.splitlines()[-1].split() == ["a", "1.0"]
+    assert log == [1, *tiles, sizes, "measured"]
+
+
 def test_the_table_has_launches_and_microseconds(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

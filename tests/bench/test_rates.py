@@ -19,7 +19,7 @@ from bench.attention.providers import EAGER as ATTENTION  # noqa: E402
 from bench.attention.providers import Provider as Attention  # noqa: E402
 from bench.attention.shapes import Shape, lengths  # noqa: E402
 from bench.decode import cells as decode_cells  # noqa: E402
-from bench.providers import EAGER, Provider  # noqa: E402
+from bench.providers import EAGER, Provider, providers  # noqa: E402
 
 EXPAND = bench_expand.Shape("fp32", 2, 1000)
 CAUSAL = Shape("bf16", 2, 3, 10, 16, "causal")
@@ -85,6 +85,16 @@ def test_the_limits_of_a_bias_move_its_bytes(where):
     for clone in forward.values():
         assert torch.equal(clone(), cells.dbias) and clone().data_ptr() != cells.dbias.data_ptr()
     assert backward.keys() == {"sum"} and torch.equal(backward["sum"](), cells.dbias.sum())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_a_graph_replays_is_the_call(direction):
+    """Only for operators of ours: a peer's backward, and the MLP's, run on the stream of their forward."""
+    cells = bench_expand.Cells(bench_expand.Shape("bf16", 2, 9), "cpu")
+    (ours,), _ = providers("cpu", [], ["torch"])
+    expected, replayed = cells.call(direction, ours)(), cells.replayed(direction, ours)()
+    assert torch.equal(replayed, expected if direction == "forward" else expected[0]) and not replayed.requires_grad
+    assert cells.replayed("module", ours) is None and cells.replayed(direction, EAGER) is None
 
 
 def scaled(factor, where=(0, 0, 0)):
@@ -178,6 +188,27 @@ def test_the_budget_of_attention_is_twice_the_error_of_eager_and_one_step_of_the
     assert cells._distance("out", off) == 0.5 and cells._distance("dtable", table - 3) == 3
 
 
+def test_as_many_entries_have_a_reference_as_can_be_afforded(monkeypatch):
+    """Few pairs, and few numbers in their keys; always one, and always a divisor of the batch."""
+    shape = Shape("bf16", 12, 2, 10, 16, "causal")
+    for pairs, numbers, expected in (
+        (12 * 200, 12 * 320, 12), (12 * 200 - 1, 12 * 320, 6), (12 * 200, 12 * 320 - 1, 6), (5 * 200, 12 * 320, 4),
+        (199, 12 * 320, 1), (12 * 200, 319, 1),
+    ):  # fmt: skip
+        monkeypatch.setitem(attention_cells.CHECK_PAIRS, "cpu", pairs)
+        monkeypatch.setitem(attention_cells.CHECK_NUMBERS, "cpu", numbers)
+        assert attention_cells.Cells(shape, "cpu").distinct == expected
+
+
+def test_the_peer_of_the_budget_has_the_dtype_of_the_inputs_and_a_float32_table():
+    cells = attention_cells.Cells(Shape("bf16", 2, 1, 4, 8, "causal"), "cpu")
+    for name, found in cells._eager().items():
+        assert found.dtype == (torch.bfloat16 if name == "out" else torch.float32)
+    gradients = cells._eager()["dtable"]
+    assert not torch.equal(gradients.bfloat16().float(), gradients)
+    assert all(found.dtype == torch.float64 for found in cells._exact().values())
+
+
 @pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize("bad", [torch.nan, 1.0])
 def test_a_result_of_attention_that_is_off_or_not_a_number_is_wrong(known, monkeypatch, place, bad):
@@ -196,6 +227,8 @@ def test_a_result_of_attention_that_is_off_or_not_a_number_is_wrong(known, monke
     assert record["wrong"] == wrong
     assert record["errors"][name] == pytest.approx(bad, nan_ok=True) and sum(map(bool, record["errors"].values())) == 1
     assert record["largest"] == dict.fromkeys(("out", "dq", "dk", "dv"), 4.0) | {"dtable": 10.0}
+    results[0] += 3.0
+    assert _errors(cells, ATTENTION)["wrong"].startswith("out off by")  # the first of several
 
 
 def test_what_is_trained_is_named():
@@ -241,7 +274,7 @@ def test_float32_steps_are_held_against_sdpa_too_on_a_gpu(monkeypatch):
     ("found", "code"),
     [
         ({"wrong": "out off by 1"}, 1), ({"errors": {}}, None), (RuntimeError("no kernel\nat all"), 1),
-        (NotImplementedError("too wide"), None), (torch.OutOfMemoryError("CUDA"), None),
+        (RuntimeError("No available kernel. Aborting."), None), (NotImplementedError("too wide"), None), (torch.OutOfMemoryError("CUDA"), None),
     ],
 )  # fmt: skip
 def test_one_wrong_record_of_the_errors_fails_the_run(monkeypatch, capsys, found, code):

@@ -2,6 +2,7 @@
 """From times to records: with times that the test sets, which number goes into which field, and which cell fails."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ for module in ("click", "tabulate", "tqdm"):
 
 from bench import cells as bench_cells  # noqa: E402
 from bench.options import Common  # noqa: E402
-from bench.reasons import NO_MEMORY, NO_TIME  # noqa: E402
+from bench.reasons import NO_MEMORY, NO_TIME, first_line, reason_of, refusals  # noqa: E402
 from bench.timing import Time  # noqa: E402
 
 
@@ -82,8 +83,8 @@ ROUNDS = {  # the median of the ratios is never the ratio of the medians
 def bench(monkeypatch, tmp_path, capsys):
     """A function: ({(direction, provider): record}, printed, exit code) of a run of these providers."""
 
-    def run(names, device="cpu", rounds=ROUNDS, fails=None, limit=None, **cells):
-        kinds, asked = type("These", (Cells,), cells), []
+    def run(names, device="cpu", rounds=ROUNDS, fails=None, limit=None, shapes=(Shape(),), **cells):
+        kinds, asked, run.warmed, run.freed = type("These", (Cells,), cells), [], [], []
 
         def measure(calls, kind, count, seconds, failed, deadline):
             asked.append((kind, {name: getattr(call, "what", call) for name, call in calls.items()}))
@@ -94,15 +95,15 @@ def bench(monkeypatch, tmp_path, capsys):
 
         monkeypatch.setattr(bench_cells, "measure", measure)
         monkeypatch.setattr(bench_cells, "peak_mib", lambda call, where: 12.0 if where == device else None)
-        for name in ("warm_clocks", "free"):
-            monkeypatch.setattr(bench_cells, name, lambda *_: None)
+        monkeypatch.setattr(bench_cells, "warm_clocks", lambda: run.warmed.append(len(asked)))
+        monkeypatch.setattr(bench_cells, "free", run.freed.append)
         monkeypatch.setattr(bench_cells, "times_table", lambda result: "the table")
         path = tmp_path / "r.json"
         common = Common(device, (), 1, (), (), (), 3, 0.1, limit, False, path, tmp_path / "r.jsonl", None, frozenset())
         result = {"bench": "attention", "environment": {}, "absent": {"triton": "no GPU"}}
         code = 0
         try:
-            bench_cells.run(kinds, [Shape()], [named(name) for name in names], result, common)
+            bench_cells.run(kinds, shapes, [named(name) for name in names], result, common)
         except SystemExit as stop:
             code = stop.code
         written = json.loads(path.read_text())
@@ -141,6 +142,7 @@ def test_every_field_of_a_record(bench):
     assert bench.asked[0][1]["eager"] == "eager forward" and bench.asked[1][1]["fast"] == "fast training"
     events = [line["event"] for line in bench.lines]
     assert events == ["start", "absent", *["checked"] * 6, *["timed"] * 8, *["checked"] * 7, *["timed"] * 9, "end"]
+    assert 0 <= bench.lines[-1]["seconds"] < 60 and not bench.warmed
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,51 @@ def test_a_call_that_raises_before_it_is_timed(bench, error, wrong, unmeasured, 
         assert (record["wrong"], record.get("unmeasured")) == (wrong, unmeasured)
         assert not {"ms", "peak_mib", "of_limit"} & record.keys()
     assert records["forward", "eager"]["ms"] == 40.0
+    # after each direction, in the end, and after what raised
+    assert bench.freed == ["cpu"] * (3 if absent else 5)
+
+
+def test_who_cannot_do_it_at_all_is_asked_once(bench, tmp_path):
+    fails = {"dpb cpp": NotImplementedError("not on this device")}
+    bench(["dpb cpp"], FAILS=fails, shapes=(Shape(), Shape(n=16)))
+    assert [line["name"] for line in bench.lines if line["event"] == "absent"] == [
+        "triton", "dpb cpp, forward", "dpb cpp, training",
+    ]  # fmt: skip
+
+
+def test_limits_that_cannot_be_made_leave_the_times(bench):
+    def no_room(self, direction):
+        raise RuntimeError("no room for the inputs")
+
+    records, code = bench(["eager"], limits=no_room)
+    assert code == 0 and set(records) == {("forward", "eager"), ("training", "eager")}
+    assert records["forward", "eager"]["ms"] == 40.0 and "of_limit" not in records["forward", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "reason"),
+    [
+        (RuntimeError("\n  \nno kernel\nat all"), "RuntimeError: no kernel", "RuntimeError: no kernel"),
+        (ValueError(), "ValueError: ", "ValueError: "),
+        (NotImplementedError("too wide"), "NotImplementedError: too wide", "too wide"),
+        (KeyError("x" * 300), f"KeyError: '{'x' * 189}", f"KeyError: '{'x' * 189}"),
+    ],
+)
+def test_a_reason_is_one_line_that_fits_a_table(error, line, reason):
+    assert (first_line(error), reason_of(error)) == (line, reason)
+
+
+def test_a_refusal_gives_torchs_reasons_once():
+    """Only what warnings say about the shape; any other error stays as it is."""
+    with pytest.raises(NotImplementedError) as caught, refusals():
+        for words in ("Too wide. (Triggered internally at a.cpp:1)", "Flash was not used because:", "Too wide.", "Odd.",
+                      "Flash attention has been runtime disabled."):  # fmt: skip
+            warnings.warn(words, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+    assert str(caught.value) == "No available kernel; Too wide.; Odd."
+    for error in (RuntimeError("CUDA error"), ValueError("No available kernel")):
+        with pytest.raises(type(error), match=str(error)), refusals():
+            raise error
 
 
 @pytest.mark.parametrize(
@@ -251,6 +298,7 @@ def test_graphs_of_short_calls_are_replayed(bench):
     expected = {"ms": 1.0, "gb_s": 100.0, "of_limit": {"fast": 0.5}, "x_eager": pytest.approx(4.95)}
     assert {name: ours[f"graph_{name}"] for name in expected} == expected
     assert (ours["ms"], ours["gb_s"]) == (2.0, 50.0)
+    assert bench.warmed == [0, 2]  # before the calls of each direction, whose graphs come after them
     assert records["training", "dpb frozen"]["graph_error"] == "RuntimeError: not permitted"
     assert "graph_error" not in records["training", "limit: close"]  # there was no time left
     assert "graph_ms" not in records["training", "dpb module"]

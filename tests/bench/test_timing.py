@@ -214,6 +214,7 @@ def test_a_call_that_raises_has_no_time_and_stops_nobody(monkeypatch, place):
         failed = {}
         found = measure({"bad": place, "good": ""}, kind, 2, 0.1, failed)
         assert {name: time.rounds for name, time in found.items()} == {"good": [0.5, 0.5]}
+        assert failed["bad"].__traceback__ is None  # its frames hold tensors
         assert str(failed.pop("bad")) == place and not failed
         assert freed.pop() == device
         with pytest.raises(ValueError, match=place):
@@ -248,6 +249,24 @@ def test_no_round_begins_after_the_deadline(monkeypatch, deadline, rounds):
     assert all(isinstance(error, TimeoutError) for error in failed.values())
 
 
+def test_the_clocks_are_warmed_for_half_a_second(monkeypatch):
+    now, log = [10.0], []
+
+    class Matrix:
+        def __matmul__(self, other):
+            log.append("product")
+
+    def synchronize():
+        log.append("wait")
+        now[0] += 0.2
+
+    monkeypatch.setattr(torch, "randn", lambda shape, dtype, device: Matrix())
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    timing.warm_clocks()
+    assert log == [*["product"] * 10, "wait"] * 3
+
+
 def test_a_gpus_peak_is_what_the_call_added(monkeypatch):
     log = []
     for name, found in {"memory_allocated": 2**20, "max_memory_allocated": 4 * 2**20 + 2**19}.items():
@@ -271,11 +290,13 @@ def test_a_cpus_peak_is_what_the_call_added(monkeypatch):
     found["VmHWM"] = 99.0  # pages that were given back
     assert memory.peak_mib(lambda: None, "cpu") == 0.0
 
-    def no_such_file():
-        raise OSError
+    for error in (OSError, AttributeError, StopIteration):  # no such file, no malloc_trim, no such line
 
-    monkeypatch.setattr(memory, "reset_peak", no_such_file)
-    assert memory.peak_mib(lambda: None, "cpu") is None
+        def fails(error=error):
+            raise error
+
+        monkeypatch.setattr(memory, "reset_peak", fails)
+        assert memory.peak_mib(lambda: None, "cpu") is None
 
 
 def test_the_systems_counts_are_kibibytes(monkeypatch):

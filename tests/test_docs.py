@@ -155,6 +155,26 @@ def test_a_table_waits_for_its_file_and_aims_leave_out_the_peers(tmp_path, monke
     assert "a CPU\n" in aims and "eager |" not in aims and "dpb cpp |" in aims and "reached in 1 of 1 cells" in aims
 
 
+def test_a_row_of_the_matrix():
+    row = {"python": "3.10", "torch": "2.9", "triton": "3.6", "transformers": "5", "x_transformers": "2", "sha": "0123",
+           "date": "today"}  # fmt: skip
+    rows = {
+        "a": row | {"parts": [], "passed": 6783, "skipped": 33, "seconds": 9},
+        "b": row | {"parts": ["tests/module", "tests/expand"], "passed": 1, "failed": 2, "error": 3},
+        "c": row | {"parts": [], "left_out": "no wheel"},
+    }
+    head, _, *found = (
+        [word.strip() for word in line.strip("|").split("|")] for line in pages._matrix(rows).splitlines()
+    )
+    assert head == ["Python", "torch", "Triton", "transformers", "x-transformers", "tests", "result", "commit", "date"]
+    versions = ["3.10", "2.9", "3.6", "5", "2"]
+    assert found == [
+        [*versions, "all", "6,783 passed, 33 skipped", "0123", "today"],
+        [*versions, "module expand", "1 passed, 2 failed, 3 error", "0123", "today"],
+        [*versions, "all", "no wheel", "0123", "today"],
+    ]
+
+
 def test_the_command_writes_the_pages_that_differ(tmp_path, monkeypatch):
     (tmp_path / "r.txt").write_text("new\n")
     for name, words in (("a.md", "old"), ("b.md", "new")):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`bench.overlap` and `bench.context_parallel` with a clock that the tests set, and no other process."""
 
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch.distributed as dist  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 from bench import context_parallel, overlap  # noqa: E402
+from dpb_triton import reference  # noqa: E402
 
 
 class Clock:
@@ -133,6 +135,8 @@ def test_the_table_of_context_parallel_has_a_row_for_each_rank(clock, monkeypatc
 
     def measure(build, shards, tensors, table, expected):
         assert shards == ("of 2", 8, "zigzag") and expected.dtype == torch.float64 and len(tensors) == 3
+        exact = reference.attention(*(x.double() for x in (*tensors, table)), is_causal=True)
+        torch.testing.assert_close(expected, exact, rtol=1e-12, atol=1e-12)
         return build() if build is fails else ("1.0e-07", 1.25, 0.5)
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
@@ -157,10 +161,68 @@ def test_how_the_positions_of_a_provider_are_placed(name, placement):
     assert (placement == "zigzag") == ("ring" in name)
 
 
+@pytest.mark.parametrize("name", context_parallel.PROVIDERS)
+def test_what_a_provider_calls(name):
+    build = context_parallel.PROVIDERS[name][1]
+    function, options = getattr(build, "func", build), getattr(build, "keywords", {})
+    if "dpb_triton" in name:
+        method = "ring" if "ring" in name else "all_to_all"
+        trained = context_parallel.ours_trained if "backward" in name else context_parallel.ours
+        assert (function, options) == (trained, {"method": method})
+    else:
+        assert (function, options) == (context_parallel.flex, {"is_shifted": True} if "shifted" in name else {})
+
+
+@pytest.mark.parametrize(("is_shifted", "first"), [(False, 0), (True, 6)])
+def test_flex_attention_adds_the_bias_of_its_own_or_of_global_positions(monkeypatch, is_shifted, first):
+    """On rank 1 of two with twelve positions."""
+    found = {}
+
+    def flex_attention(*part, score_mod, block_mask):
+        assert not torch.is_grad_enabled()
+        found.update(part=part, score_mod=score_mod, mask=block_mask)
+        return "out"
+
+    def create_block_mask(mask_mod, batch, heads, i, j, device):
+        assert (batch, heads, i, j, device) == (1, 1, 12, 12, torch.device("cpu"))
+        assert [mask_mod(0, 0, *pair) for pair in ((3, 2), (3, 3), (3, 4))] == [True, True, False]
+        return "whole"
+
+    def parallelize(module, mesh, style):
+        found.update(style=style)
+        return module
+
+    class Parallel:
+        AttentionType = SimpleNamespace(FLEX="flex")
+
+        def __init__(self, **options):
+            self.options = options
+
+    experimental = {"_context_parallel_shard": lambda mesh, masks, dims: [f"{masks[0]} sharded by {dims[0]}"],
+                    "_ContextParallel": Parallel}  # fmt: skip
+    for module, names in (
+        ("torch.distributed.tensor.experimental._attention", experimental),
+        ("torch.distributed.tensor.parallel", {"parallelize_module": parallelize}),
+        ("torch.nn.attention.flex_attention", {"flex_attention": flex_attention, "create_block_mask": create_block_mask}),
+    ):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    shards = SimpleNamespace(mesh=SimpleNamespace(get_local_rank=lambda: 1, size=lambda: 2), total=12)
+    part, table = tuple(torch.zeros(1, 2, 6, 4) for _ in range(3)), torch.arange(24.0).reshape(2, 12)
+    assert context_parallel.flex(part, table, shards, is_shifted)() == "out"
+    assert all(actual is mine for actual, mine in zip(found["part"], part, strict=True))
+    assert found["mask"] == "whole sharded by 2" and found["style"].options == {"seq_dim": 2, "attention_type": "flex"}
+    query, key = torch.tensor(2), torch.tensor(3)
+    assert found["score_mod"](0.5, 0, 1, query, key) == 0.5 + 12 + abs(2 + first - 3)
+
+
 def test_ours_is_trained_with_every_gradient(monkeypatch):
-    seen = []
+    seen, gradients = [], []
 
     def attention(query, key, value, table, shards, method, is_causal):
+        if query.requires_grad:
+            for x in (query, key, value, table):
+                x.register_hook(gradients.append)
         seen.append([x.requires_grad for x in (query, key, value, table)])
         assert (shards, method, is_causal) == ("shards", "ring", True)
         return query * key + value + table
@@ -169,4 +231,4 @@ def test_ours_is_trained_with_every_gradient(monkeypatch):
     *part, table = (torch.ones(2) for _ in range(4))
     assert torch.equal(context_parallel.ours(part, table, "shards", "ring")(), 3 * torch.ones(2))
     assert torch.equal(context_parallel.ours_trained(part, table, "shards", "ring")(), 3 * torch.ones(2))
-    assert seen == [[False] * 4, [True] * 4]
+    assert seen == [[False] * 4, [True] * 4] and len(gradients) == 4

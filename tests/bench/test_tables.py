@@ -2,6 +2,7 @@
 """What a reader sees, whole, from literal records: every unit, ratio and word of tables, pictures and sentences."""
 
 import json
+import math
 import re
 
 import pytest
@@ -13,10 +14,13 @@ from click.testing import CliRunner  # noqa: E402
 
 from bench import headline  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
+from bench.lines import Lines  # noqa: E402
 from bench.report import is_reached, page, plot_times, tables, times_table  # noqa: E402
 from bench.report_answer import answers  # noqa: E402
 from bench.report_memory import plot_memory  # noqa: E402
 from bench.report_parts import mask_of, render  # noqa: E402
+from bench.scale.command import POINTS  # noqa: E402
+from bench.scale.report import measured_page  # noqa: E402
 from bench.train.report import plot_training  # noqa: E402
 
 
@@ -249,6 +253,40 @@ def test_a_page_names_the_machine_and_the_command_prints_the_directions_that_are
     assert [line for line in done.output.splitlines() if line.startswith("batch ")] == ["batch 3", "batch 2"]
 
 
+def test_rows_are_sorted_by_what_they_vary_over():
+    """By dtype, batch, group, length and mask; who computed it in the order of the run."""
+    cells = [("bf16", 1, 2, 64), ("bf16", 1, 8, 32), ("bf16", 1, 8, 64), ("bf16", 16, 2, 32), ("fp32", 1, 2, 32)]
+    records = [
+        step(name, 1.0, dtype=dtype, batch=batch, group=group, n=n)
+        for name in ("sdpa with row", "eager")
+        for dtype, batch, group, n in cells[::-1]
+    ]
+    rows = [row.split(" | ") for row in plain(times_table(DECODE | {"records": records}, "github"))[2:]]
+    names = ("sdpa with row", "eager")
+    assert [row[:5] for row in rows] == [[*map(str, cell), name] for cell in cells for name in names]
+    masks = [timed("eager", 1.0, 1.0, 1.0, mask=mask) for mask in ("full", "causal")]
+    rows = plain(times_table(ATTENTION | {"records": masks}, "github"))
+    assert [row.split(" | ")[2] for row in rows if row.startswith("bf16")] == ["causal", "full"]
+
+
+def test_the_command_reads_the_lines_of_a_run(tmp_path):
+    lines = Lines(tmp_path / "r.jsonl")
+    for result in (ATTENTION, DECODE | {"environment": ENVIRONMENT}):
+        lines.start(result)
+        for one in result["records"]:
+            lines.write("timed", **one)
+        lines.write("end", seconds=1.0)
+    done = CliRunner().invoke(cli, ["table", str(tmp_path / "r.jsonl")])
+    assert done.output == f"{page(ATTENTION)}\n{page(DECODE | {'environment': ENVIRONMENT})}\n"
+
+
+@pytest.mark.parametrize("style", ["simple", "github"])
+def test_the_points_of_several_processes_have_their_own_tables(style):
+    result = json.loads(POINTS.read_text())
+    assert result["bench"] == "scale" and tables(result, style) == measured_page(result, style)
+    assert ("|--" in tables(result, style)) == (style == "github")
+
+
 @pytest.mark.parametrize(
     ("more", "reached"),
     [
@@ -372,6 +410,12 @@ def test_pictures_show_the_times_the_peaks_and_the_losses():
     assert dashed(forward) == {"limit: no bias"}
     assert drawn(training) == {"dpb cpp window 128": [(512, 30.0)]}
     assert figure.get_suptitle() == "batch 2, a CPU, 2026-11-27"
+    places = [(dtype, direction) for dtype in ("fp32", "bf16") for direction in ("forward", "training")]
+    each = [timed("eager", ms, ms, ms, dtype=d, direction=direction) for ms, (d, direction) in enumerate(places, 1)]
+    panels = plot_times(ATTENTION | {"records": each}).axes
+    assert [(panel.get_title(), drawn(panel)) for panel in panels] == [
+        (f"{direction}, {dtype}", {"eager": [(512, ms)]}) for ms, (dtype, direction) in enumerate(places, 1)
+    ]
     titles = [panel.get_title() for panel in plot_times(DECODE | {"environment": ENVIRONMENT}).axes]
     assert titles == ["batch 16, group 4, fp32", "batch 1, group 4, fp32"]
     (panel,) = plot_memory(MEMORY | {"records": [*MEMORY["records"], memory("no bias", 256, 0.0)]}).axes
@@ -382,6 +426,10 @@ def test_pictures_show_the_times_the_peaks_and_the_losses():
     assert drawn(curves)["eager"][-2:] == [(19, pytest.approx(1.4427, abs=1e-4)), (20, pytest.approx(2.8854, abs=1e-4))]
     assert drawn(lengths)["fused"] == [(8, pytest.approx(1.4427, abs=1e-4)), (16, pytest.approx(2.8854, abs=1e-4))]
     assert lengths.get_title() == "trained at 8, evaluated at"
+    long = {"losses": {"eager": [math.log(2) * step for step in range(150)]}, "run": TRAIN["run"] | {"variants": ["eager"]}}
+    (curve,) = drawn(plot_training(TRAIN | long).axes[0]).values()
+    # the mean of the last three losses; at first of those that are there
+    assert curve[:3] == [(1, 0.0), (2, 0.5), (3, 1.0)] and curve[-1] == (150, pytest.approx(148))
     # lengths double from one to the next; times and sizes span powers of ten, bits per byte do not
     assert bases(forward) == (2, 10) and bases(panel) == (2, 10)
     assert bases(curves) == (None, 2) and bases(lengths) == (2, None)

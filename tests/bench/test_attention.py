@@ -280,6 +280,36 @@ def test_flex_attention_stays_compiled_after_a_refusal():
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+def test_flex_attention_takes_the_first_options_that_compile(monkeypatch):
+    """What did not compile once is not tried again; any other error, and the last one, are the caller's."""
+    tried, error = [], RuntimeError("No valid triton configs. OutOfResources")
+
+    def compiled(*tensors, score_mod, kernel_options):
+        assert (tensors, score_mod) == (("q", "k"), "mod")
+        tried.append(kernel_options["name"])
+        if kernel_options["name"] != works:
+            raise error
+        return "out"
+
+    def call():
+        tried.clear()
+        return attention_providers.call_flex("q", "k", score_mod="mod")
+
+    monkeypatch.setattr(attention_providers, "_compiled_flex", lambda: compiled)
+    monkeypatch.setattr(attention_providers, "_FLEX_OPTIONS", [{"name": name} for name in "abc"])
+    works = "b"
+    assert call() == "out" and tried == ["a", "b"]
+    assert call() == "out" and tried == ["b"]
+    works, error = None, RuntimeError("CUDA error")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        call()
+    assert tried == ["b"]
+    error = RuntimeError("No valid triton configs")
+    with pytest.raises(RuntimeError, match="No valid triton configs"):
+        call()
+    assert tried == ["b", "c"]
+
+
 def _peak(provider, n, budget=4096, **limits):
     shape = {"dtype": "fp32", "batch": 1, "heads": 2, "n": n, "head_dim": 16, "mask": "causal"}
     job = {"shape": shape, "device": "cpu", "provider": provider, "backend": None, "budget": budget}

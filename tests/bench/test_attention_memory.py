@@ -27,10 +27,13 @@ def tries(monkeypatch, device, peak, longest=2**18, seconds=0.0, deadline=None, 
         return {"peak_mib": mib, "seconds": seconds, "stopped": stopped if mib is None else None}
 
     monkeypatch.setattr(memory, "_peak", found)
-    monkeypatch.setattr(memory, "_peak_here", lambda shape, provider: None)
+    warmed = []
+    monkeypatch.setattr(memory, "_peak_here", lambda shape, provider: warmed.append((shape.n, provider)))
     monkeypatch.setattr(memory.time, "monotonic", lambda: now)
     common = SimpleNamespace(device=device, deadline=deadline)
-    return [n for n, _ in memory._tries(lambda n: replace(SHAPE, n=n), EAGER, 100, longest, common)]
+    found = [n for n, _ in memory._tries(lambda n: replace(SHAPE, n=n), EAGER, 100, longest, common)]
+    assert warmed == ([(1024, EAGER)] if device == "cuda" else [])  # there kernels compile first
+    return found
 
 
 def upto(n):
@@ -89,6 +92,16 @@ def test_a_try_on_a_gpu(monkeypatch, error, stopped):
         "peak_mib": None if error else 7.5, "seconds": None if error else 2.346, "stopped": stopped,
     }  # fmt: skip
     assert freed == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("eager", None), ("flex fixed table", None), ("no bias", None), ("dpb torch", "torch"), ("dpb torch frozen", "torch")],
+)
+def test_a_child_finds_the_provider_of_its_job(name, own):
+    found = memory._found_again(name, own, "fp32")
+    assert (found.name, found.backend) == (name, own)
+    assert found.trains_table == (name in ("eager", "dpb torch"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from bench.decode import command as bench_decode  # noqa: E402
 from bench.decode import providers as decode_providers  # noqa: E402
 from bench.decode.cells import Cells, Shape, step_of  # noqa: E402
 from bench.decode.providers import PEERS, Provider, limits_of, providers  # noqa: E402
-from bench.providers import default_backends  # noqa: E402
+from bench.providers import default_backends, why_not_measured  # noqa: E402
 from bench.report import tables  # noqa: E402
 from dpb_triton import DynamicPositionBias, reference  # noqa: E402
 
@@ -60,14 +60,27 @@ def test_a_tile_is_one_more_provider(shape, monkeypatch):
     decode = pytest.importorskip("dpb_triton.attention.kernels.decode", reason="Triton is not installed")
     own, launched, launch = decode.tile_of, [], decode.launch
     monkeypatch.setattr(decode_providers, "why_not_measured", lambda backend, device: None)
-    monkeypatch.setattr(decode, "launch", lambda *args, **kwargs: launched.append(kwargs) or launch(*args, **kwargs))
+    grids = []
+
+    def recorded(kernel, grid, *args, **kwargs):
+        launched.append(kwargs)
+        grids.append((kernel, *grid))
+        return launch(kernel, grid, *args, **kwargs)
+
+    monkeypatch.setattr(decode, "launch", recorded)
     tiles = [((16, 32, 2, 4), None), ((16, 16, 4, 2), 1)]
     found, absent = providers("cpu", [], [], tiles)
     assert ([provider.name for provider in found], absent) == (["tile 16,32,2,4", "tile 16,16,4,2,1"], {})
     for provider, ((_, block_n, warps, _), _) in zip(found, tiles, strict=True):
         assert Cells(shape, "cpu").wrong("step", provider) is None
         assert (launched[-1]["config"].BLOCK_N, launched[-1]["num_warps"]) == (block_n, warps)
+    (_, splits), (_, with_one_program) = grids
+    assert splits == 2 * with_one_program > 2  # then a program has all keys
     assert decode.tile_of is own and decode.PROGRAMS > 1
+    monkeypatch.undo()
+    found, absent = providers("cpu", [], [], tiles)
+    reason = why_not_measured("triton", "cpu")
+    assert not found and absent == {"tile 16,32,2,4": reason, "tile 16,16,4,2,1": reason}
 
 
 @pytest.mark.parametrize("word", ["16,64,4", "16,64,4,x", "16,64,0,3", "16,64,4,3,1,1"])
@@ -164,7 +177,7 @@ def test_defaults(where, monkeypatch):
     assert [(shape.dtype, shape.batch, shape.group, shape.n) for shape in left_out] == (
         [] if where == "cuda" else [("fp32", 16, 1, 65536), ("bf16", 16, 1, 65536)]
     )
-    assert len(seen["absent"]) == len(left_out)
+    assert [*seen["absent"]] == [f"{s.dtype}, batch {s.batch}, group {s.group}, seq {s.n}" for s in left_out]
     assert all("--seq 65536 measures it" in reason for reason in seen["absent"].values())
     assert seen["peers"] == DEFAULT_PEERS + (("flex",) if where == "cuda" else ())
     assert seen["backends"] == default_backends(where)
@@ -174,6 +187,12 @@ def test_defaults(where, monkeypatch):
     assert CliRunner().invoke(cli, ["decode", "--smoke", "--heads", "6"]).exit_code == 0
     assert {(shape.n, shape.batch, shape.group) for shape in seen["shapes"]} == {(33, 2, 1), (64, 2, 1)}
     assert seen["peers"] == DEFAULT_PEERS
+    options = ["--queries", "2", "--batch", "3", "--group", "4", "--tile", "16,64,4,3", "--tile", "16,32,8,2,7"]
+    assert CliRunner().invoke(cli, ["decode", "--smoke", *options, "--peer", "flex"]).exit_code == 0
+    assert {shape.batch for shape in seen["shapes"]} == {3} and {shape.group for shape in seen["shapes"]} == {4}
+    assert {shape.queries for shape in seen["shapes"]} == {2} and seen["peers"] == ("flex",)
+    assert seen["setting"] == f"2 queries a sequence, {heads} query heads, head_dim {head_dim}"
+    assert seen["tiles"] == [((16, 64, 4, 3), None), ((16, 32, 8, 2), 7)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ test_bench.py does this for `expand`.
 """
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from click.testing import CliRunner  # noqa: E402
 
 from bench.__main__ import MODULES, cli  # noqa: E402
 from bench.attention import command as attention  # noqa: E402
+from bench.attention.providers import EAGER  # noqa: E402
+from bench.attention.shapes import Shape  # noqa: E402
 from bench.decode import command as decode  # noqa: E402
 from bench.reference import BY_TORCHRUN  # noqa: E402
 
@@ -47,6 +50,77 @@ def test_heads_and_lengths(module, options, where, heads, lengths, words, monkey
     helps = {option.opts[0]: option.help for option in command.params}
     assert words in helps["--seq"]
     assert helps["--heads"] == f"Default: 8, or {32 if module is decode else 16} on a GPU."
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A function: what `bench attention` with these words would measure there, by the name of the argument."""
+
+    def asked(where, *words):
+        seen = {}
+        names = {
+            "run": ("make", "shapes", "found", "result", "common"),
+            "measure_errors": ("make", "shapes", "found", "result", "common"),
+            "measure_memory": ("shape_of", "pairs", "found", "budgets", "longest", "result", "common"),
+            "providers": ("device", "peers", "backends"),
+        }
+        for function, arguments in names.items():
+            monkeypatch.setattr(
+                attention,
+                function,
+                lambda *given, arguments=arguments: seen.update(zip(arguments, given, strict=True)) or ([EAGER], {}),
+            )
+        monkeypatch.setattr(attention, "describe", lambda device: {"device": device})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: where == "cuda")
+        done = CliRunner().invoke(cli, ["attention", *words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return SimpleNamespace(**seen)
+
+    return asked
+
+
+def test_tokens_are_those_of_the_whole_batch_and_a_batch_has_an_entry(measured):
+    shapes = measured("cuda", "--tokens", "100", "--seq", "200", "--seq", "30", "--dtype", "fp16").shapes
+    assert [(shape.n, shape.batch) for shape in shapes] == [(200, 1), (30, 3)]
+    shapes = measured("cuda", "--cell", "window", "--tokens", "9200").shapes
+    assert shapes == [Shape("bf16", 2, 8, 4600, 16, "window", 128)]
+
+
+def test_a_smoke_run_is_small(measured):
+    """One sequence, one dtype, two short lengths, also of a cell; with --memory up to 512 tokens."""
+    asked = measured("cuda", "--smoke")
+    assert [(shape.dtype, shape.batch, shape.n) for shape in asked.shapes] == [("fp32", 1, 33), ("fp32", 1, 64)]
+    assert [*asked.peers] == ["eager", "sdpa with bias"]
+    shapes = measured("cpu", "--smoke", "--cell", "cpu").shapes
+    assert {(shape.dtype, shape.n) for shape in shapes} == {("fp32", 33), ("fp32", 64)}
+    assert measured("cuda", "--smoke", "--memory", "9").longest == 512
+    assert measured("cuda", "--smoke", "--memory", "9", "--longest", "300").longest == 300
+
+
+def test_the_memory_of_one_sequence_is_measured(measured):
+    for where, longest, peers in (
+        ("cpu", 16384, ["eager", "sdpa with bias", "flex fixed table", "flex trained table"]),
+        ("cuda", 2**18, ["eager", "sdpa with bias"]),
+    ):
+        asked = measured(where, "--memory", "9", "--memory", "7", "--mask", "full", "--mask", "window")
+        assert (asked.longest, [*asked.peers], asked.budgets) == (longest, peers, [7, 9])
+        assert asked.pairs == [(dtype, mask) for dtype in ("fp32", "bf16") for mask in ("full", "window")]
+        heads = {"cpu": 8, "cuda": 16}[where]
+        assert asked.shape_of("fp32", 99, "full") == Shape("fp32", 1, heads, 99, 64, "full")
+        assert asked.shape_of("fp32", 99, "window").window == 128
+    assert measured("cpu", "--memory", "9", "--longest", "99999").longest == 99999
+
+
+def test_errors_are_those_of_the_dtypes_that_are_asked_for(measured):
+    for words, dtypes in (((), {"fp32"}), (("--dtype", "bf16", "--dtype", "fp16"), {"bf16", "fp16"})):
+        assert {shape.dtype for shape in measured("cpu", "--errors", *words).shapes} == dtypes
+
+
+def test_long_scores_are_left_out_on_a_cpu_only(measured):
+    for where, most in (("cpu", 1024), ("cuda", float("inf"))):
+        asked = measured(where, "--seq", "8192", "--batch", "2")
+        assert asked.found[0].most_mib == most and bool(asked.result["absent"]) == (where == "cpu")
+    assert measured("cpu", "--seq", "8192", "--peer", "eager").found[0].most_mib == float("inf")
 
 
 ALONE = {f"bench.{module}": importlib.import_module(f"bench.{module}").main for module in BY_TORCHRUN}

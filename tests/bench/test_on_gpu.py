@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A rehearsal of the benches' GPU paths: every branch runs here once, so that a typing error costs no GPU time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,9 +18,11 @@ from bench import timing  # noqa: E402
 from bench.__main__ import cli  # noqa: E402
 from bench.attention import cells as attention_cells  # noqa: E402
 from bench.attention import command as bench_attention  # noqa: E402
+from bench.attention import limits as attention_limits  # noqa: E402
 from bench.attention.limits import FLASH  # noqa: E402
 from bench.attention.providers import EAGER, Provider  # noqa: E402
 from bench.attention.shapes import Seen, Shape  # noqa: E402
+from bench.decode import providers as decode_providers  # noqa: E402
 from bench.options import DTYPES  # noqa: E402
 from bench.report import times_table  # noqa: E402
 
@@ -96,6 +100,41 @@ def test_the_cell_is_the_published_shape(gpu, monkeypatch):
     for shape in seen:
         assert shape.batch * shape.heads * shape.n // 128 >= 4 * 132
         assert bench_attention.Cells(shape, "cuda").distinct == shape.batch
+
+
+def test_flash_attentions_window_has_as_many_keys_on_either_side(monkeypatch):
+    """FlashAttention's tensors have the heads after the positions; keys may be more than queries."""
+    seen = []
+
+    def flash(query, key, value, *rest, window_size_left, window_size_right):
+        seen.append([query.shape, key.shape, value.shape, *rest, window_size_left, window_size_right])
+        return value[:, : query.shape[1]], None
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    query, key, value = (torch.randn(2, 3, length, width) for length, width in ((5, 8), (7, 8), (7, 6)))
+    out = FLASH(query, key, value, None, Seen(window=4))
+    assert torch.equal(out, value[:, :, :5])
+    shapes = [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 6)]
+    # no ragged batch, the longest query and key, no dropout, no causality, no mask of the dropout
+    assert seen == [[*shapes, None, None, 5, 7, 0.0, False, False, 4, 4]]
+
+
+@pytest.mark.parametrize("module", [attention_limits, decode_providers])
+def test_a_limit_takes_the_kernel_of_its_name(module, gpu):
+    tensors = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    step = SimpleNamespace(query=tensors[0], key=tensors[1], value=tensors[2], folded=lambda: (tensors[0], None))
+    arguments = [step] if module is decode_providers else [*tensors, None, Seen()]
+    found = {}
+    for dtype in ("bf16", "fp32"):
+        group = [2] if module is decode_providers else []
+        for name, attend in module.limits_of("cuda", dtype, *group).items():
+            gpu.backends.clear()
+            attend(*arguments)
+            found[dtype, name] = list(gpu.backends)
+    assert found == {
+        ("bf16", "no bias flash"): [SDPBackend.FLASH_ATTENTION], ("bf16", "no bias cudnn"): [SDPBackend.CUDNN_ATTENTION],
+        ("fp32", "no bias efficient"): [SDPBackend.EFFICIENT_ATTENTION],
+    }  # fmt: skip
 
 
 def test_flash_attentions_window_is_differentiable():

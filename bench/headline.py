@@ -77,7 +77,7 @@ class Row:
 
     def words(self, number, name=""):
         unit = "" if self.unit == "ms" else f" {self.unit}"
-        text = f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+        text = f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
         return f"{text}{unit}" + f" ({name})" * bool(name)
 
 

@@ -65,7 +65,7 @@ DIRECTIONS = list(dict.fromkeys(direction for titles in TITLES.values() for dire
 def _time(milliseconds, unit):
     if unit == "ms":
         return f"{milliseconds:.3g}"
-    return f"{milliseconds * 1e3:.3g}" if milliseconds < 1 else f"{milliseconds * 1e3:.0f}"
+    return f"{milliseconds * 1e3:.3g}" if milliseconds < 0.9995 else f"{milliseconds * 1e3:.0f}"
 
 
 def is_reached(record):

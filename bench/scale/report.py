@@ -30,7 +30,7 @@ def _table(rows, headers, style):
 def ms(seconds):
     """Milliseconds with three digits."""
     milliseconds = 1e3 * seconds
-    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
+    return f"{milliseconds:.3g}" if milliseconds < 999.5 else f"{milliseconds:,.0f}"
 
 
 def predictions(work, machine, tokens=TOKENS, ranks=GPUS):

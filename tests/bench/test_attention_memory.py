@@ -96,7 +96,13 @@ def test_a_try_on_a_gpu(monkeypatch, error, stopped):
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("eager", None), ("flex fixed table", None), ("no bias", None), ("dpb torch", "torch"), ("dpb torch frozen", "torch")],
+    [
+        ("eager", None),
+        ("flex fixed table", None),
+        ("no bias", None),
+        ("dpb torch", "torch"),
+        ("dpb torch frozen", "torch"),
+    ],
 )
 def test_a_child_finds_the_provider_of_its_job(name, own):
     found = memory._found_again(name, own, "fp32")

@@ -340,8 +340,9 @@ def test_a_dirty_checkout_is_said_and_what_is_not_known_is_left_out(monkeypatch)
     answers["rev-parse"] = None
     assert describe("cpu")["sha"] is None
     assert environment.one_line({"device": "a CPU", "driver": None, "threads": 2}) == "a CPU, threads 2"
-    minute = datetime.strptime(found["date"], "%Y-%m-%d %H:%M UTC").replace(tzinfo=timezone.utc)
-    assert -60 < (datetime.now(timezone.utc) - minute).total_seconds() < 120
+    clocks = {timezone.utc: datetime(2026, 1, 2, 3, 4), None: datetime(2026, 1, 2, 5, 4)}
+    monkeypatch.setattr(environment, "datetime", SimpleNamespace(now=lambda zone=None: clocks[zone]))
+    assert describe("cpu")["date"] == "2026-01-02 03:04 UTC"
     monkeypatch.setattr(environment, "_version", {"triton": "9.9"}.get)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     found = describe("cpu")

@@ -72,7 +72,9 @@ def test_which_kernels_read_by_descriptors(monkeypatch, is_described):
     assert found.pop("dq") == (
         (32, 32, 4, 2, is_described, 1, 0, False), None, (8, 8, 4, 1, is_described, 1, 9, False),
     )  # fmt: skip
-    assert found.pop("dtable narrow described", None) == (((16, 64, 4, 2, True, 1, 0, False),) if is_described else None)
+    assert found.pop("dtable narrow described", None) == (
+        ((16, 64, 4, 2, True, 1, 0, False),) if is_described else None
+    )
     assert found == {name: row for name, row in rows.items() if "dkdv" in name}
 
 

@@ -132,9 +132,10 @@ def test_a_limit_takes_the_kernel_of_its_name(module, gpu):
             attend(*arguments)
             found[dtype, name] = list(gpu.backends)
     assert found == {
-        ("bf16", "no bias flash"): [SDPBackend.FLASH_ATTENTION], ("bf16", "no bias cudnn"): [SDPBackend.CUDNN_ATTENTION],
+        ("bf16", "no bias flash"): [SDPBackend.FLASH_ATTENTION],
+        ("bf16", "no bias cudnn"): [SDPBackend.CUDNN_ATTENTION],
         ("fp32", "no bias efficient"): [SDPBackend.EFFICIENT_ATTENTION],
-    }  # fmt: skip
+    }
 
 
 def test_flash_attentions_window_is_differentiable():
@@ -185,6 +186,7 @@ def test_errors_are_printed_as_numbers(gpu, bench, monkeypatch):
 def test_a_round_is_long_enough_and_a_graph_holds_many_short_calls(gpu):
     calls = []
     found = timing.measure({"a": lambda: calls.append(gpu.is_capturing)}, "graph", 2, 0.01)
+    assert timing._larger_than_l2() is timing._larger_than_l2()  # one for all calls
     assert found["a"].rounds == [pytest.approx(REPLAY_MS / 2)] * 2  # one replay runs the two calls in the graph
     assert calls == [False, False, True, True, True]
 

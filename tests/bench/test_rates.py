@@ -274,7 +274,8 @@ def test_float32_steps_are_held_against_sdpa_too_on_a_gpu(monkeypatch):
     ("found", "code"),
     [
         ({"wrong": "out off by 1"}, 1), ({"errors": {}}, None), (RuntimeError("no kernel\nat all"), 1),
-        (RuntimeError("No available kernel. Aborting."), None), (NotImplementedError("too wide"), None), (torch.OutOfMemoryError("CUDA"), None),
+        (RuntimeError("No available kernel. Aborting."), None), (NotImplementedError("too wide"), None),
+        (torch.OutOfMemoryError("CUDA"), None),
     ],
 )  # fmt: skip
 def test_one_wrong_record_of_the_errors_fails_the_run(monkeypatch, capsys, found, code):

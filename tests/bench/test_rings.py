@@ -203,7 +203,10 @@ def test_flex_attention_adds_the_bias_of_its_own_or_of_global_positions(monkeypa
     for module, names in (
         ("torch.distributed.tensor.experimental._attention", experimental),
         ("torch.distributed.tensor.parallel", {"parallelize_module": parallelize}),
-        ("torch.nn.attention.flex_attention", {"flex_attention": flex_attention, "create_block_mask": create_block_mask}),
+        (
+            "torch.nn.attention.flex_attention",
+            {"flex_attention": flex_attention, "create_block_mask": create_block_mask},
+        ),
     ):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
     monkeypatch.setattr(torch, "compile", lambda module: module)

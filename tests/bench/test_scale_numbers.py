@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The scale bench on a machine that does one of everything in a second: its seconds are counts, made here by hand."""
 
+import json
 import re
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 for module in ("click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the bench needs the extra `bench`")
 
+import click  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 from bench.__main__ import cli  # noqa: E402
@@ -152,6 +155,40 @@ def test_bytes_of_a_rank():
     assert room.all_to_all_backward(more, 4)["travelling"] == ROWS / 2 + 2 * (ROWS / 2 + keys)
 
 
+def test_bytes_of_an_exchange_with_copies_of_a_key_head():
+    """Four ranks, two key heads: each has one of them, of all positions."""
+    rows, keys, state = ROWS / 2, KEYS / 2, 2 * 4 * 16 * 4 // 4
+    assert room.all_to_all_forward(WORK, 4)["travelling"] == 2 * (rows + 2 * keys) + 3 * rows + 1.5 * state
+    peak = room.peak(WORK, 4, ALL_TO_ALL)
+    assert peak["travelling"] == room.all_to_all_backward(WORK, 4)["travelling"] == rows + 2 * (rows + 2 * keys)
+    assert peak["own"] == 3 * rows + 2 * keys + state + 3 * rows + 2 * keys
+
+
+def test_a_length_that_the_ranks_do_not_divide_is_rounded_up():
+    """17 positions of two ranks: nine, in slices of five and, at most, five."""
+    odd = replace(WORK, total=17)
+    assert model.ring_steps(odd, ONE, 1, RING) == [(1, 1, [(17, 17, 17 * 18 // 2)])]
+    whole, part = (5, 5, 25), (5, 5, 15)
+    assert model.ring_steps(odd, ONE, 2, RING) == [(1, 2, [part, whole, part]), (1, 2, [whole, whole])]
+    assert model.ring_steps(odd, ONE, 2, CONTIGUOUS) == [(1, 2, [(9, 9, 45)]), (1, 1, [(9, 9, 81)])]
+    assert room.ring_backward(odd, 2)["table"] == 4 * 4 * (17 + 2 * 9)
+
+
+def test_memory_beyond_the_inputs_is_that_of_the_pass_with_more():
+    """Backward's kernel has its own buffers: in a zigzag for half of a rank's positions."""
+    work = replace(WORK, total=4096)
+    for method, sizes, first, later in (
+        (RING, (1024, 1024, 4, 2), room.ring_forward, room.ring_backward),
+        (CONTIGUOUS, (2048, 2048, 4, 2), room.ring_forward, room.ring_backward),
+        (ALL_TO_ALL, (4096, 4096, 2, 1), room.all_to_all_forward, room.all_to_all_backward),
+    ):
+        forward, backward = (sum(found(work, 2).values()) for found in (first, later))
+        assert report.beyond_inputs(work, 2, method, True) == forward
+        buffers = room.cpu_buffers(work, *sizes)
+        assert report.beyond_inputs(work, 2, method, False) == room.saved_bytes(work, 2, method) + backward + buffers
+        assert forward < room.saved_bytes(work, 2, method) + backward + buffers
+
+
 @pytest.mark.parametrize(
     ("batch", "keys", "kv_heads", "tables", "splits"),
     [(1, 16, 2, 1, 1), (1, 1024, 2, 2, 2), (3, 1024, 2, 6, 2), (99, 9999, 2, 8, 1), (1, 9999, 8, 2, 2)],
@@ -208,6 +245,110 @@ def test_the_options_of_the_command_are_tera_giga_and_micro(monkeypatch):
     seen.clear()
     CliRunner().invoke(cli, ["scale"], catch_exceptions=False)
     assert seen[0] == ("h200", 128, None, None) and seen[1] == (Work(0), ONE)
+
+
+@pytest.mark.parametrize(
+    ("words", "work", "ranks"),
+    [([], measure.WORK, (1, 2, 4, 8)), (["--smoke", "--remark", "a test"], measure.SMALL, (1, 2))],
+)
+def test_what_the_command_measures(monkeypatch, tmp_path, words, work, ranks):
+    def measured(*asked):
+        assert asked == (work, ranks)
+        return {"environment": {"device": "a CPU"}}
+
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(command, "measured_page", lambda result: f"remark: {result['remark']}")
+    path, remark = tmp_path / "r.json", "a test" if words else None
+    done = CliRunner().invoke(cli, ["scale", "--measure", *words, "--json", str(path)], catch_exceptions=False)
+    assert done.output == f"a CPU\n\nremark: {remark}\nwrote {path}\n"
+    assert json.loads(path.read_text()) == {"environment": {"device": "a CPU"}, "remark": remark}
+    assert (work.total, work.size) == (256 if words else 4096, 4)
+
+
+def test_processes_have_one_thread_and_tell_what_they_found(monkeypatch):
+    """Memory is measured without a store of freed blocks."""
+    seen, code = [], 0
+
+    def run(words, cwd, env, capture_output, text, timeout):
+        seen.append((words[1:-2], env["OMP_NUM_THREADS"], env.get("MALLOC_MMAP_THRESHOLD_"), env["HOME"]))
+        assert json.loads(words[-1]) == asdict(WORK) and (cwd / "bench").is_dir() and capture_output and text
+        if not code:
+            Path(words[-2]).write_text('["found"]')
+        return SimpleNamespace(returncode=code, stdout="out", stderr="x" * 4000 + "the error")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    assert measure.launch("points", 3, WORK) == measure.peaks(4, WORK) == ["found"]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "bench.scale.worker",
+        "points",
+    ]
+    assert seen[0] == (words, "1", None, "/home/a")
+    assert seen[1] == ([*words[:4], "4", *words[5:7], "memory"], "1", "65536", "/home/a")
+    code = 1
+    with pytest.raises(click.ClickException) as caught:
+        measure.launch("points", 3, WORK)
+    assert caught.value.message == f"3 processes failed:\n{'x' * 2991}the error"
+
+
+def test_every_number_of_processes_has_its_points_and_their_peaks(monkeypatch):
+    def launch(what, ranks, work, **environment):
+        return {"constants": {"of": ranks}, "points": [{"seconds": ranks}, {"seconds": 10 * ranks}],
+                "memory": [{"peak_mib": -ranks}, {"peak_mib": -10 * ranks}]}[what]  # fmt: skip
+
+    monkeypatch.setattr(measure, "launch", launch)
+    monkeypatch.setattr(measure, "describe", lambda device: {"device": device})
+    monkeypatch.setattr(measure.os, "sched_getaffinity", lambda process: {3, 5, 7})
+    assert measure.measure(WORK, (1, 4)) == {
+        "bench": "scale", "environment": {"device": "cpu"}, "work": asdict(WORK), "cores": 3, "constants": {"of": 2},
+        "points": [
+            {"ranks": ranks, "seconds": factor * ranks, "peak_mib": -factor * ranks}
+            for ranks in (1, 4) for factor in (1, 10)
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hop_sends_and_receives_at_once_and_the_fastest_counts(monkeypatch, rank):
+    now, log, costs = [0.0], [], iter([5.0, 2.0, *[3.0] * 18])
+
+    def travel(operations):
+        assert [(kind, len(message), peer) for kind, message, peer in operations] == [
+            ("isend", 64, 1 - rank), ("irecv", 64, 1 - rank),
+        ]  # fmt: skip
+        assert operations[0][1].data_ptr() != operations[1][1].data_ptr() and log.pop() == "all"
+        return [SimpleNamespace(wait=lambda: None), SimpleNamespace(wait=wait)]
+
+    def wait():
+        now[0] += next(costs)
+
+    for name, value in (
+        ("get_rank", lambda: rank), ("barrier", lambda: log.append("all")), ("P2POp", lambda *parts: parts),
+        ("isend", "isend"), ("irecv", "irecv"), ("batch_isend_irecv", travel),
+    ):  # fmt: skip
+        monkeypatch.setattr(worker.dist, name, value)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    assert worker.hop(64) == 2.0
+
+
+def test_passes_are_without_and_with_every_gradient():
+    seen = []
+
+    def attend(query, table):
+        seen.append((query.requires_grad, table.requires_grad, torch.is_grad_enabled()))
+        return query * table
+
+    found = worker.passes(attend, [torch.tensor(2.0), torch.tensor(3.0)], torch.tensor(5.0))
+    assert (found["forward"](), found["training"]()) == (6.0, (15.0, 10.0))
+    assert seen == [(False, False, False), (True, True, True)]
 
 
 def test_the_words_are_those_of_the_predictions():
@@ -272,7 +413,7 @@ def test_the_tables_of_the_parts_and_of_the_mlp():
             shares.append(f"{fastest.busy['MLP'] / fastest.seconds:.1%}")
         seconds = model.predict(wide, here, 1, RING).busy["MLP"]
         assert numbers == [report.ms(seconds), f"{4 * 2**20 * (4 * int(width) + 32) / 2**30:.3g}", *shares]
-    assert (report.ms(0.0123456), report.ms(12.3456)) == ("12.3", "12,346")
+    assert [report.ms(x) for x in (0.0123456, 0.9994, 0.9996, 12.3456)] == ["12.3", "999", "1,000", "12,346"]
     assert [report.tokens_word(n) for n in (8192, 1 << 20, 4 << 20)] == ["8k", "1M", "4M"]
 
 
@@ -323,12 +464,25 @@ def test_the_tables_of_a_measured_machine():
     assert "a remark" in page and "forward 1e+09, backward 2e+09" in page
 
 
-def test_the_constants_of_a_machine(monkeypatch):
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_constants_of_a_machine(monkeypatch, kv_heads):
     """Each rate is what a call does over its seconds; backward is a training step without forward."""
-    seconds = iter([2.0, 6.0, 0.25, 1.0, 0.5, 4.0, 8.0])
-    monkeypatch.setattr(worker, "alone", lambda call: next(seconds))
-    work = replace(WORK, kv_heads=4)
+    seconds, attended = iter([2.0, 6.0, 0.25, 1.0, 0.5, 4.0, 8.0]), []
+
+    def attention(query, key, value, table, is_causal, enable_gqa):
+        attended.append((query.shape[2], key.shape[1], table.shape, is_causal, enable_gqa))
+        return query * table.sum()
+
+    def alone(call):
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(worker, "bias_attention", attention)
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, leaves, dout: None)
+    monkeypatch.setattr(worker, "alone", alone)
+    work = replace(WORK, kv_heads=kv_heads)
     found = worker.rates(work)
+    assert attended == [(n, kv_heads, (4, n), True, kv_heads < 4) for n in (16, 16, 8, 8)]
     assert found == {
         "forward": work.attention_flops(2) / 2.0, "backward": work.attention_flops(5) / 4.0, "host_forward": 0.25,
         "host_backward": 0.75, "host_operation": 0.5, "memory": 12 * 2**24 / 4.0, "mlp": 2 * 16 * 6 * 6 / 8.0,
@@ -370,6 +524,13 @@ def test_the_slowest_rank_gives_the_seconds_of_a_point(monkeypatch):
 def test_what_is_measured_on_each_rank(monkeypatch):
     """All-to-all shares the heads, so every rank has the same pairs."""
     shards = SimpleNamespace(shard=lambda x, dim: x, pairs=lambda is_causal: [10, 30] if is_causal else None)
+    attended = []
+
+    def attention(query, key, value, table, shards, method, is_causal, enable_gqa):
+        attended.append((method, is_causal, enable_gqa))
+        return query
+
+    monkeypatch.setattr(worker, "context_parallel_attention", attention)
     monkeypatch.setattr(worker, "ContextShards", lambda mesh, total, placement: shards)
     monkeypatch.setattr(worker, "init_device_mesh", lambda device, shape: SimpleNamespace(size=lambda: 2))
     monkeypatch.setattr(worker.dist, "get_world_size", lambda: 2)
@@ -378,7 +539,11 @@ def test_what_is_measured_on_each_rank(monkeypatch):
         *[(name, kind, [10, 30]) for name in (RING, CONTIGUOUS) for kind in ("forward", "training")],
         *[(ALL_TO_ALL, kind, [20, 20]) for kind in ("forward", "training")], ("MLP", "training", None),
     ]  # fmt: skip
-    *_, mlp = worker.calls(WORK)
+    *attentions, mlp = worker.calls(WORK)
+    for name, kind, _, call in attentions:
+        if kind == "forward":
+            call()
+            assert attended.pop() == ("all_to_all" if name == ALL_TO_ALL else "ring", True, True)
     assert len(mlp[3]()) == 6 and all(torch.is_tensor(gradient) for gradient in mlp[3]())
     names = {name for name, *_ in worker.calls(replace(WORK, heads=3, kv_heads=3))}
     assert names == {RING, CONTIGUOUS, "MLP"}

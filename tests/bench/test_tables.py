@@ -87,6 +87,7 @@ DECODE = {
     "records": [
         step("dpb cpp", 0.98765, gb_s=12.345, x_row=1.234, x_eager=2.0, of_limit={"copy": 0.5}),
         step("eager", 1.23456, gb_s=1.0, batch=1),
+        step("sdpa with row", 0.9998, batch=1),  # three digits, but not 1e+03
     ],
 }
 DECODE_TEXT = """
@@ -94,6 +95,7 @@ step: new queries against seq keys, a bias from the table; us: a step of the who
 read once
 dtype | batch | group | seq | who | us | p20-p80 | x eager | x SDPA with row | GB/s | of the limit
 fp32 | 1 | 4 | 1024 | eager | 1235 | 617-2469 | | | 1.0 |
+fp32 | 1 | 4 | 1024 | sdpa with row | 1000 | 500-2000 | | | |
 fp32 | 16 | 4 | 1024 | dpb cpp | 988 | 494-1975 | 2.00 | 1.23 | 12.3 | 0.50 copy
 """
 BIAS = {"dtype": "fp32", "heads": 8, "n": 64, "wrong": None, "ms": 1.5, "ms_p20": 1.0, "ms_p80": 2.0}
@@ -381,6 +383,7 @@ def test_the_headline_has_ours_and_the_fastest_of_each_kind(monkeypatch):
     assert headline.Row("CPU", "attention", "file", {"dtype": "bf16"}).columns()[4] == "2 (FlexAttention)"
     assert headline.Row("CPU", "attention", "file", {}).words(999.4) == "999"
     assert headline.Row("CPU", "attention", "file", {}).words(1000) == "1,000"
+    assert headline.Row("CPU", "attention", "file", {}).words(999.7) == "1,000"
 
 
 def drawn(panel):
@@ -426,7 +429,10 @@ def test_pictures_show_the_times_the_peaks_and_the_losses():
     assert drawn(curves)["eager"][-2:] == [(19, pytest.approx(1.4427, abs=1e-4)), (20, pytest.approx(2.8854, abs=1e-4))]
     assert drawn(lengths)["fused"] == [(8, pytest.approx(1.4427, abs=1e-4)), (16, pytest.approx(2.8854, abs=1e-4))]
     assert lengths.get_title() == "trained at 8, evaluated at"
-    long = {"losses": {"eager": [math.log(2) * step for step in range(150)]}, "run": TRAIN["run"] | {"variants": ["eager"]}}
+    long = {
+        "losses": {"eager": [math.log(2) * step for step in range(150)]},
+        "run": TRAIN["run"] | {"variants": ["eager"]},
+    }
     (curve,) = drawn(plot_training(TRAIN | long).axes[0]).values()
     # the mean of the last three losses; at first of those that are there
     assert curve[:3] == [(1, 0.0), (2, 0.5), (3, 1.0)] and curve[-1] == (150, pytest.approx(148))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from bench.__main__ import cli
 from bench.timing import Time, measure
 from bench.train import checkpoint, text
 from bench.train import command as bench_train
+from bench.train.language_model import POSITIONS, Config, LanguageModel
 from bench.train.report import _comparison_rows, plot_training, training_table
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,7 @@ def test_fused_and_eager_agree(whole):
     assert all(len(values) == 12 and values.isfinite().all() for values in losses.values())
     torch.testing.assert_close(losses["fused"], losses["eager"], atol=1e-4, rtol=1e-4)
     assert (losses["no position"] - losses["eager"]).abs().max() > 1e-4
+    assert (losses["fused log"] - losses["fused"]).abs().max() > 1e-6
     assert losses["fused"][-1] < losses["fused"][0]
     assert result["parameters"]["fused"] == result["parameters"]["eager"] > result["parameters"]["no position"]
 
@@ -137,6 +140,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(whole, tmp_path, m
     result, expected = json.loads((tmp_path / "run.json").read_text()), whole[0]
     for what in ("losses", "parameters"):
         assert result[what] == {name: expected[what][name] for name in ("eager", "fused")}
+    assert [len(seconds) for seconds in result["step_seconds"].values()] == [12, 12]
     assert checkpoint.load(tmp_path / "state.pt")["step"] == 12
 
 
@@ -148,10 +152,14 @@ def variant():
 
 
 def test_the_rate_rises_then_falls_and_a_step_takes_its_whole_time(variant, monkeypatch):
-    now, rates = [0.0], []
+    now, rates, bytes_ = [0.0], [], torch.arange(100)
+    variant.run = replace(variant.run, seed=3)
+    numbers = iter((0, 1, 2, 11, 18, 19))
 
     def gradients(inputs, targets):
         now[0] += 1.5
+        expected = text.batch_of(bytes_, next(numbers), batch=2, seq=8, seed=3)
+        assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
         rates.append(variant.optimizer.param_groups[0]["lr"])
         return torch.tensor(2.0 + len(rates))
 
@@ -162,10 +170,54 @@ def test_the_rate_rises_then_falls_and_a_step_takes_its_whole_time(variant, monk
     monkeypatch.setattr(variant, "gradients", gradients)
     monkeypatch.setattr(variant.optimizer, "step", after)
     for number in (0, 1, 2, 11, 18, 19):
-        variant.step(torch.arange(100), number)
+        variant.step(bytes_, number)
     rates = [rate / 0.01 for rate in rates]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.05, 0.05])
     assert variant.seconds == [1.75] * 6 and variant.losses == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_byte_sees_a_later_one(position):
+    torch.manual_seed(0)
+    model = LanguageModel(Config(position, dim=16, layers=2, heads=2))
+    tokens = torch.randint(256, (2, 12))
+    later = tokens.clone()
+    later[:, 7:] = (later[:, 7:] + 1) % 256
+    with torch.no_grad():
+        before, after = model(tokens), model(later)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert (before[:, 7:] - after[:, 7:]).abs().amax((0, 2)).min() > 1e-3
+
+
+def test_a_seed_gives_all_models_the_same_weights_but_those_of_the_bias():
+    """The embedding is the last layer, too. The bias keeps the initialisation that a user gets."""
+
+    def weights(position, seed):
+        torch.manual_seed(seed)
+        return LanguageModel(Config(position, dim=32, layers=1, heads=2)).state_dict()
+
+    plain, *others = (weights(position, 0) for position in ("none", "fused", "eager"))
+    for found in others:
+        assert all(torch.equal(found[name], weight) for name, weight in plain.items())
+        assert max(w.std() for name, w in found.items() if name.startswith("pos_bias") and w.dim() == 2) > 0.1
+    assert torch.equal(plain["head.weight"], plain["embedding.weight"])
+    assert all(0.018 < w.std() < 0.022 for w in plain.values() if w.dim() == 2)
+
+
+def test_the_seed_of_a_run_is_that_of_its_weights(variant):
+    def embedding(seed):
+        return bench_train.Variant("fused", replace(variant.run, seed=seed)).model.embedding.weight
+
+    assert torch.equal(embedding(0), variant.model.embedding.weight) and not torch.equal(embedding(1), embedding(0))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_products_have_the_dtype_of_the_run_and_the_loss_is_float32(variant, dtype, expected):
+    variant.run, seen = replace(variant.run, dtype=dtype), []
+    variant.model.head.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    loss = variant.gradients(*text.batch_of(torch.arange(100), 0, batch=2, seq=8, seed=0))
+    assert seen == [expected] and loss.dtype == torch.float32
+    assert variant.model.head.weight.grad.dtype == torch.float32
 
 
 def test_gradients_start_from_zero_and_are_cut_to_one(variant, monkeypatch):
@@ -204,12 +256,13 @@ def test_what_is_compared_is_the_batch_and_the_same_bytes_as_one_sequence(varian
         return {"fused": Time([1500.0, 250.0])}
 
     monkeypatch.setattr(bench_train, "measure", timed)
-    monkeypatch.setattr(bench_train, "peak_mib", lambda call, device: 12.5)
+    monkeypatch.setattr(bench_train, "peak_mib", lambda call, device: call() and 12.5)
     found = bench_train.compare({"fused": variant}, torch.arange(100), variant.run, 5)
     assert shapes == [(2, 8), (1, 16)]
     assert found == [
         {"batch": batch, "seq": seq, "name": "fused", "seconds": [1.5, 0.25], "peak_mib": 12.5} for batch, seq in shapes
     ]
+    assert all(parameter.grad is None for parameter in variant.model.parameters())  # they would count in a peak
 
 
 @pytest.mark.parametrize(
@@ -233,6 +286,28 @@ def test_every_length_is_evaluated_on_the_same_bytes(monkeypatch, words, total, 
     assert done.exit_code == 0 and f"of {total}\n" in done.output
     smoke = "--smoke" in words
     assert seen == [(6, 2) if smoke else (400, 8), (total, lengths), 1 if smoke else 5]
+
+
+def test_the_validation_has_a_byte_after_its_last_window(monkeypatch):
+    monkeypatch.setattr(bench_train, "train_all", lambda *_: None)
+    monkeypatch.setattr(bench_train, "extrapolate", lambda *_: None)
+    monkeypatch.setattr(bench_train, "compare", lambda *_: None)
+    monkeypatch.setattr(bench_train, "training_table", lambda result: f"{result['run']['steps']} steps")
+    for length, code in ((4096, 2), (4097, 0)):
+        validation = torch.zeros(length, dtype=torch.uint8)
+        monkeypatch.setattr(bench_train, "load_text", lambda validation=validation: (validation, validation))
+        done = CliRunner().invoke(cli, ["train", "--smoke", "--steps", "4", "--variant", "fused", "--device", "cpu"])
+        assert done.exit_code == code, done.output
+    assert done.output.endswith("4 steps\n")  # a smoke run has at most six
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    log = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, f=function, name=name: log.append(name) or f(*args))
+    checkpoint.save(tmp_path / "state.pt", {"step": 1})
+    assert log == ["fsync", "replace"] and checkpoint.load(tmp_path / "state.pt") == {"step": 1}
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
@@ -282,6 +357,10 @@ def test_text():
     assert torch.equal(inputs, text.batch_of(training, 7, **options)[0])
     assert not torch.equal(inputs, text.batch_of(training, 8, **options)[0])
     assert not torch.equal(inputs, text.batch_of(training, 7, **options | {"seed": 2})[0])
+    # a seed's steps are not those of the seed before it, one step later
+    assert not torch.equal(inputs, text.batch_of(training, 6, **options | {"seed": 2})[0])
+    inputs, targets = text.batch_of(torch.arange(6), 0, batch=50, seq=4, seed=0)
+    assert {*inputs[:, 0].tolist()} == {0, 1} and {*targets[:, -1].tolist()} == {4, 5}  # the first and the last byte
     inputs, targets = text.windows(validation, 1000, 96)
     assert inputs.shape == (10, 96) and torch.equal(inputs.flatten()[1:], targets.flatten()[:-1])
     assert text.fingerprint(training) != text.fingerprint(validation)
@@ -290,8 +369,8 @@ def test_text():
 def test_every_20th_file_is_for_validation(tmp_path, monkeypatch):
     """Files by path, without what pip installed, without tests; the licence comes last."""
     names = [f"{number:02}.py" for number in range(39)]
-    for name in (*names, "test/a.py", "site-packages/a.py", "a.txt", "LICENSE.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (*names, "test/a.py", "json/tests/a.py", "site-packages/a.py", "a.txt", "LICENSE.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"<{name}>")
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     training, validation = (bytes(part.tolist()).decode() for part in text.load_text())

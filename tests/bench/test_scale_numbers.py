@@ -413,6 +413,8 @@ def test_the_tables_of_the_parts_and_of_the_mlp():
             shares.append(f"{fastest.busy['MLP'] / fastest.seconds:.1%}")
         seconds = model.predict(wide, here, 1, RING).busy["MLP"]
         assert numbers == [report.ms(seconds), f"{4 * 2**20 * (4 * int(width) + 32) / 2**30:.3g}", *shares]
+    (_, _, *rows) = rows_of(report.prediction_table(work, replace(here, capacity=1e3), "github"))
+    assert {row[4] for row in rows} == {row[6] for row in rows} == {"memory"} and {row[10] for row in rows} == {""}
     assert [report.ms(x) for x in (0.0123456, 0.9994, 0.9996, 12.3456)] == ["12.3", "999", "1,000", "12,346"]
     assert [report.tokens_word(n) for n in (8192, 1 << 20, 4 << 20)] == ["8k", "1M", "4M"]
 

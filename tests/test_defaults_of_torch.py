@@ -216,13 +216,3 @@ def test_a_new_module_has_the_defaults_unless_it_is_told(build, device):
     assert {(x.device.type, x.dtype) for x in module.parameters()} == {("meta", torch.float64)}
     if options:
         assert {(x.device.type, x.dtype) for x in told.parameters()} == {(torch.device(device).type, torch.float32)}
-
-
-def test_a_checkpoint_keeps_its_device_and_dtype(device):
-    """With a bias in the first LayerNorm, as older x-transformers have it, whose layer is made anew."""
-    first = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.LayerNorm(6), torch.nn.SiLU())
-    mlp = torch.nn.Sequential(first, torch.nn.Linear(6, 2)).to(device)
-    state = {f"mlp.{key}": value for key, value in mlp.state_dict().items()}
-    with other_defaults():
-        module = DynamicPositionBias.from_x_transformers(state)
-    assert {(x.device.type, x.dtype) for x in module.parameters()} == {(torch.device(device).type, torch.float32)}

@@ -255,14 +255,6 @@ def test_the_guard_finds_the_children_of_children(tmp_path):
     assert lowest in found and len(found) == 2
 
 
-@pytest.mark.parametrize(
-    ("seconds", "command", "status"), [(60, "exit 3", 3), (60, "kill -9 $$", 137), (0.2, "sleep 60", 124)]
-)
-def test_the_guard_exits_as_its_command_did(seconds, command, status):
-    words = ["--parent", os.getpid(), "--seconds", seconds, "--grace", 0.2, "--", "sh", "-c", command]
-    assert subprocess.run([sys.executable, guard.__file__, *map(str, words)]).returncode == status
-
-
 def test_every_test_file_is_chosen_or_left_out_with_a_reason():
     files = {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
     assert set(suite.CHOSEN) <= files

@@ -63,3 +63,7 @@ def test_what_a_command_leaves_running_is_ended(start):
     """Its own status counts."""
     done = subprocess.run(words(60, 0.2, f"{start}sleep 300 & echo $!; exit 3"), stdout=subprocess.PIPE, text=True)
     assert done.returncode == 3 and not is_running(int(done.stdout))
+
+
+def test_a_command_that_a_signal_ended():
+    assert subprocess.run(words(60, 1, "kill -9 $$")).returncode == 128 + signal.SIGKILL

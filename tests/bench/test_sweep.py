@@ -300,7 +300,8 @@ def test_a_list_is_shown_without_compiling(tmp_path):
     assert sweep(*words).startswith("0 candidates compiled")
 
 
-def test_what_is_compiled_is_saved_and_written_on_the_way(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", [5, 0])
+def test_what_is_compiled_is_saved_and_written_on_the_way(left, tmp_path, monkeypatch):
     path, lines, clock = tmp_path / "list.json", tmp_path / "lines.jsonl", itertools.count(0, 6)
     results = {"a": result(TILE), "b": result(TILE, ["bad"]), "c": result(TILE)}
     sizes = []
@@ -311,11 +312,11 @@ def test_what_is_compiled_is_saved_and_written_on_the_way(tmp_path, monkeypatch)
             known[key] = found
             on_result(key, found)
             sizes.append(len(sweep_offline.load(path)))
-        return 5
+        return left
 
     monkeypatch.setattr(command, "compile_candidates", compile_candidates)
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert sweep("--jobs", 3, "--list", path, "--lines", lines).startswith("3 candidates compiled, 5 not yet\n")
+    assert sweep("--jobs", 3, "--list", path, "--lines", lines).startswith(f"3 candidates compiled, {left} not yet\n")
     assert sizes == [0, 2, 2] and sweep_offline.load(path) == results  # every ten seconds, and at the end
     events = [json.loads(line) for line in lines.read_text().splitlines()]
     compiled = [(event["key"], event["problems"]) for event in events if event["event"] == "compiled"]

@@ -327,9 +327,10 @@ def test_a_failing_save_leaves_the_old_file(tmp_path):
 
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
-    (tmp_path / "state.ptabc.tmp").write_bytes(b"half")
+    for name in ("state.ptabc.tmp", "another.ptabc.tmp"):
+        (tmp_path / name).write_bytes(b"half")
     assert checkpoint.load(tmp_path / "state.pt") is None
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["another.ptabc.tmp"]
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ bench-full: $(READY_BENCH)  ## compare with FlexAttention and compiled eager too
 
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadscope
 
-test: $(READY)  ## run a test of every kind in seven minutes, without a GPU
+test: $(READY)  ## run a test of every kind in eight minutes, without a GPU
 	$(PYTEST) -m "not slow"
 
 test-full: $(READY)  ## run the whole suite

@@ -9,6 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .gpu.show import read
+from .report_parts import three_digits
 
 RESULTS = Path(__file__).parent / "results"
 GPU = "h200/2026-11-27-third"
@@ -77,8 +78,7 @@ class Row:
 
     def words(self, number, name=""):
         unit = "" if self.unit == "ms" else f" {self.unit}"
-        text = f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
-        return f"{text}{unit}" + f" ({name})" * bool(name)
+        return f"{three_digits(number)}{unit}" + f" ({name})" * bool(name)
 
 
 def _bias(n, direction, **cell):

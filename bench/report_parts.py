@@ -20,3 +20,8 @@ def write_origin(figure, result):
 def mask_of(record):
     """The mask of a record in words; a bias alone has none."""
     return f"window {record['window']}" if record.get("window") is not None else record.get("mask", "")
+
+
+def three_digits(number):
+    """A number with three digits, a long one with all before the point: 1,000 where three digits would give 1e+03."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"

@@ -3,6 +3,7 @@
 and in the dtypes of its arguments. So a tensor that the library makes without naming its own shows."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -84,64 +85,48 @@ CASES = {
     "masked": Case(i=7, j=12, dtype=torch.bfloat16, options={"window": (4, 1), "dropout_p": 0.4, "softcap": 2.0}),
     "decoding": Case(i=1, j=130, options={"is_causal": True}),
 }
-MASKS = {
-    "none": None,
-    "bool": lambda case, device: torch.arange(case.j, device=device).expand(case.batch, -1) % 5 == 3,
-    "floating": lambda case, device: torch.linspace(-2, 2, case.j, dtype=case.dtype, device=device)[None],
+MASKS = {  # the mask of a case, if there is one
+    "none": lambda case, device: (),
+    "bool": lambda case, device: (torch.arange(case.j, device=device)[None] % 5 == 3,),
+    "floating": lambda case, device: (torch.linspace(-2, 2, case.j, dtype=case.dtype, device=device)[None],),
 }
+
+
+def check_attention(function, case, mask, device):
+    def attend(query, key, value, table, mask=None):
+        return function(
+            query, key, value, table, key_padding_mask=mask, enable_gqa=True, return_lse=True, **case.options
+        )
+
+    assert_unmoved(attend, (*case.draw(device)[:4], *MASKS[mask](case, device)))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name, mask, attention_backend, device):
-    check_attention(CASES[name], mask, attention_backend, device)
+    check_attention(partial(bias_attention, backend=attention_backend), CASES[name], mask, device)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_plain_torch_where_results_are_far(mask, monkeypatch, device):
     """On other devices than a CPU it looks at no result, and selects what a mask hides."""
     monkeypatch.setattr(torch_products, "is_at_hand", lambda tensor: False)
-    check_attention(CASES["masked"], mask, "torch", device)
-
-
-def check_attention(case, mask, backend, device):
-    tensors = case.draw(device)[:4]
-    masks = () if mask == "none" else (MASKS[mask](case, device),)
-
-    def attend(query, key, value, table, mask=None):
-        return bias_attention(
-            query, key, value, table, key_padding_mask=mask, enable_gqa=True, return_lse=True,
-            backend=backend, **case.options,
-        )  # fmt: skip
-
-    assert_unmoved(attend, (*tensors, *masks))
+    check_attention(partial(bias_attention, backend="torch"), CASES["masked"], mask, device)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_reference(mask, device):
-    case = CASES["numbers"]
-    masks = () if mask == "none" else (MASKS[mask](case, device),)
-
-    def attend(query, key, value, table, mask=None):
-        return reference_attention(
-            query, key, value, table, key_padding_mask=mask, enable_gqa=True, return_lse=True, is_causal=True,
-            **case.options,
-        )  # fmt: skip
-
-    assert_unmoved(attend, (*case.draw(device)[:4], *masks))
+    check_attention(partial(reference_attention, is_causal=True), CASES["numbers"], mask, device)
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "floating"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("has_offsets", [False, True])
 def test_packed_sequences(has_offsets, mask, attention_backend, device):
-    query, key, value, table = Case(i=7, j=12, spare=9).draw(device)[:4]
+    case = Case(i=7, j=12, spare=9)
+    query, key, value, table = case.draw(device)[:4]
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in ((0, 3, 3, 7), (0, 4, 5, 12)))
     offsets = torch.tensor([2, 0, -1], dtype=torch.int32, device=device) if has_offsets else None
-    masks = {
-        "none": (), "bool": (torch.arange(12, device=device) % 5 == 3,),
-        "floating": (torch.linspace(-2, 2, 12, device=device),),
-    }[mask]  # fmt: skip
 
     def attend(query, key, value, table, mask=None):
         return bias_attention_varlen(
@@ -149,7 +134,7 @@ def test_packed_sequences(has_offsets, mask, attention_backend, device):
             return_lse=True, backend=attention_backend,
         )  # fmt: skip
 
-    assert_unmoved(attend, (query, key, value, table, *masks))
+    assert_unmoved(attend, (query, key, value, table, *(x[0] for x in MASKS[mask](case, device))))
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -6,7 +6,7 @@ To add a kernel, write a function that launches it on meta tensors and add an en
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import attention
 
@@ -128,6 +128,29 @@ class Case:
         return self.op, self.dtype, self.arch, self.options.get("head_dim"), self.options.get("value_dim")
 
 
+def _layouts_of(op, names, shapes, block):
+    """{name: Layout} of expand, reduce or decoding, limited to `names` if there are any.
+
+    A layout of expand and reduce is a size, which `shapes` replaces; decoding's are options, as attention's, and each
+    of them gets all `shapes`.
+    """
+    found = {name: layout for name, layout in OPS[op].layouts.items() if not names or name in names}
+    if not OPS[op].streams:
+        resized = {
+            f"{name} {i} x {j}": replace(layout, options=layout.options | {"i": i, "j": j})
+            for name, layout in found.items()
+            for i, j in shapes
+        }
+        return resized or found
+    if shapes:
+        found = {f"{i} x {j}": Layout({"i": i, "j": j}, is_common=True) for i, j in shapes}
+    if block:
+        found = {
+            name: replace(layout, options=layout.options | {"block": tuple(block)}) for name, layout in found.items()
+        }
+    return found
+
+
 def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=None, **attention_options):
     """The matrix, limited by the arguments. `shapes`: pairs (i, j) to compile instead of the layouts."""
     found = []
@@ -135,22 +158,10 @@ def cases(archs=ARCHS, dtypes=(), ops=tuple(OPS), layouts=(), shapes=(), block=N
         if op in ATTENTION:
             found += attention_cases(op, archs, dtypes, layouts, shapes, **attention_options)
             continue
-        known, resized, options = OPS[op].layouts, shapes, {}
-        if is_stream := bool(OPS[op].streams):  # their layouts are sizes; those of decoding are options, as attention's
-            known = {f"{i} x {j}": Layout({"i": i, "j": j}, is_common=True) for i, j in shapes} or known
-            resized, options = (), {"block": tuple(block)} if block else {}
-        for name, layout in known.items():
-            if layouts and name not in layouts and not (shapes and is_stream):
-                continue
+        for name, layout in _layouts_of(op, layouts, shapes, block).items():
             some = dtypes or DEFAULT_DTYPES
             some = some if layout.is_common or layouts else some[:1]
-            sizes = {f"{name} {i} x {j}": {"i": i, "j": j} for i, j in resized} or {name: {}}
-            found += [
-                Case(op, full, dtype, arch, layout.options | size | options, layout.is_wide)
-                for full, size in sizes.items()
-                for dtype in some
-                for arch in archs
-            ]
+            found += [Case(op, name, dtype, arch, layout.options, layout.is_wide) for dtype in some for arch in archs]
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from tabulate import tabulate
 
 from ..environment import one_line
+from ..report_parts import three_digits
 from . import room
 from .machine import LINK_SHARE, MEASURED, MLP_SHARE, PUBLISHED_BF16, gpu
 from .measure import machine_of
@@ -29,8 +30,7 @@ def _table(rows, headers, style):
 
 def ms(seconds):
     """Milliseconds with three digits."""
-    milliseconds = 1e3 * seconds
-    return f"{milliseconds:.3g}" if milliseconds < 999.5 else f"{milliseconds:,.0f}"
+    return three_digits(1e3 * seconds)
 
 
 def predictions(work, machine, tokens=TOKENS, ranks=GPUS):

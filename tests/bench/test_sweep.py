@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sweep_results import GROUP, Threads, listed, result
+from sweep_results import GROUP, Threads, listed, result, sweep
 
 for module in ("triton", "click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the command needs the extras `triton` and `bench`")
@@ -269,12 +269,6 @@ def test_rows_that_follow_the_advice_serve_the_fastest(arch, more, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(kernel_blocks.BLOCKS, generation, rows)
             assert command.constants_of(group) == fastest, group
-
-
-def sweep(*words):
-    done = CliRunner().invoke(command.sweep, list(map(str, words)), catch_exceptions=False)
-    assert done.exit_code == 0
-    return done.output
 
 
 def test_a_list_is_shown_without_compiling(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sweep_results import GROUP, Threads, listed, result
+from sweep_results import GROUP, Threads, listed, result, sweep
 
 for module in ("triton", "click", "tabulate", "tqdm"):
     pytest.importorskip(module, reason="the command needs the extras `triton` and `bench`")
@@ -184,13 +184,12 @@ def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_gpu, "Graphs", lambda: Recorder([1.0, 1.5]))
     arguments = ["--device", "cuda", "--head-dim", "64", "--kernel", "dkdv", "--kernel", "dq", "--best", "2"]
     arguments += ["--list", path, "--lines", lines]
-    done = CliRunner().invoke(command.sweep, list(map(str, arguments)), catch_exceptions=False)
-    assert done.exit_code == 0
+    output = sweep(*arguments)
     offered = [today["dkdv"], better["dkdv"], slower[0], today["dq"], better["dq"]]
     assert [job[0] for job in prefilled] == offered  # at most two besides today's
     assert prefilled[0][1:] == ("sm_90", 64, "bf16", 8192, 2, 16)
     assert list(dict.fromkeys(launched)) == offered
-    body = done.output[done.output.index("{") :]
+    body = output[output.index("{") :]
     rows = ast.literal_eval(body)
     blocks = pytest.importorskip("dpb_triton.attention.kernels.blocks")
     assert rows["dkdv causal"] == {64: better["dkdv"].blocks}
@@ -204,12 +203,6 @@ def test_the_gpus_part_from_the_list_to_the_rows(tmp_path, monkeypatch):
     ]  # fmt: skip
     timed = next(event for event in events if event["event"] == "timed")
     assert timed.items() >= {"kernel": "dkdv", "width": 64, "dtype": "bf16", "arch": "sm_90", "ms": 1.5}.items()
-
-
-def sweep(*words):
-    done = CliRunner().invoke(command.sweep, list(map(str, words)), catch_exceptions=False)
-    assert done.exit_code == 0
-    return done.output
 
 
 @pytest.fixture

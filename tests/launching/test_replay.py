@@ -483,14 +483,18 @@ class AnotherLauncher(CudaLauncher):
     """A class that nobody has looked at."""
 
 
+def starter(launcher, grid):
+    """What a tape keeps of a compiled kernel with that launcher."""
+    return replay._starter(SimpleNamespace(run=launcher, function="function", packed_metadata="metadata"), grid)
+
+
 @pytest.mark.parametrize("packs", [False, True])
 def test_the_function_of_c_is_called_without_tritons_launcher(packs):
     launcher = CudaLauncher()
     launcher.packs = packs
     if packs:
         del launcher.gsan_enabled  # older versions have none
-    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
-    function, grid, more, is_flat = replay._starter(compiled, (3, 2))
+    function, grid, more, is_flat = starter(launcher, (3, 2))
     assert (function, grid, is_flat) == (launcher.launch, (3, 2, 1), not packs)
     assert [*more] == ["cooperative", "function", "metadata", None, None, None]
 
@@ -499,8 +503,7 @@ def test_the_function_of_c_is_called_without_tritons_launcher(packs):
 def test_a_launcher_that_does_not_tell_its_scratch_memory_is_kept(name):
     launcher = CudaLauncher()
     delattr(launcher, name)
-    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
-    assert replay._starter(compiled, (3,))[:2] == (launcher, (3, 1, 1))
+    assert starter(launcher, (3,))[:2] == (launcher, (3, 1, 1))
 
 
 @pytest.mark.parametrize("made", [
@@ -509,9 +512,8 @@ def test_a_launcher_that_does_not_tell_its_scratch_memory_is_kept(name):
 def test_a_launcher_that_does_more_is_kept(made):
     launcher = CudaLauncher() if made else AnotherLauncher()
     vars(launcher).update(made)
-    compiled = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
     more = "function", "metadata", None, None, None
-    assert replay._starter(compiled, (3, 2)) == (launcher, (3, 2, 1), more, True)
+    assert starter(launcher, (3, 2)) == (launcher, (3, 2, 1), more, True)
 
 
 def test_no_block_for_nothing():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Results of the sweep as its file has them, and threads that compile in place of its processes."""
+"""Results of the sweep as its file has them, its command, and threads that compile in place of its processes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +25,17 @@ def listed(*entries):
     from bench.sweep.offline import candidate_of, key_of  # needs the extra `bench`
 
     return {key_of(candidate_of(entry), 64, "bf16", "sm_90"): entry for entry in entries}
+
+
+def sweep(*words):
+    """What `python -m bench sweep` prints with these words."""
+    from click.testing import CliRunner
+
+    from bench.sweep import command
+
+    done = CliRunner().invoke(command.sweep, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.output
 
 
 class Threads(ThreadPoolExecutor):
